@@ -1,0 +1,1 @@
+"""Operator, collector, gateway and command line of gpumeter."""
