@@ -1,8 +1,9 @@
 from fractions import Fraction
 
-from gpumeter_usage.apportion import largest_remainder
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gpumeter_usage.apportion import largest_remainder
 
 weights = st.lists(st.integers(0, 2**80), min_size=1, max_size=300)
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from gpumeter_usage.apportion import largest_remainder
 from gpumeter_usage.chain import GENESIS, ChainBroken, Link, link, verify
 from gpumeter_usage.page import (
@@ -57,7 +58,9 @@ def test_the_canonical_form_is_sorted_compact_json_of_integers_and_strings():
         ({"gpu_ns": -1}, "gpu_ns is -1; it must be a whole number from 0"),
         ({"gpu_ns": 2**63}, "gpu_ns is 9223372036854775808; it must be a whole number"),
         ({"gpu_ns": True}, "gpu_ns is True"),
-        ({"tenant": "x" * 257}, "it must be a string of at most 256 characters"),
+        ({"tenant": "x" * 257}, "it must be a string of at most 256 printable characters"),
+        ({"tenant": "a\n"}, "printable characters"),
+        ({"tenant": "\ud800"}, "printable characters"),
         ({"seq": 0}, "sequence numbers start at 1"),
         ({"ended_at": 9}, "ended_at 9 lies before started_at 10"),
         ({"prefill_ns": 5}, "prefill_ns + decode_ns must equal gpu_ns"),

@@ -22,7 +22,7 @@ class Kind(StrEnum):
 
 
 class Account(StrEnum):
-    """Where a worker's nanosecond belongs. `allocated` and `unaccounted` are the ledger's: a worker cannot know them."""
+    """Where a worker's nanosecond belongs. It cannot know `allocated` and `unaccounted`: those are the ledger's."""
 
     INIT = "init"  # process start to the first byte of weights
     LOAD = "load"  # weights to the GPU
@@ -94,7 +94,7 @@ _STRINGS = tuple(name for name in sorted(_NAMES) if name not in _INTEGERS)
 
 
 def canonical(record: Record) -> bytes:
-    """The bytes that travel, are hashed and are kept: JSON, keys sorted, no spaces, UTF-8, integers and strings only."""
+    """The bytes that travel, are hashed and are kept: JSON in UTF-8, sorted keys, no spaces, integers and strings."""
     return json.dumps(asdict(record), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
