@@ -117,9 +117,9 @@ def parse(body: bytes) -> Record:
             raise RecordInvalid(f"{name} is {value!r:.60}; it must be a whole number from 0 to {MAX_INTEGER}")
     for name in _STRINGS:
         value = values[name]
-        if type(value) is not str or len(value) > MAX_STRING_CHARS:
+        if type(value) is not str or len(value) > MAX_STRING_CHARS or not value.isprintable():
             raise RecordInvalid(
-                f"{name} is {value!r:.60}; it must be a string of at most {MAX_STRING_CHARS} characters"
+                f"{name} is {value!r:.60}; it must be a string of at most {MAX_STRING_CHARS} printable characters"
             )
     try:
         values["kind"], values["status"] = Kind(values["kind"]), Status(values["status"])
