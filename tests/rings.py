@@ -1,0 +1,139 @@
+"""Runs the rings of tests one after the other and says what ran, how long it took, and what was skipped and why.
+
+Owns the order of the rings and what each needs of the machine; pytest owns the tests.
+
+    python -m rings [RING ...]        all rings without names
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One ring: its folder under tests/, and why it cannot run here (None when it can)."""
+
+    name: str
+    missing: Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one ring."""
+
+    ring: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+def main(names: list[str]) -> int:
+    """Run the named rings, or the linters and all rings; the exit code is 1 when anything failed."""
+    known = {ring.name for ring in RINGS}
+    if unknown := [name for name in names if name not in known]:
+        print(f"Unknown ring: {', '.join(unknown)}. There are: {', '.join(sorted(known))}.")
+        return 2
+    outcomes = [] if names else [_lint()]
+    for ring in RINGS:
+        if names and ring.name not in names:
+            continue
+        reason = ring.missing()
+        if reason is not None:
+            print(f"\n=== {ring.name}: skipped. {reason}", flush=True)
+            outcomes.append(Outcome(ring.name, note=f"skipped: {reason}"))
+            continue
+        print(f"\n=== {ring.name}", flush=True)
+        outcomes.append(_run(ring))
+    _print_summary(outcomes)
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _nothing() -> str | None:
+    return None
+
+
+def _control_plane_missing() -> str | None:
+    if shutil.which("go") is None:
+        return "Go is needed to build the API server (https://go.dev/dl, 1.26 or newer)."
+    return None
+
+
+def _node_missing() -> str | None:
+    docker = shutil.which("docker")
+    if docker and subprocess.run([docker, "info"], capture_output=True, check=False).returncode == 0:
+        return None
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "A real node needs Docker, or Linux and root."
+    return _control_plane_missing()
+
+
+def _gpu_missing() -> str | None:
+    if not Path("/dev/nvidia0").exists():
+        return "No NVIDIA GPU on this machine (no /dev/nvidia0)."
+    return None
+
+
+RINGS = (
+    Ring("unit", _nothing),
+    Ring("property", _nothing),
+    Ring("sim", _nothing),
+    Ring("contract", _nothing),
+    Ring("cluster", _control_plane_missing),
+    Ring("e2e", _node_missing),
+    Ring("gpu", _gpu_missing),
+)
+
+
+def _lint() -> Outcome:
+    print("=== lint", flush=True)
+    started = time.monotonic()
+    commands = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"])
+    failed = 0
+    for command, *arguments in commands:
+        failed += subprocess.run([BIN / command, *arguments], cwd=ROOT, check=False).returncode != 0
+    return Outcome("lint", len(commands) - failed, failed, seconds=time.monotonic() - started)
+
+
+def _run(ring: Ring) -> Outcome:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", f"tests/{ring.name}", f"--junit-xml={report}", "--durations=5"]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        seconds = time.monotonic() - started
+        if not report.exists():
+            return Outcome(ring.name, failed=1, seconds=seconds, note=f"pytest ended with {code} and no report")
+        suite = next(iter(ElementTree.parse(report).getroot().iter("testsuite")))  # noqa: S314 - our own file
+        total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        reasons = sorted({node.get("message", "") for node in suite.iter("skipped")})
+    if total == 0:
+        return Outcome(ring.name, failed=1, seconds=seconds, note="the ring holds no test")
+    note = "" if code in (0, 1) else f"pytest ended with {code}"
+    failed = max(failed, 1) if code != 0 else failed
+    return Outcome(ring.name, total - failed - skipped, failed, skipped, seconds, note or "; ".join(reasons))
+
+
+def _print_summary(outcomes: list[Outcome]) -> None:
+    print(f"\n{'ring':<10} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}  note")
+    for one in outcomes:
+        print(f"{one.ring:<10} {one.passed:>7} {one.failed:>7} {one.skipped:>8} {one.seconds:>8.0f}  {one.note}")
+    passed, failed = sum(one.passed for one in outcomes), sum(one.failed for one in outcomes)
+    print(f"\n{passed} passed, {failed} failed, {sum(one.skipped for one in outcomes)} skipped", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
