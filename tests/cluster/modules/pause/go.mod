@@ -1,0 +1,3 @@
+module gpumeter.io/cluster/pause
+
+go 1.26.0
