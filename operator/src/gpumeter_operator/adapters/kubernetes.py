@@ -1,0 +1,397 @@
+"""Kubernetes, as plain dicts: requests, a watch, and an informer.
+
+Owns the connection, the names of resources, request timeouts and the translation of every failure into two
+exceptions, `Refused` (the API server said no, with its sentence) and `Unreachable` (it did not answer).
+Does not know what any of the objects mean.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+import msgspec
+from lightkube import AsyncClient, KubeConfig
+from lightkube.core.exceptions import ApiError, ConfigError
+from lightkube.core.selector import build_selector
+from lightkube.generic_resource import create_global_resource, create_namespaced_resource
+from lightkube.types import PatchType
+
+Manifest = dict[str, Any]
+Manifests = list[Manifest]
+Labels = Mapping[str, str | None]
+"""A label selector: a value that must be equal, or None where it is enough that the label exists."""
+
+REQUEST_TIMEOUT_S = 10.0  # the API server ends its own work on a request after 60 s; a healthy one answers in 1 s
+WATCH_TIMEOUT_S = 300  # after this the server ends a watch; spreads reconnections, as client-go does with 5-10 min
+SILENCE_TIMEOUT_S = 150.0  # bookmarks come about once a minute; a watch silent for longer is a dead connection
+PAGE_SIZE = 500  # objects per page of a list, client-go's size: bounds memory of both sides
+STEADY_NS = 30_000_000_000  # a watch that lived this long was sound; the next failure starts the back-off anew
+BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # between attempts of an informer; 10 s keeps recovery within one look
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A kind of object as the API server knows it; `group` is empty for the core group."""
+
+    group: str
+    version: str
+    kind: str
+    plural: str
+    namespaced: bool = True
+
+    @property
+    def api_version(self) -> str:
+        """`group/version`, or only the version for the core group."""
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+
+INFERENCE_SERVICES = Resource("gpumeter.io", "v1alpha1", "InferenceService", "inferenceservices")
+USAGE_REPORTS = Resource("gpumeter.io", "v1alpha1", "UsageReport", "usagereports")
+USAGE_PACKAGES = Resource("gpumeter.io", "v1alpha1", "UsagePackage", "usagepackages")
+PRICE_PLANS = Resource("gpumeter.io", "v1alpha1", "PricePlan", "priceplans", namespaced=False)
+PODS = Resource("", "v1", "Pod", "pods")
+SECRETS = Resource("", "v1", "Secret", "secrets")
+SERVICES = Resource("", "v1", "Service", "services")
+SERVICE_ACCOUNTS = Resource("", "v1", "ServiceAccount", "serviceaccounts")
+CONFIG_MAPS = Resource("", "v1", "ConfigMap", "configmaps")
+EVENTS = Resource("", "v1", "Event", "events")
+PERSISTENT_VOLUME_CLAIMS = Resource("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
+NAMESPACES = Resource("", "v1", "Namespace", "namespaces", namespaced=False)
+NODES = Resource("", "v1", "Node", "nodes", namespaced=False)
+DEPLOYMENTS = Resource("apps", "v1", "Deployment", "deployments")
+REPLICA_SETS = Resource("apps", "v1", "ReplicaSet", "replicasets")
+POD_DISRUPTION_BUDGETS = Resource("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets")
+ENDPOINT_SLICES = Resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
+LEASES = Resource("coordination.k8s.io", "v1", "Lease", "leases")
+CUSTOM_RESOURCE_DEFINITIONS = Resource(
+    "apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False
+)
+
+RESOURCES: Mapping[tuple[str, str], Resource] = {
+    (resource.api_version, resource.kind): resource
+    for resource in list(globals().values())
+    if isinstance(resource, Resource)
+}
+
+
+class Refused(Exception):
+    """The API server answered no. `reason` is its word (Conflict, Forbidden, ...), `message` its sentence."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{reason} ({status}): {message}")
+        self.status = status
+        self.reason = reason
+        self.message = message
+
+
+class Unreachable(Exception):
+    """The API server did not answer, or what answered was not an API server."""
+
+
+class Cluster:
+    """One connection pool to one API server. Objects in and out are plain dicts."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @classmethod
+    def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> "Cluster":
+        """Connect as the pod's service account, or by $KUBECONFIG or ~/.kube/config, or by the given file."""
+        try:
+            config = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
+            chosen = config.get(context)
+        except (ConfigError, KeyError) as problem:
+            raise Unreachable(
+                f"No way to a cluster is configured: {problem}; set KUBECONFIG or run inside a pod."
+            ) from problem
+        return cls(AsyncClient(chosen, timeout=httpx2.Timeout(REQUEST_TIMEOUT_S)))
+
+    async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
+        """The object, or None where there is none of this name."""
+        try:
+            with _translated():
+                return dict(await self._client.get(_class(resource), name, namespace=namespace))
+        except Refused as refusal:
+            if refusal.status == 404:
+                return None
+            raise
+
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Manifests:
+        """All objects, of one namespace or of all."""
+        return (await self.list_at(resource, namespace, labels))[0]
+
+    async def list_at(
+        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+    ) -> tuple[Manifests, str]:
+        """All objects and the resource version at which the list was true, for `watch` to go on from."""
+        with _translated():
+            pages = self._client.list(
+                _class(resource),
+                namespace=_scope(resource, namespace),
+                chunk_size=PAGE_SIZE,
+                labels=dict(labels) if labels else None,
+            )
+            objects = [dict(item, apiVersion=resource.api_version, kind=resource.kind) async for item in pages]
+            return objects, pages.resourceVersion
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
+    ) -> AsyncIterator[tuple[str, Manifest]]:
+        """Changes after `version` as (ADDED | MODIFIED | DELETED | BOOKMARK, object); reconnects by itself.
+
+        Raises Refused 410 when `version` is too old, Unreachable when the connection broke or fell silent.
+        """
+        # The public watch() of lightkube cannot ask for bookmarks, and without them a quiet resource cannot be told
+        # from a dead connection. So the request is prepared one level below.
+        generic = self._client._client
+        request = generic.prepare_request(
+            "list",
+            res=_class(resource),
+            namespace=_scope(resource, namespace),
+            watch=True,
+            params={
+                "timeoutSeconds": WATCH_TIMEOUT_S,
+                "resourceVersion": version,
+                "allowWatchBookmarks": "true",
+                "labelSelector": build_selector(dict(labels)) if labels else None,
+            },
+        )
+        async with aclosing(generic.watch(request)) as changes:
+            while True:
+                with _translated():
+                    async with asyncio.timeout(SILENCE_TIMEOUT_S):
+                        change, item = await anext(changes)
+                yield change, dict(item)
+
+    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+        """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are."""
+        resource = RESOURCES[manifest["apiVersion"], manifest["kind"]]
+        with _translated():
+            return dict(
+                await self._client.patch(
+                    _class(resource, subresource),
+                    manifest["metadata"]["name"],
+                    manifest,
+                    namespace=manifest["metadata"].get("namespace"),
+                    patch_type=PatchType.APPLY,
+                    field_manager=field_manager,
+                    force=True,
+                )
+            )
+
+    async def patch(
+        self, resource: Resource, name: str, namespace: str | None, patch: Manifest, *, subresource: str | None = None
+    ) -> Manifest | None:
+        """Merge patch (lists are replaced whole); None where the object is gone.
+
+        With metadata.resourceVersion in the patch the server refuses (409) to change anything newer.
+        """
+        try:
+            with _translated():
+                return dict(
+                    await self._client.patch(
+                        _class(resource, subresource), name, patch, namespace=namespace, patch_type=PatchType.MERGE
+                    )
+                )
+        except Refused as refusal:
+            if refusal.status == 404:
+                return None
+            raise
+
+    async def patch_status(
+        self, resource: Resource, name: str, namespace: str | None, patch: Manifest
+    ) -> Manifest | None:
+        """Merge patch on the status subresource; None where the object is gone."""
+        return await self.patch(resource, name, namespace, patch, subresource="status")
+
+    async def delete(
+        self, resource: Resource, name: str, namespace: str | None = None, *, uid: str | None = None
+    ) -> None:
+        """Delete, and let the garbage collector delete what it owned. An absent object is fine.
+
+        With `uid` only that very object: a namesake made meanwhile stays, and counts as absent.
+        """
+        generic = self._client._client
+        options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
+        if uid is not None:
+            options["preconditions"] = {"uid": uid}
+        try:
+            with _translated():
+                # lightkube's delete() has no preconditions, so the options travel as the body of the same request.
+                request = generic.prepare_request("delete", res=_class(resource), name=name, namespace=namespace)
+                request.data = options
+                response = await generic.send(generic.build_adapter_request(request))  # type: ignore[no-untyped-call]
+                generic.raise_for_status(response)  # type: ignore[no-untyped-call]
+        except Refused as refusal:
+            if refusal.status == 404 or (uid is not None and refusal.status == 409):
+                return
+            raise
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+
+class Source(Protocol):
+    """What a Mirror needs of a cluster."""
+
+    async def list_at(
+        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+    ) -> tuple[Manifests, str]:
+        """All objects and the version at which the list was true."""
+        ...
+
+    def watch(
+        self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
+    ) -> AsyncIterator[tuple[str, Manifest]]:
+        """Changes after `version`."""
+        ...
+
+
+class Mirror:
+    """An informer: a copy in memory of all objects of a resource, kept up to date by list and watch.
+
+    `run` never ends by itself: after a refusal, a broken or a silent connection it lists again, with back-off, and
+    finds by comparison what was removed meanwhile. metadata.managedFields are left out, they are half of an object.
+    """
+
+    def __init__(
+        self,
+        cluster: Source,
+        resource: Resource,
+        *,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        on_change: Callable[[], None] | None = None,
+        on_remove: Callable[[Manifest], None] | None = None,
+    ) -> None:
+        self.objects: dict[tuple[str, str], Manifest] = {}
+        self.on_change = on_change
+        self.on_remove = on_remove
+        self.last_heard_ns = time.monotonic_ns()
+        self._cluster = cluster
+        self._resource = resource
+        self._namespace = namespace
+        self._labels = labels
+        self._synced = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keep the copy up to date until cancelled."""
+        failures = 0
+        while True:
+            begun_ns = time.monotonic_ns()
+            try:
+                await self._list_then_watch()
+            except Refused as refusal:
+                if refusal.status != 410:  # 410: the version is too old, an ordinary reason to list again
+                    log.warning("Watching %s was refused: %s", self._resource.plural, refusal)
+            except Unreachable as problem:
+                log.warning("Watching %s was interrupted: %s", self._resource.plural, problem)
+            # A list that works and a watch that is refused must not become a list every 200 ms.
+            failures = 0 if time.monotonic_ns() - begun_ns > STEADY_NS else failures + 1
+            await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+
+    async def synced(self) -> None:
+        """Wait until the first list is complete."""
+        await self._synced.wait()
+
+    async def _list_then_watch(self) -> None:
+        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
+        self._replace_all({_key(item): _slim(item) for item in listed})
+        async with aclosing(  # type: ignore[type-var]  # an async generator, which the protocol need not say
+            self._cluster.watch(self._resource, self._namespace, self._labels, version)
+        ) as changes:
+            async for change, item in changes:
+                self._take(change, item)
+
+    def _replace_all(self, listed: dict[tuple[str, str], Manifest]) -> None:
+        self.last_heard_ns = time.monotonic_ns()
+        before, self.objects = self.objects, listed
+        for key, item in before.items():
+            # Another uid under the same name: the former object ended unseen, and the hook must hear of it.
+            if key not in listed or listed[key]["metadata"].get("uid") != item["metadata"].get("uid"):
+                self._tell_removed(item)
+        first = not self._synced.is_set()
+        self._synced.set()
+        if first or before != listed:
+            self._tell_changed()
+
+    def _take(self, change: str, item: Manifest) -> None:
+        self.last_heard_ns = time.monotonic_ns()
+        if change == "BOOKMARK":
+            return
+        if change == "DELETED":
+            self.objects.pop(_key(item), None)
+            self._tell_removed(_slim(item))
+        else:
+            self.objects[_key(item)] = _slim(item)
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        if self.on_change is not None:
+            with _hook("on_change"):
+                self.on_change()
+
+    def _tell_removed(self, item: Manifest) -> None:
+        if self.on_remove is not None:
+            with _hook("on_remove"):
+                self.on_remove(item)
+
+
+@contextmanager
+def _hook(name: str) -> Iterator[None]:
+    # A mirror that stopped because a listener failed would be a silent freeze; the failure is loud in the log.
+    try:
+        yield
+    except Exception:
+        log.exception("The %s hook of a mirror failed; the mirror goes on.", name)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn every failure of the client library into Refused or Unreachable, once and only here."""
+    try:
+        yield
+    except ApiError as error:
+        status = error.status
+        raise Refused(status.code or 0, status.reason or "Unknown", status.message or str(error)) from error
+    except httpx2.HTTPStatusError as error:  # a refusal without a Status object: a proxy's, or a watch's
+        raise Refused(error.response.status_code, error.response.reason_phrase or "Unknown", str(error)) from error
+    except TimeoutError as error:
+        raise Unreachable(f"nothing was heard for {SILENCE_TIMEOUT_S:.0f} s") from error
+    except httpx2.HTTPError as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from error
+    except (msgspec.DecodeError, KeyError) as error:  # KeyError: an answer without Content-Type
+        raise Unreachable(f"what answered is not an API server ({type(error).__name__}: {error})") from error
+    except ConfigError as error:
+        raise Unreachable(f"the credentials cannot be used: {error}") from error
+
+
+@cache
+def _class(resource: Resource, subresource: str | None = None) -> Any:
+    create = create_namespaced_resource if resource.namespaced else create_global_resource
+    if subresource is None:
+        return create(resource.group, resource.version, resource.kind, resource.plural)
+    return getattr(_class(resource), subresource.capitalize())
+
+
+def _scope(resource: Resource, namespace: str | None) -> str | None:
+    return "*" if resource.namespaced and namespace is None else namespace
+
+
+def _key(item: Manifest) -> tuple[str, str]:
+    return item["metadata"].get("namespace", ""), item["metadata"]["name"]
+
+
+def _slim(item: Manifest) -> Manifest:
+    metadata = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
+    return {**item, "metadata": metadata}

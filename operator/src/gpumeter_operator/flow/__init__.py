@@ -1,0 +1,1 @@
+"""Flows: gather through adapters, let pure code decide, act through adapters."""
