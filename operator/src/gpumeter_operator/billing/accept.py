@@ -1,0 +1,125 @@
+"""What makes a page acceptable to this ledger, beyond being well-formed.
+
+Owns every check of untrusted records against the pod that sent them: whose they are, that they are consecutive and
+chained, and that no number or time is beyond what a worker can have measured. Pure; the caller says what time it is.
+"""
+
+import re
+from dataclasses import dataclass
+
+from gpumeter_operator.billing.facts import PLATFORM, Worker
+from gpumeter_usage.chain import ChainBroken, verify
+from gpumeter_usage.page import Page
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
+from gpumeter_usage.record import Kind, Record, RecordInvalid, parse
+
+CLOCK_SKEW_NS = 60 * SECOND_NS
+"""How far a node's clock may be ahead of ours. NTP holds it to milliseconds; a minute still closes no period early."""
+
+MAX_RECORD_NS = 60 * MINUTE_NS
+"""The most GPU time per device in one record. Records are slices of at most a minute, and one step may straddle; an
+hour is far beyond either, and small enough that sums over a period stay far below 64 bits."""
+
+MAX_COUNT = 2**40
+"""The most tokens or steps in one record: more than any slice can hold, and sums stay below 64 bits."""
+
+MAX_BATCH = 65_536
+"""The largest mean batch that a record may claim (batch_ns / gpu_ns)."""
+
+_TENANT = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
+
+
+class PageRefused(ValueError):
+    """A page that the ledger must not take. `reason` is one CamelCase word, the message a sentence."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The records of a page that continue the chain, and its new head."""
+
+    records: tuple[Record, ...]
+    head_hash: str
+
+
+def refuse_foreign(worker: Worker, worker_uid: str, service: str) -> None:
+    """Raise PageRefused unless what was sent names the very pod and service that was asked."""
+    if worker_uid != worker.worker_uid:
+        raise PageRefused(
+            "ForeignWorker", f"it speaks for the worker {worker_uid:.64}; pod {worker.pod} is {worker.worker_uid}"
+        )
+    if service != worker.service_key:
+        raise PageRefused(
+            "ForeignService", f"it speaks for the service {service:.128}; pod {worker.pod} serves {worker.service_key}"
+        )
+
+
+def refuse_future(what: str, at_ns: int, now_ns: int) -> None:
+    """Raise PageRefused where a time lies further ahead than clocks differ."""
+    if at_ns > now_ns + CLOCK_SKEW_NS:
+        raise PageRefused(
+            "FutureTime",
+            f"{what} is {rfc3339(min(at_ns, 2**62))}, which is yet to come; check the clock of the node",
+        )
+
+
+def accept(page: Page, worker: Worker, previous_hash: str, now_ns: int) -> Accepted:
+    """Check a page whose first record must follow `previous_hash` at seq `page.after` + 1. Raises PageRefused."""
+    refuse_foreign(worker, page.worker_uid, page.service)
+    refuse_future("the page's watermark", page.watermark_ns, now_ns)
+    try:
+        head_hash = verify(previous_hash, page.links)
+    except ChainBroken as error:
+        raise PageRefused("ChainBroken", f"boot {page.boot_id:.64} after seq {page.after}: {error}") from None
+    records = []
+    sealed = False
+    for index, link in enumerate(page.links):
+        seq = page.after + 1 + index
+        if sealed:
+            raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq} after its seal")
+        try:
+            record = parse(link.body)
+        except RecordInvalid as error:
+            raise PageRefused("RecordInvalid", f"boot {page.boot_id:.64} seq {seq}: {error}") from None
+        _refuse_record(record, seq, page, worker, now_ns)
+        records.append(record)
+        sealed = record.kind is Kind.SEAL
+    return Accepted(tuple(records), head_hash)
+
+
+def _refuse_record(record: Record, seq: int, page: Page, worker: Worker, now_ns: int) -> None:
+    if record.worker_uid != page.worker_uid or record.boot_id != page.boot_id or record.service != page.service:
+        raise PageRefused(
+            "ForeignRecord",
+            f"a record at seq {seq} names worker {record.worker_uid:.64}, boot {record.boot_id:.64}, service "
+            f"{record.service:.128}; the page is of {page.worker_uid}, {page.boot_id:.64}, {page.service:.128}",
+        )
+    if record.seq != seq:
+        raise PageRefused("SequenceGap", f"boot {page.boot_id:.64}: seq {seq} is missing, {record.seq} was sent")
+    if record.ended_at > now_ns + CLOCK_SKEW_NS:
+        refuse_future(f"ended_at of boot {page.boot_id:.64} seq {seq}", record.ended_at, now_ns)
+    if record.gpu_ns > MAX_RECORD_NS * worker.devices:
+        raise PageRefused(
+            "CountTooLarge",
+            f"boot {page.boot_id:.64} seq {seq} claims {record.gpu_ns} ns on {worker.devices} device(s); a record is "
+            f"a slice of at most a minute",
+        )
+    if max(record.prompt_tokens, record.cached_tokens, record.completion_tokens, record.steps) > MAX_COUNT or (
+        record.batch_ns > record.gpu_ns * MAX_BATCH
+    ):
+        raise PageRefused("CountTooLarge", f"boot {page.boot_id:.64} seq {seq} claims counts that no step can reach")
+    if record.tenant and record.tenant != PLATFORM and (problem := tenant_problem(record.tenant)):
+        raise PageRefused("TenantInvalid", f"boot {page.boot_id:.64} seq {seq}: {problem}")
+
+
+def tenant_problem(tenant: str) -> str:
+    """Why this cannot be a tenant, in a sentence; "" where it can. A tenant becomes part of its reports' names."""
+    if tenant == "platform" or not _TENANT.fullmatch(tenant):
+        return (
+            f"{tenant!r:.60} is not a tenant's name: lower-case letters, digits and dashes, at most 40, and not the "
+            f"reserved name platform"
+        )
+    return ""

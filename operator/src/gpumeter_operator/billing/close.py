@@ -1,0 +1,125 @@
+"""When a period is closed: Open -> Closing -> Final, each with a reason and a sentence.
+
+Owns the rule that a period waits for every worker that lived in it, and for the grace period at most. Pure: takes the
+facts and the time, returns a verdict. Does not know what the period's figures are.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gpumeter_operator.billing.facts import Pod
+from gpumeter_usage.period import SECOND_NS, Period, rfc3339
+from gpumeter_usage.record import Status
+
+SETTLE_NS = 5 * SECOND_NS
+"""A container that started at the very end of a period is known to the API server a moment later; no period is closed
+before."""
+
+
+class Phase(StrEnum):
+    """Of a UsageReport; it only ever goes forward."""
+
+    OPEN = "Open"
+    CLOSING = "Closing"
+    FINAL = "Final"
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A worker whose records up to the period's end are not all in the ledger, and why."""
+
+    worker_uid: str
+    pod: str
+    reason: str
+    message: str
+    boot_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a period is now. `missing` names what is waited for, or what was given up when it is Final."""
+
+    phase: Phase
+    reason: str
+    message: str
+    expected: int = 0
+    missing: tuple[Missing, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """All records of all workers are in."""
+        return self.phase is Phase.FINAL and not self.missing
+
+
+def decide(
+    period: Period, pods: Iterable[Pod], *, now_ns: int, grace_ns: int, forks: Mapping[str, str] | None = None
+) -> Verdict:
+    """Decide the phase of a period from the pods that lived in it.
+
+    `forks` maps the uid of a worker that sent two different records under one key, with an end in this period, to a
+    sentence: such a period is held for the whole grace and ends incomplete, however complete it seems.
+    """
+    lived = sorted(pods, key=lambda pod: pod.worker.worker_uid)
+    if now_ns < period.end_ns + SETTLE_NS:
+        return Verdict(Phase.OPEN, "PeriodRunning", f"The period runs until {rfc3339(period.end_ns)}.", len(lived))
+    missing = tuple(found for pod in lived if (found := _missing(pod, period, forks or {})) is not None)
+    if not missing:
+        return Verdict(
+            Phase.FINAL, "AllRecordsCommitted", f"All records of {_workers(len(lived))} are in the ledger.", len(lived)
+        )
+    names = "; ".join(f"{each.pod}: {each.message}" for each in missing)
+    if now_ns < period.end_ns + grace_ns:
+        return Verdict(
+            Phase.CLOSING,
+            "WaitingForWorkers",
+            f"Waiting until {rfc3339(period.end_ns + grace_ns)} at the latest for {_workers(len(missing))}: {names}",
+            len(lived),
+            missing,
+        )
+    return Verdict(
+        Phase.FINAL,
+        missing[0].reason,
+        f"Closed after the grace period without {_workers(len(missing))}; what they did not report is unaccounted and "
+        f"billed to nobody: {names}",
+        len(lived),
+        missing,
+    )
+
+
+def lived_in(pod: Pod, period: Period) -> bool:
+    """Whether any of the pod's containers ran in the period."""
+    return any(
+        span.started_ns < period.end_ns and (span.ended_ns is None or span.ended_ns > period.start_ns)
+        for span in pod.spans
+    )
+
+
+def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | None:
+    worker = pod.worker
+    if worker.worker_uid in forks:
+        return Missing(worker.worker_uid, worker.pod, "ChainForked", forks[worker.worker_uid])
+    if pod.settled_ns >= period.end_ns:
+        return None
+    unsealed = [boot for boot in pod.boots if boot.seal is Status.NONE]
+    if not pod.gone:
+        message = pod.problem or (
+            f"its records reach to {rfc3339(pod.settled_ns)}" if pod.settled_ns else "it has not answered yet"
+        )
+        return Missing(worker.worker_uid, worker.pod, "WorkerBehind", f"{message}.".replace("..", "."))
+    if not pod.boots:
+        return Missing(worker.worker_uid, worker.pod, "WorkerLost", "it is gone and never sent a record.")
+    if unsealed:
+        boot = max(unsealed, key=lambda each: each.started_ns)
+        return Missing(
+            worker.worker_uid,
+            worker.pod,
+            "SealMissing",
+            f"it is gone, and its last records after seq {boot.committed_seq} of boot {boot.boot_id} are lost.",
+            boot.boot_id,
+        )
+    return None
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"

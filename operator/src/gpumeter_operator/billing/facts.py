@@ -1,0 +1,157 @@
+"""The ledger's facts as billing reads them: pods, container spans, boots, and sums of records.
+
+Owns the frozen shapes that the ledger hands out and billing folds, and the one way in which records become sums.
+Does not know where facts come from or what they cost.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gpumeter_usage.record import ENDED, Account, Kind, Record, Status
+
+PLATFORM = "_platform"
+"""The reserved tenant that owns what no tenant used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker pod, as Kubernetes states it. `devices` is the number of GPUs (1 for a CPU service)."""
+
+    worker_uid: str
+    namespace: str
+    service: str
+    service_uid: str
+    model: str
+    gpu_class: str
+    devices: int
+    pod: str
+
+    @property
+    def service_key(self) -> str:
+        """The service as records name it."""
+        return f"{self.namespace}/{self.service}"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One life of the worker's container in UTC nanoseconds (whole seconds, as Kubernetes states them).
+
+    `ended_ns` is None while nothing says that it ended; `end_known` is False where the pod vanished without telling,
+    and `ended_ns` is then the last sign of it.
+    """
+
+    container_id: str
+    started_ns: int
+    ended_ns: int | None = None
+    end_known: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BootFacts:
+    """One boot's chain in the ledger: where it stands, and how it was sealed (`Status.NONE` while it is not)."""
+
+    boot_id: str
+    started_ns: int
+    committed_seq: int
+    head_hash: str
+    seal: Status = Status.NONE
+    sealed_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """Everything that the ledger knows of one worker pod, but for its records.
+
+    `settled_ns`: every record of usage that ended at or before is committed. `gone`: the pod is no more, nothing
+    can be asked of it. `problem` says in a sentence why the last attempt to collect from it failed ("" if it did not).
+    """
+
+    worker: Worker
+    spans: tuple[Span, ...] = ()
+    boots: tuple[BootFacts, ...] = ()
+    settled_ns: int = 0
+    gone: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The sum of records that share a boot, kind, account, tenant and clock. Order changes nothing."""
+
+    worker_uid: str
+    boot_id: str
+    kind: Kind
+    account: str
+    tenant: str
+    clock: str
+    records: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    sessions: int = 0
+    gpu_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    batch_ns: int = 0
+
+    @property
+    def owner(self) -> str:
+        """The tenant in whose report these records stand; what names no tenant is the platform's."""
+        return self.tenant or PLATFORM
+
+
+_SUMMED = (
+    "records",
+    "sessions",
+    "gpu_ns",
+    "prefill_ns",
+    "decode_ns",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "batch_ns",
+)
+
+
+def line_of(record: Record) -> Line:
+    """One record as a sum of one. A session is counted where its last slice is."""
+    return Line(
+        worker_uid=record.worker_uid,
+        boot_id=record.boot_id,
+        kind=record.kind,
+        account=record.account,
+        tenant=record.tenant,
+        clock=record.clock,
+        records=1,
+        first_seq=record.seq,
+        last_seq=record.seq,
+        sessions=int(record.status in ENDED and record.account == Account.ATTRIBUTED),
+        gpu_ns=record.gpu_ns,
+        prefill_ns=record.prefill_ns,
+        decode_ns=record.decode_ns,
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        batch_ns=record.batch_ns,
+    )
+
+
+def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
+    """Add up lines of the same key; the result is in the order of the keys, whatever order they came in."""
+    merged: dict[tuple[str, ...], Line] = {}
+    for line in lines:
+        key = (line.worker_uid, line.boot_id, line.kind, line.account, line.tenant, line.clock)
+        known = merged.get(key)
+        if known is None:
+            merged[key] = line
+            continue
+        sums = {name: getattr(known, name) + getattr(line, name) for name in _SUMMED}
+        merged[key] = replace(
+            known,
+            first_seq=min(known.first_seq, line.first_seq),
+            last_seq=max(known.last_seq, line.last_seq),
+            **sums,
+        )
+    return tuple(merged[key] for key in sorted(merged))

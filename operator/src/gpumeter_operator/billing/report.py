@@ -1,0 +1,262 @@
+"""UsageReports: what each tenant used of a service in a period, as manifests.
+
+Owns the fold of a (service, period) into one report a tenant and the platform's own, and the names of reports. Pure:
+the same facts give the same bytes, in whatever order they come. Does not know how reports are kept or published.
+
+What a report's gpuNanoseconds is: for a tenant, the sum of its sessions' shares of measured steps. For `_platform`,
+`allocated - attributed`: everything that Kubernetes gave and no tenant used (start, load, warm-up, idle, drain, and
+what is unaccounted). So the reports of a service for a period add up to what was allocated to it, to the nanosecond.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+from hashlib import sha256
+from typing import Any
+
+from gpumeter_operator.billing.accounts import Accounts, PodAccounts
+from gpumeter_operator.billing.close import Phase, Verdict
+from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
+from gpumeter_operator.billing.tariff import PricePlan, per_thousand, plain, price
+from gpumeter_usage.period import SECOND_NS, Period, rfc3339
+from gpumeter_usage.record import Account, Kind
+
+API_VERSION = "gpumeter.io/v1alpha1"
+MAX_RANGES = 4096
+MAX_MISSING = 1024
+"""What the UsageReport's schema holds; the ledger holds the rest."""
+
+RECONCILED_PER_MILLE = 1
+"""|unaccounted| may be up to one thousandth of what was allocated."""
+
+_ACCOUNT_FIELDS = {name: name for name in Accounts.__dataclass_fields__} | {"host_gap": "hostGap"}
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PodPeriod:
+    """One pod's share of a period: its accounts and the sums of its records."""
+
+    worker: Worker
+    booked: PodAccounts
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePeriod:
+    """All that the reports of a service for a period are made of.
+
+    `digests` holds, by owner, the digest of its records (see `digest_of`); empty while the period runs. `late` says in
+    sentences what of earlier, closed periods is booked here.
+    """
+
+    namespace: str
+    service: str
+    period: Period
+    verdict: Verdict
+    pods: tuple[PodPeriod, ...]
+    plan: PricePlan | None
+    plan_name: str
+    digests: Mapping[str, str]
+    late: tuple[str, ...] = ()
+
+
+def reports(of: ServicePeriod) -> tuple[Manifest, ...]:
+    """One report a tenant that used anything, and the platform's; ordered by tenant."""
+    tenants = {line.owner for pod in of.pods for line in pod.lines} | {PLATFORM}
+    return tuple(_report(of, tenant) for tenant in sorted(tenants))
+
+
+def report_name(service: str, tenant: str, period: Period) -> str:
+    """The name of a report. Dashes in the tenant are doubled, so no two (service, tenant) pairs can share a name:
+    read from the right, the first single dash before the period is the separator."""
+    written = "platform" if tenant == PLATFORM else tenant.replace("-", "--")
+    return f"{service}-{written}-{period.label}"
+
+
+def digest_of(hashes: Iterable[str]) -> str:
+    """SHA-256 over the records' hashes (hex, in the order of their keys), without separators."""
+    digest = sha256()
+    for each in hashes:
+        digest.update(each.encode())
+    return digest.hexdigest()
+
+
+def canonical_report(manifest: Manifest) -> bytes:
+    """The bytes of a report as the ledger keeps them: sorted keys, no spaces."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _report(of: ServicePeriod, tenant: str) -> Manifest:
+    period = of.period
+    spec: Manifest = {
+        "tenant": tenant,
+        "serviceRef": {"name": of.service},
+        "period": {
+            "start": rfc3339(period.start_ns),
+            "end": rfc3339(period.end_ns),
+            "granularity": period.granularity.value,
+        },
+    }
+    if of.plan is not None:
+        spec["pricePlanRef"] = {"name": of.plan.name, "version": of.plan.version}
+        spec["pricePlanHash"] = of.plan.hash
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "UsageReport",
+        "metadata": {
+            "name": report_name(of.service, tenant, period),
+            "namespace": of.namespace,
+            "labels": {
+                "app.kubernetes.io/managed-by": "gpumeter",
+                "gpumeter.io/inferenceservice": of.service,
+                "gpumeter.io/tenant": "platform" if tenant == PLATFORM else tenant,
+                "gpumeter.io/granularity": period.granularity.value,
+                "gpumeter.io/phase": of.verdict.phase.value,
+            },
+        },
+        "spec": spec,
+        "status": _status(of, tenant),
+    }
+
+
+def _status(of: ServicePeriod, tenant: str) -> Manifest:
+    own = [line for pod in of.pods for line in pod.lines if line.owner == tenant]
+    used = [line for line in own if line.kind is Kind.SESSION and line.account == Account.ATTRIBUTED]
+    total = sum((pod.booked.accounts for pod in of.pods), Accounts())
+    by_class: dict[str, int] = {}
+    for pod in of.pods:
+        share_ns = sum(line.gpu_ns for line in pod.lines if _is_used_by(line, tenant))
+        if tenant == PLATFORM:
+            # What a session of the platform itself used stays the platform's: its own share is what tenants left.
+            share_ns += pod.booked.accounts.platform
+        by_class[pod.worker.gpu_class] = by_class.get(pod.worker.gpu_class, 0) + share_ns
+    gpu_ns = sum(by_class.values())
+    prompt = sum(line.prompt_tokens for line in used)
+    completion = sum(line.completion_tokens for line in used)
+    priced = price(of.plan, of.plan_name, by_class, of.period.start_ns)
+    status: Manifest = {
+        "phase": of.verdict.phase.value,
+        "gpuNanoseconds": str(gpu_ns),
+        "gpuSeconds": plain(Decimal(gpu_ns) / SECOND_NS),
+        "prefillGpuNanoseconds": str(sum(line.prefill_ns for line in used)),
+        "decodeGpuNanoseconds": str(sum(line.decode_ns for line in used)),
+        "sessions": sum(line.sessions for line in used),
+        "tokens": {
+            "prompt": prompt,
+            "cached": sum(line.cached_tokens for line in used),
+            "completion": completion,
+            "total": prompt + completion,
+        },
+        "recordCount": sum(line.records for line in own),
+        "seqRanges": _ranges(own),
+        "completeness": _completeness(of.verdict),
+        "conditions": _conditions(of, total, priced.amount is not None, priced.reason, priced.message),
+    }
+    used_ns = sum(line.gpu_ns for line in used)
+    if used_ns:
+        mean = Decimal(sum(line.batch_ns for line in used)) / Decimal(used_ns)
+        status["meanBatchSize"] = plain(mean.quantize(Decimal("0.001"), ROUND_HALF_EVEN))
+    if tenant == PLATFORM:
+        status["accounts"] = {field: str(getattr(total, name)) for name, field in _ACCOUNT_FIELDS.items()}
+    if priced.amount is not None and of.plan is not None:
+        status["amount"] = status["amountDue"] = plain(priced.amount)
+        status["currency"] = of.plan.currency
+        if prompt + completion:
+            status["pricePerThousandTokens"] = plain(per_thousand(priced.amount, prompt + completion))
+    if of.digests:
+        status["digest"] = of.digests.get(tenant, digest_of(()))
+    return status
+
+
+def _is_used_by(line: Line, tenant: str) -> bool:
+    return line.kind is Kind.SESSION and line.account == Account.ATTRIBUTED and line.owner == tenant
+
+
+def _ranges(lines: Iterable[Line]) -> list[Manifest]:
+    """First and last seq by boot. Between them stand records of others too; the digest tells which are its own."""
+    ranges: dict[tuple[str, str], tuple[int, int]] = {}
+    for line in lines:
+        key = (line.worker_uid, line.boot_id)
+        first, last = ranges.get(key, (line.first_seq, line.last_seq))
+        ranges[key] = (min(first, line.first_seq), max(last, line.last_seq))
+    return [
+        {"workerUid": worker_uid, "bootId": boot_id, "first": first, "last": last}
+        for (worker_uid, boot_id), (first, last) in sorted(ranges.items())
+    ][:MAX_RANGES]
+
+
+def _completeness(verdict: Verdict) -> Manifest:
+    if verdict.phase is Phase.OPEN:
+        return {"expectedWorkers": verdict.expected}
+    missing = []
+    for each in verdict.missing[:MAX_MISSING]:
+        entry = {
+            "workerUid": each.worker_uid,
+            "pod": each.pod,
+            "reason": each.reason,
+            "message": each.message[:1024],
+        }
+        if each.boot_id:
+            entry["bootId"] = each.boot_id
+        missing.append(entry)
+    return {
+        "expectedWorkers": verdict.expected,
+        "reportedWorkers": verdict.expected - len(verdict.missing),
+        "missing": missing,
+    }
+
+
+def _conditions(
+    of: ServicePeriod, total: Accounts, is_priced: bool, price_reason: str, price_message: str
+) -> list[Any]:
+    # A transition time must be a fact, or the same ledger would give two reports: it is the edge of the period.
+    at = rfc3339(of.period.start_ns if of.verdict.phase is Phase.OPEN else of.period.end_ns)
+
+    def condition(kind: str, status: str, reason: str, message: str) -> Manifest:
+        return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": at}
+
+    return [
+        _complete(of, condition),
+        _reconciled(of, total, condition),
+        _measured(of, condition),
+        condition("Priced", "True" if is_priced else "False", price_reason, price_message),
+    ]
+
+
+def _complete(of: ServicePeriod, condition: Any) -> Any:
+    verdict = of.verdict
+    status = "Unknown" if verdict.phase is not Phase.FINAL else "True" if verdict.complete else "False"
+    message = " ".join((verdict.message, *of.late))
+    return condition("Complete", status, verdict.reason, message[:32_768])
+
+
+def _reconciled(of: ServicePeriod, total: Accounts, condition: Any) -> Any:
+    problems = [problem for pod in of.pods for problem in pod.booked.problems]
+    if problems and of.verdict.phase is not Phase.OPEN:  # in a running period a flush may be half here
+        return condition("Reconciled", "False", "SlicesDisagree", "; ".join(problems)[:32_000] + ".")
+    residual_ns = sum(abs(pod.booked.accounts.unaccounted) for pod in of.pods)
+    bound_ns = total.allocated * RECONCILED_PER_MILLE // 1000
+    message = f"{residual_ns} ns are unaccounted; up to {bound_ns} ns (0.1 % of {total.allocated} ns allocated) may be."
+    if residual_ns <= bound_ns:
+        return condition("Reconciled", "True", "WithinBound", message)
+    return condition(
+        "Reconciled",
+        "False",
+        "UnaccountedTime",
+        message + " Kubernetes states container times in whole seconds, so a start or an end leaves up to a second.",
+    )
+
+
+def _measured(of: ServicePeriod, condition: Any) -> Any:
+    clocks = {line.clock for pod in of.pods for line in pod.lines}
+    if "host" in clocks:
+        return condition(
+            "Measured",
+            "False",
+            "HostClock",
+            "Steps were timed by the host's clock, because there is no GPU to time them.",
+        )
+    return condition("Measured", "True", "DeviceClock", "Steps were timed on the device.")
