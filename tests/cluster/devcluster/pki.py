@@ -5,6 +5,7 @@ Owns who exists in the cluster's control plane and what their certificates say. 
 
 import base64
 import json
+import ssl
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,3 +108,8 @@ def kubeconfig(folder: Path, identity: str, url: str, context: str) -> dict[str,
         "contexts": [{"name": context, "context": {"cluster": context, "user": context}}],
         "current-context": context,
     }
+
+
+def tls_context(folder: Path) -> ssl.SSLContext:
+    """Return what a client without a certificate needs to trust the cluster's servers."""
+    return ssl.create_default_context(cafile=folder / "ca.crt")

