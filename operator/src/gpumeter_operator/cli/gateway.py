@@ -1,0 +1,57 @@
+"""`gpumeter gateway`: puts the front door together and runs it until SIGTERM.
+
+Owns the choice of adapters: which mirrors feed the gateway, and that hop keys come from the release's master key.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from functools import partial
+
+import click
+
+from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Mirror
+from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES, derive
+from gpumeter_operator.gateway.app import serve
+from gpumeter_operator.gateway.endpoints import SERVICE_LABEL
+from gpumeter_operator.gateway.keys import KEY_LABEL
+from gpumeter_operator.gateway.settings import Settings, SettingsInvalid, settings_from
+from gpumeter_operator.gateway.world import World
+
+
+@click.command()
+def gateway() -> None:
+    """Run the OpenAI-compatible front door of all services of the cluster."""
+    try:
+        settings = settings_from(os.environ)
+        master_key = settings.master_key_file.read_bytes()
+        if len(master_key) < MASTER_KEY_MIN_BYTES:
+            raise SettingsInvalid(f"{settings.master_key_file} is shorter than {MASTER_KEY_MIN_BYTES} bytes.")
+    except (SettingsInvalid, OSError) as error:
+        sys.exit(f"SettingsInvalid: {error}")
+    asyncio.run(_run(settings, master_key))
+
+
+async def _run(settings: Settings, master_key: bytes) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    cluster = Cluster.connect()
+    try:
+        await serve(_world(cluster, settings), settings, partial(derive, master_key, "hop-key"), stop)
+    finally:
+        await cluster.close()
+    logging.getLogger(__name__).info("stopped")
+
+
+def _world(cluster: Cluster, settings: Settings) -> World:
+    return World(
+        services=lambda changed: Mirror(cluster, INFERENCE_SERVICES, on_change=changed),
+        slices=lambda changed: Mirror(cluster, ENDPOINT_SLICES, labels={SERVICE_LABEL: None}, on_change=changed),
+        keys=lambda changed: Mirror(
+            cluster, SECRETS, namespace=settings.namespace, labels={KEY_LABEL: "true"}, on_change=changed
+        ),
+    )

@@ -1,0 +1,106 @@
+"""The gateway as a server: routes, start, and a stop that finishes what runs.
+
+Owns the life of the listening socket. Does not know what a request means (front) or where the cluster is (world).
+"""
+
+import asyncio
+import logging
+
+from aiohttp import web
+
+from gpumeter_operator.gateway.front import Front, HopKeyOf, in_openais_shape
+from gpumeter_operator.gateway.relay import Relay
+from gpumeter_operator.gateway.settings import Settings
+from gpumeter_operator.gateway.telemetry import Telemetry
+from gpumeter_operator.gateway.world import World
+
+logger = logging.getLogger(__name__)
+
+# Also bounds a client that opens a connection and never completes its headers.
+_CLIENT_IDLE_S = 75.0
+_LAST_WORDS_S = 5.0  # for error events and answers to leave after the drain timeout
+
+
+async def serve(world: World, settings: Settings, hop_key_of: HopKeyOf, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain. Raises when a mirror fails for good."""
+    gateway = Gateway(world, settings, hop_key_of)
+    await gateway.start()
+    mirrors = asyncio.create_task(world.run())
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((mirrors, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not stopped.done():
+            mirrors.result()  # raises what ended it
+        await gateway.stop()
+    finally:
+        for task in (mirrors, stopped):
+            task.cancel()
+        await asyncio.gather(mirrors, stopped, return_exceptions=True)
+        await gateway.close()
+
+
+class Gateway:
+    """A running gateway."""
+
+    def __init__(self, world: World, settings: Settings, hop_key_of: HopKeyOf) -> None:
+        self._settings = settings
+        self._world = world
+        self._hop_key_of = hop_key_of
+        self._front: Front
+        self._relay: Relay
+        self._runner: web.AppRunner
+        self._site: web.TCPSite
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listen. Requests are refused with 503 until the world is in sync."""
+        telemetry = Telemetry()
+        self._relay = Relay(
+            telemetry,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            silence_timeout_s=self._settings.silence_timeout_s,
+        )
+        self._front = Front(self._world, self._relay, telemetry, self._settings, self._hop_key_of)
+        app = web.Application(middlewares=[in_openais_shape], client_max_size=self._settings.body_bytes_max)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self._front.complete),
+                web.post("/v1/completions", self._front.complete),
+                web.get("/v1/models", self._front.list_models),
+                web.get("/v1/models/{model:.+}", self._front.get_model),
+                web.get("/healthz", self._front.healthz),
+                web.get("/readyz", self._front.readyz),
+                web.get("/metrics", self._front.metrics),
+            ]
+        )
+        # handler_cancellation: a client that goes away ends its handler, and with it the connection to the worker.
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=_CLIENT_IDLE_S,
+            shutdown_timeout=_LAST_WORDS_S,
+        )
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=1024)
+        await self._site.start()
+        self.port = self._site.port
+        logger.info("listening on %s:%d", self._settings.host, self.port)
+
+    async def stop(self) -> None:
+        """Readiness off, wait until nobody is sent here, finish what runs, within the drain timeout."""
+        self._front.stopping = True
+        logger.info("stopping: %d requests in flight", self._front.in_flight)
+        await asyncio.sleep(self._settings.settle_s)
+        await self._site.stop()
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                await self._front.idle.wait()
+        except TimeoutError:
+            logger.warning("cutting off %d requests after the drain timeout", self._front.in_flight)
+            self._relay.cut_off()
+
+    async def close(self) -> None:
+        """Close everything that is still open."""
+        await self._runner.cleanup()
+        await self._relay.close()

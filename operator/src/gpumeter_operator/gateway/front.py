@@ -1,0 +1,259 @@
+"""The front door's handlers: from a client's request to a worker's answer.
+
+Owns the order of things: tenant, body, service, worker, answer; and that every request ends with exactly one outcome in
+metrics and log. The decisions are made elsewhere (keys, ask, models, routing, hop). Does not know the cluster.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from gpumeter_operator.gateway import ask, hop, models, refusal
+from gpumeter_operator.gateway.keys import tenant_of
+from gpumeter_operator.gateway.models import Service
+from gpumeter_operator.gateway.refusal import Refusal
+from gpumeter_operator.gateway.relay import Answer, Errand, Relay
+from gpumeter_operator.gateway.settings import Settings
+from gpumeter_operator.gateway.telemetry import Telemetry
+from gpumeter_operator.gateway.world import World
+
+logger = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # as nginx writes it; nobody receives it
+NO_WORKER_RETRY_S = 5
+
+HopKeyOf = Callable[[str], str]  # service uid -> key that its workers verify with
+
+
+@dataclass(slots=True)
+class Trip:
+    """What becomes of one request, for metrics and log."""
+
+    session: str
+    request_id: str
+    started_at_s: float
+    tenant: str = ""
+    service: str = ""
+    code: int = 0
+    note: str = ""
+    read_at_s: float = field(default=0.0)
+
+    def headers(self) -> dict[str, str]:
+        """What every answer carries, errors too."""
+        named = {hop.SESSION_HEADER: self.session}
+        if self.request_id:
+            named[hop.REQUEST_ID_HEADER] = self.request_id
+        return named
+
+
+class Front:
+    """All routes of the gateway."""
+
+    def __init__(
+        self, world: World, relay: Relay, telemetry: Telemetry, settings: Settings, hop_key_of: HopKeyOf
+    ) -> None:
+        self._world = world
+        self._relay = relay
+        self._telemetry = telemetry
+        self._settings = settings
+        self._hop_key_of = hop_key_of
+        self.stopping = False
+        self.in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions and /v1/completions."""
+        trip = Trip(hop.new_session(), hop.request_id(request.headers), time.monotonic())
+        self.in_flight += 1
+        self.idle.clear()
+        try:
+            response = await self._complete(request, trip)
+            trip.code = trip.code or response.status
+        except Refusal as why:
+            trip.code, trip.note = why.status, why.code
+            response = _refuse(why, trip)
+        except (asyncio.CancelledError, ConnectionError):
+            trip.code, trip.note = CLIENT_GONE, "client went away"
+            raise
+        except BaseException:
+            trip.code, trip.note = 500, "failed"
+            raise
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self.idle.set()
+            self._telemetry.ended(trip.tenant, trip.service, trip.code)
+            _log(trip)
+        if self.stopping:
+            response.force_close()
+        return response
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        """GET /v1/models."""
+        self._tenant(request)
+        return web.json_response({"object": "list", "data": models.listing(self._world.catalogue())})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/NAME; a qualified name brings a slash along."""
+        self._tenant(request)
+        catalogue = self._world.catalogue()
+        return web.json_response(models.describe(catalogue, models.resolve(catalogue, request.match_info["model"])))
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        """GET /healthz: the process answers. The API server's silence is no reason to restart: requests still work."""
+        return web.Response(text="ok\n")
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        """GET /readyz: all three mirrors are complete, and this gateway is not about to stop."""
+        if self.stopping:
+            return web.Response(status=503, text="stopping\n")
+        if not self._world.synced:
+            return web.Response(status=503, text="waiting for the first list of services, endpoints and keys\n")
+        return web.Response(text="ok\n")
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """GET /metrics in Prometheus' text format."""
+        return web.Response(
+            body=generate_latest(self._telemetry.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def _complete(self, request: web.Request, trip: Trip) -> web.StreamResponse:
+        trip.tenant = self._tenant(request)  # before the body: a stranger must not make this process hold one
+        if self.in_flight > self._settings.in_flight_max:
+            raise Refusal(503, "gateway_busy", "The gateway has as many requests as it may hold.", retry_after_s=1)
+        body = await self._body(request)
+        trip.read_at_s = time.monotonic()
+        asked = ask.read(body)
+        service = models.resolve(self._world.catalogue(), asked.model)
+        trip.service = service.qualified
+        errand = self._errand(request, trip, service, ask.body_for(asked, service.model, body))
+        self._telemetry.in_flight(service.qualified, +1)
+        try:
+            if not self._world.endpoints(service):
+                raise self._no_worker(service)
+            async with self._relay.send(errand, lambda: self._world.endpoints(service)) as answer:
+                return await self._pass_on(request, trip, answer)
+        finally:
+            self._telemetry.in_flight(service.qualified, -1)
+
+    def _tenant(self, request: web.Request) -> str:
+        if not self._world.synced:
+            raise Refusal(503, "gateway_starting", "The gateway is starting; try again.", retry_after_s=1)
+        tenant = tenant_of(self._world.keyring(), request.headers.get("Authorization", ""))
+        if tenant is None:
+            message = "The API key is missing or not known. Send it as: Authorization: Bearer KEY."
+            raise Refusal(401, "invalid_api_key", message)
+        return tenant
+
+    async def _body(self, request: web.Request) -> bytes:
+        limit = self._settings.body_bytes_max
+        too_large = Refusal(413, "request_too_large", f"The body is too large; at most {limit} bytes are accepted.")
+        if (request.content_length or 0) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_s):
+                return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise too_large from None
+        except TimeoutError:
+            message = f"The body did not arrive within {self._settings.body_timeout_s:g} s."
+            raise Refusal(408, "request_timeout", message) from None
+        except web.RequestPayloadError:
+            raise Refusal(400, "invalid_body", "The body cannot be read as its headers announce it.") from None
+
+    def _errand(self, request: web.Request, trip: Trip, service: Service, body: bytes) -> Errand:
+        claim = hop.Hop(trip.tenant, trip.session, service.uid)
+        token = hop.token(claim, self._hop_key_of(service.uid), int(time.time()))
+        return Errand(service.qualified, request.path, body, hop.headers_to_worker(request.headers, token))
+
+    def _no_worker(self, service: Service) -> Refusal:
+        reason, message = self._world.condition(service)
+        because = f" {reason}: {message}" if reason else ""
+        return Refusal(
+            503,
+            "no_ready_worker",
+            f"{service.qualified} has no worker that is ready.{because}".rstrip(),
+            retry_after_s=NO_WORKER_RETRY_S,
+        )
+
+    async def _pass_on(self, request: web.Request, trip: Trip, answer: Answer) -> web.StreamResponse:
+        headers = hop.headers_to_client(answer.response.headers) | trip.headers()
+        if not answer.is_stream:
+            whole = await answer.whole()
+            self._note_added(trip, answer)
+            return web.Response(status=answer.response.status, body=whole, headers=headers)
+        response = web.StreamResponse(status=answer.response.status, headers=headers)
+        await response.prepare(request)
+        self._note_added(trip, answer)
+        try:
+            async for events in answer.events():
+                await self._write(request, response, events)
+        except Refusal as broken:  # the status line has been sent: the error becomes the stream's last event
+            trip.code, trip.note = broken.status, broken.code
+            await self._write(request, response, refusal.event(broken))
+        await response.write_eof()
+        return response
+
+    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._settings.write_timeout_s):
+                await response.write(data)
+        except TimeoutError:
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the client does not read") from None
+
+    def _note_added(self, trip: Trip, answer: Answer) -> None:
+        back_s = time.monotonic() - answer.first_byte_at_s if answer.is_stream else 0.0
+        self._telemetry.added(answer.sent_at_s - trip.read_at_s + back_s)
+
+
+@web.middleware
+async def in_openais_shape(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Give every error, also those of the HTTP server itself, the one shape that clients read."""
+    try:
+        return await handler(request)
+    except Refusal as why:
+        return _refuse(why, None)
+    except web.HTTPNotFound:
+        return _refuse(Refusal(404, "not_found", f"There is no route {request.method} {request.path[:128]}."), None)
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        response = _refuse(Refusal(405, "method_not_allowed", f"{request.path[:128]} accepts {allowed}."), None)
+        response.headers["Allow"] = allowed
+        return response
+    except Exception as error:
+        if isinstance(error, ConnectionError | web.HTTPException):
+            raise
+        logger.exception("a request failed")
+        return _refuse(Refusal(500, "internal_error", "The gateway failed; its log says why."), None)
+
+
+def _refuse(why: Refusal, trip: Trip | None) -> web.Response:
+    headers = trip.headers() if trip else {}
+    if why.retry_after_s:
+        headers["Retry-After"] = str(why.retry_after_s)
+    if why.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.Response(status=why.status, body=refusal.body(why), headers=headers, content_type="application/json")
+
+
+def _log(trip: Trip) -> None:
+    logger.info(
+        "session=%s tenant=%s service=%s code=%d ms=%.0f request_id=%r%s",
+        trip.session,
+        trip.tenant or "-",
+        trip.service or "-",
+        trip.code,
+        (time.monotonic() - trip.started_at_s) * 1000,
+        trip.request_id,
+        f" note={trip.note}" if trip.note else "",
+    )

@@ -1,0 +1,98 @@
+"""API keys: which tenant a key belongs to.
+
+Owns the form of a key's Secret and what makes one unacceptable. A key itself is never kept: Secrets hold its SHA-256,
+and what a client presents is hashed before it is looked up, so a lookup's duration tells nothing about a key.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+KEY_LABEL = "gpumeter.io/api-key"
+TENANT_LABEL = "gpumeter.io/tenant"
+DIGEST_FIELD = "sha256"
+RESERVED_TENANT = "platform"  # the label value under which the platform's own usage (_platform) is reported
+MAX_TENANT_CHARS = 40  # a tenant becomes a part of the name of its UsageReports
+
+_TENANT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """Tenants by the hex SHA-256 of their keys, and one sentence for every Secret that was left out."""
+
+    tenants: Mapping[str, str]
+    problems: tuple[str, ...] = ()
+
+
+def keyring_from(secrets: Iterable[Mapping[str, Any]]) -> Keyring:
+    """Read the Secrets of API keys. One that is malformed is skipped, so that it cannot lock the others out."""
+    problems: list[str] = []
+    owners: dict[str, dict[str, list[str]]] = {}  # digest -> tenant -> Secrets
+    for secret in secrets:
+        metadata = secret.get("metadata", {})
+        if metadata.get("deletionTimestamp"):
+            continue  # revoked: a finalizer of somebody else must not keep a key alive
+        name = f"{metadata.get('namespace', '')}/{metadata.get('name', '')}"
+        tenant = (metadata.get("labels") or {}).get(TENANT_LABEL, "")
+        digest = _digest_of(secret)
+        if problem := tenant_problem(tenant) or (digest is None and _NO_DIGEST) or "":
+            problems.append(f"The API key Secret {name} is ignored: {problem}")
+            continue
+        owners.setdefault(digest or "", {}).setdefault(tenant, []).append(name)
+    tenants: dict[str, str] = {}
+    for digest, by_tenant in owners.items():
+        if len(by_tenant) == 1:
+            tenants[digest] = next(iter(by_tenant))
+            continue
+        names = ", ".join(sorted(name for each in by_tenant.values() for name in each))
+        problems.append(
+            f"The API key Secrets {names} are ignored: they hold the same key for the tenants "
+            f"{', '.join(sorted(by_tenant))}, and a key can belong to one tenant only."
+        )
+    return Keyring(tenants, tuple(sorted(problems)))
+
+
+def tenant_of(keyring: Keyring, authorization: str) -> str | None:
+    """The tenant whose key an Authorization header carries, or None."""
+    scheme, _, key = authorization.strip().partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        return None
+    return keyring.tenants.get(digest_of(key))
+
+
+def digest_of(key: str) -> str:
+    """What a Secret holds of a key."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+
+
+def tenant_problem(tenant: str) -> str:
+    """Why this cannot be a tenant's name, as a sentence; empty when it can."""
+    if not tenant:
+        return f"it has no label {TENANT_LABEL}."
+    if tenant == RESERVED_TENANT:
+        return f"the tenant {RESERVED_TENANT!r} is reserved for the platform's own usage."
+    if len(tenant) > MAX_TENANT_CHARS or not _TENANT.fullmatch(tenant):
+        return (
+            f"the tenant {tenant!r} is not a DNS label of at most {MAX_TENANT_CHARS} characters "
+            "(lower-case letters, digits and dashes, with a letter or digit at both ends)."
+        )
+    return ""
+
+
+_NO_DIGEST = f"its data has no valid field {DIGEST_FIELD}; it must be the key's SHA-256 as 64 hexadecimal digits."
+
+
+def _digest_of(secret: Mapping[str, Any]) -> str | None:
+    encoded = (secret.get("data") or {}).get(DIGEST_FIELD, "")
+    try:
+        digest = base64.b64decode(encoded, validate=True).decode("ascii").strip().lower()
+    except (binascii.Error, ValueError, TypeError):
+        return None
+    return digest if _DIGEST.fullmatch(digest) else None

@@ -1,0 +1,176 @@
+"""From gateway to worker: sends a request to a ready endpoint and brings the answer back.
+
+Owns the pooled connections to workers and the translation of the HTTP client's errors. Which endpoint, and whether a
+second attempt is made, routing decides. Does not know who the client is.
+"""
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import aiohttp
+
+from gpumeter_operator.gateway.endpoints import Endpoint
+from gpumeter_operator.gateway.refusal import Refusal
+from gpumeter_operator.gateway.routing import Failure, Outstanding, choose, retry_after
+from gpumeter_operator.gateway.sse import EventCutter, EventTooLong
+from gpumeter_operator.gateway.telemetry import Telemetry
+
+# Below the five seconds after which uvicorn closes an idle connection: a closing connection must not get a request.
+_KEEP_IDLE_S = 4.0
+_PLAIN_BYTES_MAX = 64 << 20  # a plain answer is read whole, so that it is never passed on cut off
+_BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """One request to a service, ready to be sent to any of its workers."""
+
+    service: str
+    path: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Answer:
+    """A worker's answer whose body has not been read. `sent_at_s` and `first_byte_at_s` are monotonic seconds."""
+
+    endpoint: Endpoint
+    response: aiohttp.ClientResponse
+    sent_at_s: float
+    first_byte_at_s: float
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it comes as server-sent events."""
+        return self.response.content_type == "text/event-stream"
+
+    async def whole(self) -> bytes:
+        """All of a plain answer. Raises Refusal when it breaks off."""
+        try:
+            parts = bytearray()
+            async for part in self.response.content.iter_any():
+                parts += part
+                if len(parts) > _PLAIN_BYTES_MAX:
+                    raise Refusal(502, "worker_broken", f"The worker's answer exceeds {_PLAIN_BYTES_MAX} bytes.")
+        except _BROKEN as error:
+            raise _broke_off(error) from None
+        return bytes(parts)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """A stream's whole events as they come. Raises Refusal when it breaks off or ends without its end."""
+        cutter = EventCutter()
+        try:
+            async for chunk in self.response.content.iter_any():
+                if whole := cutter.feed(chunk):
+                    yield whole
+        except EventTooLong as error:
+            raise Refusal(502, "worker_broken", f"The worker sent {error}.") from None
+        except _BROKEN as error:
+            raise _broke_off(error) from None
+        if not cutter.ended:
+            raise _broke_off(None)
+
+
+class Relay:
+    """The connections to all workers."""
+
+    def __init__(self, telemetry: Telemetry, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        trace.on_request_headers_sent.append(_note_sent)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),  # in_flight_max is the limit
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            trace_configs=[trace],
+        )
+        self._telemetry = telemetry
+        self._outstanding = Outstanding()
+        self._open: set[aiohttp.ClientResponse] = set()
+
+    @asynccontextmanager
+    async def send(self, errand: Errand, endpoints: Callable[[], Sequence[Endpoint]]) -> AsyncIterator[Answer]:
+        """Send to the least loaded endpoint, and to another one while nothing has reached a worker.
+
+        Leaving the context before the answer is read closes the connection, by which the worker learns that nobody
+        waits any more. `endpoints` is asked again for every attempt: they change. Raises Refusal.
+        """
+        excluded: frozenset[Endpoint] = frozenset()
+        attempts = 0
+        failure: Failure | None = None
+        while endpoint := choose(endpoints(), self._outstanding, excluded):
+            attempts += 1
+            with self._outstanding.one_more(endpoint):
+                answer = await self._attempt(errand, endpoint)
+                if isinstance(answer, Answer):
+                    self._open.add(answer.response)
+                    try:
+                        yield answer
+                    finally:
+                        self._open.discard(answer.response)
+                        answer.response.close()  # goes back to the pool by itself when it was read to its end
+                    return
+            failure = answer
+            retry = retry_after(failure, endpoint, attempts, excluded)
+            if not retry.allowed:
+                break
+            excluded = retry.excluded
+            self._telemetry.retried(failure)
+        if failure is Failure.LOST:
+            raise Refusal(
+                502,
+                "worker_lost",
+                f"The worker of {errand.service} stopped before it answered. {retry.reason} Send it again if you like.",
+            )
+        raise Refusal(503, "service_unavailable", f"No worker of {errand.service} can be reached.", retry_after_s=2)
+
+    def cut_off(self) -> None:
+        """Break every answer that is still being read, so that its client gets an error instead of silence."""
+        for response in tuple(self._open):
+            response.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def _attempt(self, errand: Errand, endpoint: Endpoint) -> Answer | Failure:
+        notes = SimpleNamespace(reused=False, sent_at_s=time.monotonic())
+        try:
+            response = await self._session.post(
+                endpoint.origin + errand.path,
+                data=errand.body,
+                headers=errand.headers,
+                allow_redirects=False,  # a redirect would carry the token to another address
+                trace_request_ctx=notes,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return Failure.NOT_CONNECTED
+        except TimeoutError:
+            raise Refusal(504, "worker_timeout", f"The worker of {errand.service} did not answer in time.") from None
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            return Failure.STALE if notes.reused else Failure.LOST
+        except aiohttp.ClientError as error:
+            message = f"The worker of {errand.service} does not speak HTTP as expected ({type(error).__name__})."
+            raise Refusal(502, "worker_broken", message) from None
+        return Answer(endpoint, response, notes.sent_at_s, time.monotonic())
+
+
+async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.reused = True
+
+
+async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.sent_at_s = time.monotonic()
+
+
+def _broke_off(error: Exception | None) -> Refusal:
+    if isinstance(error, TimeoutError):
+        return Refusal(504, "worker_timeout", "The worker went silent in the middle of its answer.")
+    return Refusal(
+        502, "worker_lost", "The worker stopped in the middle of its answer; what it had computed is metered."
+    )

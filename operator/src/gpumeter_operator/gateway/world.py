@@ -1,0 +1,110 @@
+"""What the gateway knows of the cluster: services, their ready workers, and the keys of tenants.
+
+Owns the three mirrors' lifetimes and what is computed from them, again only after something changed. Does not know how
+a mirror is kept; it opens them through a port, which adapters.kubernetes.Mirror fills.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+from gpumeter_operator.gateway.endpoints import Endpoint, endpoints_from
+from gpumeter_operator.gateway.keys import Keyring, keyring_from
+from gpumeter_operator.gateway.models import Catalogue, Service, catalogue_from
+
+logger = logging.getLogger(__name__)
+
+Objects = Mapping[tuple[str, str], Mapping[str, Any]]
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """A mirror of one kind of object: what adapters.kubernetes.Mirror offers."""
+
+    @property
+    def objects(self) -> Mapping[tuple[str, str], Any]:
+        """All objects by (namespace, name), as plain dicts."""
+
+    async def run(self) -> None:
+        """Keep the objects up to date; never ends by itself."""
+
+    async def synced(self) -> None:
+        """Return once the first list is complete."""
+
+
+OpenSource = Callable[[Callable[[], None]], Source]  # gets a function to call after every change
+
+
+class World:
+    """The state of the cluster as far as requests need it."""
+
+    def __init__(self, *, services: OpenSource, slices: OpenSource, keys: OpenSource) -> None:
+        self._catalogue: _Derived[Catalogue] = _Derived(lambda: catalogue_from(self._services.objects.values()))
+        self._endpoints: _Derived[dict[tuple[str, str], tuple[Endpoint, ...]]] = _Derived(
+            lambda: endpoints_from(self._slices.objects.values())
+        )
+        self._keyring: _Derived[Keyring] = _Derived(lambda: keyring_from(self._keys.objects.values()))
+        self._told: frozenset[str] = frozenset()
+        self._services = services(self._catalogue.forget)
+        self._slices = slices(self._endpoints.forget)
+        self._keys = keys(self._keys_changed)
+        self.synced = False
+
+    async def run(self) -> None:
+        """Keep all mirrors running. Ends only with an error: without its mirrors a gateway would serve the past."""
+        sources = (self._services, self._slices, self._keys)
+        async with asyncio.TaskGroup() as tasks:
+            for source in sources:
+                tasks.create_task(source.run())
+            for source in sources:
+                await source.synced()
+            self.synced = True
+            logger.info(
+                "in sync: %d services, %d keys", len(self.catalogue().by_qualified), len(self.keyring().tenants)
+            )
+
+    def catalogue(self) -> Catalogue:
+        """All services by name."""
+        return self._catalogue.value()
+
+    def endpoints(self, service: Service) -> tuple[Endpoint, ...]:
+        """The service's workers that take new requests, as of now."""
+        return self._endpoints.value().get((service.namespace, service.name), ())
+
+    def keyring(self) -> Keyring:
+        """Tenants by key; every Secret that is left out is told once."""
+        keyring = self._keyring.value()
+        problems = frozenset(keyring.problems)
+        for problem in sorted(problems - self._told):
+            logger.warning("%s", problem)
+        self._told = problems
+        return keyring
+
+    def condition(self, service: Service) -> tuple[str, str]:
+        """Reason and message of the service's Ready condition when it is not true; empty where none is written."""
+        status = self._services.objects.get((service.namespace, service.name), {}).get("status") or {}
+        for condition in status.get("conditions") or ():
+            if condition.get("type") == "Ready" and condition.get("status") != "True":
+                return condition.get("reason") or "", condition.get("message") or ""
+        return "", ""
+
+    def _keys_changed(self) -> None:
+        self._keyring.forget()
+        asyncio.get_running_loop().call_soon(self.keyring)  # so that a bad Secret is told when it appears
+
+
+class _Derived(Generic[T]):
+    """A value that is computed from a mirror when it is first needed after a change."""
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+        self._value: T | None = None
+
+    def forget(self) -> None:
+        self._value = None
+
+    def value(self) -> T:
+        if self._value is None:
+            self._value = self._compute()
+        return self._value

@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import pytest
+
+from gpumeter_operator.gateway.settings import SettingsInvalid, settings_from
+
+
+def test_only_the_namespace_has_no_default() -> None:
+    settings = settings_from({"GPUMETER_NAMESPACE": "gpumeter"})
+    assert (settings.namespace, settings.port) == ("gpumeter", 8080)
+    assert settings.master_key_file == Path("/etc/gpumeter/master/master-key")
+
+
+def test_every_setting_that_cannot_be_is_told_at_once() -> None:
+    wrong = {
+        "GPUMETER_GATEWAY_PORT": "eighty",
+        "GPUMETER_GATEWAY_BODY_BYTES_MAX": "0",
+        "GPUMETER_GATEWAY_SETTLE_S": "-1",
+        "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "nan",
+    }
+    with pytest.raises(SettingsInvalid) as refused:
+        settings_from(wrong)
+    for name in (*wrong, "GPUMETER_NAMESPACE"):
+        assert name in str(refused.value)
+
+
+def test_what_is_set_wins_over_the_default() -> None:
+    settings = settings_from({"GPUMETER_NAMESPACE": "x", "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "7.5"})
+    assert settings.drain_timeout_s == 7.5
