@@ -304,6 +304,16 @@ class Mirror:
         """Wait until the first list is complete."""
         await self._synced.wait()
 
+    @property
+    def is_synced(self) -> bool:
+        """Whether the first list is complete."""
+        return self._synced.is_set()
+
+    def learn(self, item: Manifest) -> None:
+        """Take what a write of our own returned, so that who writes also reads it before the watch tells."""
+        self.objects[_key(item)] = _slim(item)
+        self._tell_changed()
+
     async def _list_then_watch(self) -> None:
         listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
         self._replace_all({_key(item): _slim(item) for item in listed})

@@ -1,0 +1,46 @@
+"""`gpumeter`: the group of commands.
+
+Owns the list of commands and where each lives. A command's module is imported when the command is called, so that the
+gateway does not carry kopf, nor the plugin a server. Knows no command's options.
+"""
+
+from importlib import import_module
+
+import click
+
+# name -> (module:attribute, what it does in one line)
+COMMANDS = {
+    "operator": ("gpumeter_operator.cli.operator:operator", "Run the operator: InferenceServices become worker pods."),
+    "collector": ("gpumeter_operator.cli.collector:collector", "Run the collector: usage records become UsageReports."),
+    "gateway": ("gpumeter_operator.cli.gateway:gateway", "Run the gateway: OpenAI's API for all services."),
+    "accounts": ("gpumeter_operator.cli.accounts:accounts", "Check that accounts add up to the allocated time."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{COMMANDS[cmd_name][0]} is not a command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands in --help, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="gpumeter-operator")
+def main() -> None:
+    """Metered inference on Kubernetes: operator, collector, gateway and the tools around the bill."""

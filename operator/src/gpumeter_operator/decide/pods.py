@@ -1,0 +1,159 @@
+"""What one worker pod says about itself, in words that a user can act on.
+
+Owns the translation of a pod's status into a PodState: ready, starting, or a Problem whose reason tells insufficient
+capacity from a failed image pull, from a worker's own fatal problem, from memory, from a crash loop. Does not know how
+many pods there should be.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpumeter_operator.decide.spec import Problem
+from gpumeter_operator.decide.template import MAIN_CONTAINER
+from gpumeter_operator.decide.workload import SERVICE_UID_ANNOTATION, TEMPLATE_ANNOTATION
+
+# A worker's last words: one line, a CamelCase word, a colon and a sentence. They are shown unchanged.
+_LAST_WORDS = re.compile(r"^([A-Z][A-Za-z0-9]*): (\S.*)$", re.DOTALL)
+_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+_CONTAINER_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_MESSAGE_MAX = 600  # characters of a crash's last words; the log has the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last time a worker ended badly."""
+
+    problem: Problem
+    finished_at: str  # RFC 3339, as Kubernetes states it
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """One pod that exists, as the service's status needs it."""
+
+    name: str
+    template_hash: str
+    ready: bool
+    terminating: bool
+    started: bool  # a container of it ran or runs
+    waiting: str  # the reason why its container waits, or ""
+    problem: Problem | None
+    failure: Failure | None
+
+
+def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:
+    """Whether a pod is of this very service, not of a former namesake."""
+    annotations = pod["metadata"].get("annotations") or {}
+    return bool(annotations.get(SERVICE_UID_ANNOTATION) == service_uid)
+
+
+def exists(pod: Mapping[str, Any]) -> bool:
+    """Whether a pod may still run something."""
+    return (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
+
+
+def describe(pod: Mapping[str, Any], gpu_resource_name: str) -> PodState:
+    """Read one pod."""
+    status = pod.get("status") or {}
+    main: Mapping[str, Any] = next(
+        (one for one in status.get("containerStatuses") or [] if one["name"] == MAIN_CONTAINER), {}
+    )
+    state = main.get("state") or {}
+    ready = any(one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or [])
+    failure = _failure(main, pod["metadata"]["name"], pod["metadata"].get("namespace", ""))
+    return PodState(
+        name=pod["metadata"]["name"],
+        template_hash=(pod["metadata"].get("annotations") or {}).get(TEMPLATE_ANNOTATION, ""),
+        ready=ready and "deletionTimestamp" not in pod["metadata"],
+        terminating="deletionTimestamp" in pod["metadata"],
+        started="running" in state or bool(main.get("lastState")) or "terminated" in state,
+        waiting=(state.get("waiting") or {}).get("reason", ""),
+        problem=None if ready else _problem(pod, state, failure, gpu_resource_name),
+        failure=failure,
+    )
+
+
+def _problem(
+    pod: Mapping[str, Any], state: Mapping[str, Any], failure: Failure | None, gpu_resource_name: str
+) -> Problem | None:
+    if failure is not None:
+        return failure.problem
+    waiting = state.get("waiting") or {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in _IMAGE_REASONS:
+        return Problem(
+            "ImagePullFailed",
+            f"The node cannot get the worker's image ({reason}: {_ended(message or 'no details')}) Check that "
+            "spec.engine.image, or the worker image of the installation, names an image that the nodes can pull.",
+        )
+    if reason in _CONTAINER_REASONS:
+        return Problem(
+            reason,
+            f"The worker's container cannot be made: {_ended(message or 'no details')} "
+            f"See kubectl describe pod -n {pod['metadata'].get('namespace', '')} {pod['metadata']['name']}.",
+        )
+    return _unschedulable(pod, gpu_resource_name)
+
+
+def _unschedulable(pod: Mapping[str, Any], gpu_resource_name: str) -> Problem | None:
+    for condition in (pod.get("status") or {}).get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            if condition.get("reason") != "Unschedulable":
+                return None
+            sentence = _ended(condition.get("message") or "the scheduler gave no reason")
+            if f"Insufficient {gpu_resource_name}" in sentence:
+                return Problem(
+                    "InsufficientCapacity",
+                    f"No node has a free GPU for the worker: {sentence} Free or add nodes that offer "
+                    f"{gpu_resource_name}, lower spec.replicas, or serve on the CPU with spec.resources.gpu.count 0.",
+                )
+            if "Insufficient " in sentence:
+                return Problem(
+                    "InsufficientCapacity",
+                    f"No node has room for the worker: {sentence} Add nodes, lower spec.replicas, "
+                    "or ask for less in spec.resources.",
+                )
+            return Problem(
+                "Unschedulable",
+                f"No node fits the worker: {sentence} Check spec.template (node selectors, affinity, tolerations), "
+                "the volume claims that the service names, and the taints of the nodes.",
+            )
+    return None
+
+
+def _failure(main: Mapping[str, Any], pod_name: str, namespace: str) -> Failure | None:
+    for moment in (main.get("state") or {}, main.get("lastState") or {}):
+        ended = moment.get("terminated")
+        if ended is None:
+            continue
+        if ended.get("exitCode", 0) == 0 and ended.get("reason") != "OOMKilled":
+            continue  # a clean end is no failure
+        return Failure(_last_words(ended, main, pod_name, namespace), ended.get("finishedAt") or "")
+    return None
+
+
+def _last_words(ended: Mapping[str, Any], main: Mapping[str, Any], pod_name: str, namespace: str) -> Problem:
+    message = (ended.get("message") or "").strip()
+    if ended.get("exitCode") == 3 and (words := _LAST_WORDS.match(message)):
+        return Problem(words[1], words[2])
+    if ended.get("reason") == "OOMKilled":
+        limit = (main.get("resources") or {}).get("limits", {}).get("memory", "")
+        return Problem(
+            "OOMKilled",
+            f"The worker used more memory than spec.resources.memory{f' ({limit})' if limit else ''} and was killed; "
+            "raise spec.resources.memory, or lower spec.engine.maxBatchSize or spec.model.maxModelLen.",
+        )
+    last_line = message.splitlines()[-1].strip()[:_MESSAGE_MAX] if message else ""
+    said = f" Its last line: {_ended(last_line)}" if last_line else ""
+    return Problem(
+        "WorkerCrashed",
+        f"The worker ended with exit code {ended.get('exitCode')} (restarts: {main.get('restartCount', 0)}).{said} "
+        f"See kubectl logs -n {namespace} {pod_name} --previous.",
+    )
+
+
+def _ended(sentence: str) -> str:
+    sentence = sentence.strip()
+    return sentence if sentence.endswith((".", "!", "?")) else f"{sentence}."

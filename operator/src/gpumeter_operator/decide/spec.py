@@ -1,0 +1,196 @@
+"""InferenceService, read: a plain dict becomes a frozen ServiceSpec, or all of its problems at once.
+
+Owns the defaults that depend on other fields and the sentences about what this version cannot do. Single fields are
+checked by the CRD's schema before they get here. Does not know how a spec becomes a workload.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from gpumeter_operator.decide.template import template_problems
+
+STOP_ANNOTATION = "gpumeter.io/stop"
+GRACE_AFTER_DRAIN_S = 30  # to seal the journal and hear the collector's acknowledgement after the last request
+_DURATION = re.compile(r"([0-9]+)(ms|s|m|h)")
+_UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why something cannot be: one CamelCase word and a sentence that says what to do."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What the autoscaler may do; this version only reads it."""
+
+    min_replicas: int
+    max_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """One InferenceService, every default filled in."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    stopped: bool
+    model_uri: str
+    model_name: str
+    model_revision: str
+    dtype: str
+    max_model_len: int
+    engine_image: str  # empty: the installation's worker image
+    max_batch_size: int
+    max_batch_tokens: int
+    max_wait_ms: int
+    max_queue_length: int
+    gpu_count: int
+    gpu_resource_name: str
+    gpu_class: str
+    cpu: str
+    memory: str
+    shared_memory: str
+    replicas: int | None  # as the user fixed it; None when scaling holds or nothing is said
+    scaling: Scaling | None
+    attribution: str
+    checkpoint_interval_ms: int
+    lease_timeout_ms: int
+    cache_claim: str | None
+    drain_timeout_ms: int
+    max_surge: int | str
+    max_unavailable: int | str
+    template: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def reference(self) -> str:
+        """namespace/name, as records and logs call the service."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def termination_grace_s(self) -> int:
+        """Time from SIGTERM to SIGKILL: drain, then seal and wait for the acknowledgement."""
+        return -(-self.drain_timeout_ms // 1_000) + GRACE_AFTER_DRAIN_S
+
+    @property
+    def wanted_replicas(self) -> int:
+        """Workers that should run. Without the autoscaler, `scaling` starts a fixed number, and at least one."""
+        if self.stopped:
+            return 0
+        if self.scaling is not None:
+            return max(self.scaling.min_replicas, 1)
+        return 1 if self.replicas is None else self.replicas
+
+
+def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
+    """The spec with its defaults, and everything that keeps it from being run (empty when nothing does)."""
+    metadata, spec = service["metadata"], service.get("spec") or {}
+    model, engine = _part(spec, "model"), _part(spec, "engine")
+    resources, metering = _part(spec, "resources"), _part(spec, "metering")
+    gpu, rollout = _part(resources, "gpu"), _part(spec, "rolloutStrategy")
+    gpu_count = int(gpu.get("count", 1))
+    scaling = spec.get("scaling")
+    read_spec = ServiceSpec(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=int(metadata.get("generation", 0)),
+        stopped=is_stopped(service),
+        model_uri=model.get("uri", ""),
+        model_name=model.get("name") or metadata["name"],
+        model_revision=model.get("revision") or "main",
+        dtype=model.get("dtype", "auto"),
+        max_model_len=int(model.get("maxModelLen", 4096)),
+        engine_image=engine.get("image", ""),
+        max_batch_size=int(engine.get("maxBatchSize", 64)),
+        max_batch_tokens=int(engine.get("maxBatchTokens", 2048)),
+        max_wait_ms=int(engine.get("maxWaitMs", 0)),
+        max_queue_length=int(engine.get("maxQueueLength", 256)),
+        gpu_count=gpu_count,
+        gpu_resource_name=gpu.get("resourceName", "nvidia.com/gpu"),
+        gpu_class=gpu.get("class") or "gpu" if gpu_count else "cpu",
+        cpu=str(resources.get("cpu", "1")),
+        memory=str(resources.get("memory", "4Gi")),
+        shared_memory=str(resources.get("sharedMemory", "1Gi")),
+        replicas=spec.get("replicas"),
+        scaling=Scaling(int(scaling.get("minReplicas", 1)), int(scaling["maxReplicas"])) if scaling else None,
+        attribution=metering.get("attribution", "knee"),
+        checkpoint_interval_ms=duration_ms(metering.get("checkpointInterval", "5s")),
+        lease_timeout_ms=duration_ms(metering.get("leaseTimeout", "60s")),
+        cache_claim=_part(spec, "cache").get("pvc") or None,
+        drain_timeout_ms=duration_ms(_part(spec, "drain").get("timeout", "120s")),
+        max_surge=rollout.get("maxSurge", 1),
+        max_unavailable=rollout.get("maxUnavailable", 0),
+        template=spec.get("template") or {},
+    )
+    return read_spec, _problems(read_spec, spec)
+
+
+def is_stopped(service: Mapping[str, Any]) -> bool:
+    """Whether the user stopped the service by annotation."""
+    annotations = service["metadata"].get("annotations") or {}
+    return str(annotations.get(STOP_ANNOTATION, "")).lower() == "true"
+
+
+def duration_ms(text: str) -> int:
+    """Milliseconds of a duration as the CRD admits it, for example 90s, 500ms or 1h30m."""
+    parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError(f"{text!r} is not a duration like 90s, 500ms or 1h30m")
+    return sum(int(number) * _UNIT_MS[unit] for number, unit in parts)
+
+
+def _problems(spec: ServiceSpec, raw: Mapping[str, Any]) -> tuple[Problem, ...]:
+    found: list[Problem] = []
+
+    def not_supported(message: str) -> None:
+        found.append(Problem("NotSupported", message))
+
+    scheme = urlsplit(spec.model_uri).scheme
+    if scheme in ("s3", "oci"):
+        not_supported(
+            f"spec.model.uri is {spec.model_uri}, but this version cannot fetch from {scheme}://; use hf://, or put "
+            "the model on a PersistentVolumeClaim and write pvc://CLAIM/PATH."
+        )
+    engine = _part(raw, "engine")
+    if engine.get("type", "transformers") != "transformers":
+        not_supported(
+            f"spec.engine.type is {engine['type']}, but this version has only the engine transformers; "
+            "remove spec.engine.type."
+        )
+    if engine.get("compile"):
+        not_supported(
+            "spec.engine.compile is true, but this version does not compile models; remove spec.engine.compile."
+        )
+    tensor = int(_part(raw, "parallelism").get("tensor", 1))
+    if tensor > 1 or spec.gpu_count > 1:
+        not_supported(
+            f"spec.parallelism.tensor is {tensor} and spec.resources.gpu.count is {spec.gpu_count}, but in this "
+            "version a worker runs on one GPU; set both to 1 and raise spec.replicas to use more GPUs."
+        )
+    if spec.gpu_count and spec.gpu_resource_name.endswith(".shared"):
+        not_supported(
+            f"spec.resources.gpu.resourceName is {spec.gpu_resource_name}, a GPU that several pods share in turns, so "
+            "the time of its steps cannot be measured; name a whole GPU or a MIG instance, for example nvidia.com/gpu."
+        )
+    if _part(raw, "metering").get("billingMode", "measured") != "measured":
+        not_supported(
+            "spec.metering.billingMode is standardRate, but this version bills measured GPU time only; "
+            "set spec.metering.billingMode to measured."
+        )
+    found += (
+        Problem("TemplateInvalid", sentence) for sentence in template_problems(spec.template, spec.termination_grace_s)
+    )
+    return tuple(found)
+
+
+def _part(whole: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return whole.get(name) or {}

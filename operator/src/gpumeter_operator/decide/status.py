@@ -1,0 +1,249 @@
+"""Pods and Deployment -> status: conditions, modelStatus, url, replicas.
+
+Owns what the user reads in `kubectl get inferenceservices.gpumeter.io`. Takes the clock as an argument. Does not know
+how status is written.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from gpumeter_operator.decide import workload
+from gpumeter_operator.decide.conditions import Condition, follow
+from gpumeter_operator.decide.pods import Failure, PodState
+from gpumeter_operator.decide.spec import Problem, ServiceSpec
+
+METERING_REASONS = ("JournalUnusable",)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was observed of one service."""
+
+    spec: ServiceSpec
+    problems: tuple[Problem, ...]  # why the spec cannot be run, or why the API server refused it
+    template_hash: str  # of the wanted pods; empty when the spec has problems
+    deployment: Mapping[str, Any] | None
+    pods: tuple[PodState, ...]
+
+
+def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    """The whole status that this version owns; None stands for a field that must be absent."""
+    alive = [pod for pod in seen.pods if not pod.terminating]
+    workloads = _workloads_ready(seen, alive)
+    decided = (
+        _ready(seen, alive, workloads),
+        workloads,
+        _scaling_ready(seen.spec),
+        _metering_ready(alive),
+        _stopped(seen.spec),
+    )
+    return {
+        "observedGeneration": seen.spec.generation,
+        "replicas": len(alive),
+        "readyReplicas": sum(pod.ready for pod in alive),
+        "selector": workload.selector(seen.spec.name),
+        "url": workload.url(seen.spec),
+        "modelStatus": _model_status(seen, alive),
+        "conditions": follow(former.get("conditions") or [], decided, seen.spec.generation, now),
+    }
+
+
+def decide_leaving(
+    former: Mapping[str, Any], generation: int, pods_left: int, deadline: str, now: datetime
+) -> dict[str, Any]:
+    """The status of a service that is being deleted while its workers hand over their last records."""
+    message = (
+        f"{_count(pods_left, 'worker')} {'finishes' if pods_left == 1 else 'finish'} running requests and hand over "
+        f"the last usage records before the service goes, at the latest at {deadline}."
+    )
+    ready = Condition("Ready", "False", "Deleting", message)
+    others = [
+        Condition(one["type"], one["status"], one["reason"], one["message"])
+        for one in former.get("conditions") or []
+        if one["type"] != "Ready"
+    ]
+    return {
+        "replicas": pods_left,
+        "readyReplicas": 0,
+        "conditions": follow(former.get("conditions") or [], [ready, *others], generation, now),
+    }
+
+
+def changes(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge patch from `former` to `wanted`, empty when nothing changed; fields not in `wanted` are left alone."""
+    patch: dict[str, Any] = {}
+    for key, value in wanted.items():
+        old = former.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if inner := changes(old, value):
+                patch[key] = inner
+        elif isinstance(value, Mapping):
+            patch[key] = {name: one for name, one in value.items() if one is not None}
+        elif old != value:
+            patch[key] = value
+    return patch
+
+
+def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
+    wanted = seen.spec.wanted_replicas
+    ready = sum(pod.ready for pod in alive)
+    current = [pod for pod in alive if pod.template_hash == seen.template_hash]
+    current_ready = sum(pod.ready for pod in current)
+
+    def not_ready(problem: Problem) -> Condition:
+        return Condition("WorkloadsReady", "False", problem.reason, problem.message)
+
+    if seen.problems:
+        return not_ready(_joined(seen.problems))
+    if (refusal := _replica_failure(seen.deployment)) is not None:
+        return not_ready(refusal)
+    if (problem := _main_problem(current)) is not None:
+        affected = sum(pod.problem is not None and pod.problem.reason == problem.reason for pod in current)
+        if ready:
+            former = " The former workers go on serving." if ready > current_ready else ""
+            return not_ready(
+                Problem(problem.reason, f"{affected} of {_count(wanted, 'worker')}: {problem.message}{former}")
+            )
+        return not_ready(problem)
+    if current_ready < wanted:
+        loading = sum(pod.started and not pod.ready for pod in current)
+        if loading:
+            return not_ready(
+                Problem(
+                    "ModelLoading",
+                    f"{current_ready} of {_count(wanted, 'worker')} ready; {loading} loading the model.",
+                )
+            )
+        return not_ready(
+            Problem("PodsStarting", f"{current_ready} of {_count(wanted, 'worker')} ready; the others are starting.")
+        )
+    if len(alive) > wanted:
+        return not_ready(
+            Problem(
+                "PodsLeaving", f"{_count(wanted, 'worker')} wanted; {len(alive) - wanted} more are on their way out."
+            )
+        )
+    if wanted == 0:
+        return Condition("WorkloadsReady", "True", "NoneWanted", "No worker is wanted, and none runs.")
+    return Condition("WorkloadsReady", "True", "AllReady", f"{current_ready} of {_count(wanted, 'worker')} ready.")
+
+
+def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condition:
+    """Ready tells whether requests are answered; its reason tells what is wrong even while some are."""
+    ready = sum(pod.ready for pod in alive)
+    if seen.problems:
+        serving = f" {_count(ready, 'former worker')} still running." if ready else ""
+        return Condition("Ready", "False", workloads.reason, workloads.message + serving)
+    if seen.spec.stopped:
+        return Condition(
+            "Ready", "False", "Stopped", "Stopped by the annotation gpumeter.io/stop; remove it to start the service."
+        )
+    if seen.spec.wanted_replicas == 0:
+        return Condition(
+            "Ready", "False", "ScaledToZero", "spec.replicas is 0, so nothing answers; raise it to start workers."
+        )
+    if not ready:
+        return Condition("Ready", "False", workloads.reason, workloads.message)
+    if workloads.status == "True" or workloads.reason == "PodsLeaving":
+        return Condition("Ready", "True", "Serving", f"{_count(ready, 'worker')} ready.")
+    return Condition("Ready", "True", workloads.reason, workloads.message)
+
+
+def _scaling_ready(spec: ServiceSpec) -> Condition:
+    if spec.stopped:
+        return Condition("ScalingReady", "False", "Stopped", "The service is stopped, so nothing is scaled.")
+    if spec.scaling is not None:
+        return Condition(
+            "ScalingReady",
+            "False",
+            "NotSupported",
+            f"This version does not scale by itself yet: it runs {_count(spec.wanted_replicas, 'worker')} "
+            "(spec.scaling.minReplicas, and at least one). Replace spec.scaling by spec.replicas to choose the number.",
+        )
+    return Condition(
+        "ScalingReady",
+        "True",
+        "FixedReplicas",
+        f"spec.replicas fixes {_count(spec.wanted_replicas, 'worker')}; kubectl scale, an HPA or KEDA may change it."
+        if spec.replicas is not None
+        else "Neither spec.replicas nor spec.scaling is set, so one worker runs.",
+    )
+
+
+def _metering_ready(alive: Sequence[PodState]) -> Condition:
+    for pod in alive:
+        if pod.problem is not None and pod.problem.reason in METERING_REASONS:
+            return Condition("MeteringReady", "False", pod.problem.reason, pod.problem.message)
+    if ready := sum(pod.ready for pod in alive):
+        return Condition(
+            "MeteringReady",
+            "True",
+            "JournalsWritable",
+            f"{_count(ready, 'worker')} ready; a worker is ready only while its usage journal can be written.",
+        )
+    return Condition("MeteringReady", "Unknown", "NoWorkerReady", "No worker is ready, so nothing is metered.")
+
+
+def _stopped(spec: ServiceSpec) -> Condition:
+    if spec.stopped:
+        return Condition("Stopped", "True", "StopAnnotation", "The annotation gpumeter.io/stop is true.")
+    return Condition("Stopped", "False", "NotStopped", "The annotation gpumeter.io/stop is not set.")
+
+
+def _model_status(seen: Seen, alive: Sequence[PodState]) -> dict[str, Any]:
+    failures = [pod.failure for pod in alive if pod.failure is not None]
+    return {"state": _model_state(seen, alive), "lastFailureInfo": _failure_info(failures)}
+
+
+def _model_state(seen: Seen, alive: Sequence[PodState]) -> str:
+    if any(pod.ready for pod in alive):
+        return "Loaded"
+    if any(pod.failure is not None for pod in alive):
+        return "FailedToLoad"
+    if any(pod.started for pod in alive):
+        return "Loading"
+    return "Pending" if seen.problems or seen.spec.wanted_replicas else "Standby"
+
+
+def _failure_info(failures: Sequence[Failure]) -> dict[str, Any] | None:
+    if not failures:
+        return None
+    last = max(failures, key=lambda failure: failure.finished_at)
+    info = {"reason": last.problem.reason, "message": last.problem.message}
+    return {**info, "time": last.finished_at or None}
+
+
+def _replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
+    """Pods that cannot even be created: quota, admission, a missing service account."""
+    for condition in ((deployment or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            message = condition.get("message", "")
+            reason = "QuotaExceeded" if "exceeded quota" in message else "PodsRefused"
+            return Problem(
+                reason,
+                f"The cluster refuses to create worker pods: {message.strip().rstrip('.')}. Lower spec.resources or "
+                "spec.replicas, or ask who runs the cluster for more.",
+            )
+    return None
+
+
+def _main_problem(pods: Sequence[PodState]) -> Problem | None:
+    """The most frequent problem; a worker's own words before what the cluster says about others."""
+    found = [(pod.problem, pod.failure is not None) for pod in pods if pod.problem is not None]
+    if not found:
+        return None
+    counted = Counter(problem.reason for problem, _ in found)
+    return max(found, key=lambda one: (one[1], counted[one[0].reason]))[0]
+
+
+def _joined(problems: Sequence[Problem]) -> Problem:
+    reasons = {problem.reason for problem in problems}
+    reason = problems[0].reason if len(reasons) == 1 else "SpecInvalid"
+    return Problem(reason, " ".join(problem.message for problem in problems))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

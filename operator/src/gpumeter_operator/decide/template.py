@@ -1,0 +1,104 @@
+"""The user's pod template, merged over the operator's.
+
+Owns how two pod templates become one, and what a user's may not change because metering stands on it. Does not know
+what the operator's template contains beyond those names.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MAIN_CONTAINER = "main"
+OWN_PREFIX = "gpumeter.io/"
+OWN_ENVIRONMENT = "GPUMETER_"
+OWN_VOLUMES = ("tmp", "journal", "cache", "shared-memory", "credentials", "model")
+OWN_PATHS = ("/tmp", "/var/lib/gpumeter", "/var/cache/gpumeter", "/dev/shm", "/etc/gpumeter", "/mnt/models")  # noqa: S108
+OWN_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "llm-d.ai/model")
+
+# Kubernetes' own merge keys (patchMergeKey) of the lists in a pod; other lists are replaced or, without a key, joined.
+_MERGE_KEYS = {
+    "containers": "name",
+    "initContainers": "name",
+    "volumes": "name",
+    "env": "name",
+    "volumeMounts": "mountPath",
+    "volumeDevices": "devicePath",
+    "ports": "containerPort",
+    "imagePullSecrets": "name",
+    "hostAliases": "ip",
+}
+_JOINED = ("tolerations", "topologySpreadConstraints", "envFrom")
+
+
+def merge_template(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """`theirs` over `ours`: maps key by key, lists by Kubernetes' merge keys, anything else replaced."""
+    return _merge_maps(ours, theirs)
+
+
+def template_problems(template: Mapping[str, Any], termination_grace_s: int) -> Iterator[str]:
+    """Sentences about everything in the user's template that would break serving or metering."""
+    metadata, pod = template.get("metadata") or {}, template.get("spec") or {}
+    for kind in ("labels", "annotations"):
+        for key in metadata.get(kind) or {}:
+            if key.startswith(OWN_PREFIX) or key in OWN_LABELS:
+                yield (
+                    f"spec.template.metadata.{kind} sets {key}, by which gpumeter finds its pods; "
+                    "remove it from the template."
+                )
+    if pod.get("restartPolicy", "Always") != "Always":
+        yield "spec.template.spec.restartPolicy must be Always, because an ended worker is started again; remove it."
+    grace_s = pod.get("terminationGracePeriodSeconds")
+    if isinstance(grace_s, int) and grace_s < termination_grace_s:
+        yield (
+            f"spec.template.spec.terminationGracePeriodSeconds is {grace_s}, but a worker needs {termination_grace_s} "
+            "seconds (spec.drain.timeout and 30 for its last usage records); remove it and set spec.drain.timeout."
+        )
+    for volume in pod.get("volumes") or []:
+        if volume.get("name") in OWN_VOLUMES:
+            yield f"spec.template.spec.volumes has a volume called {volume['name']}, which gpumeter uses; rename it."
+    for container in [*(pod.get("containers") or []), *(pod.get("initContainers") or [])]:
+        if not container.get("name"):
+            yield (
+                "spec.template.spec has a container without a name; "
+                f"name it, and call it {MAIN_CONTAINER} to change the worker's own."
+            )
+    for container in pod.get("containers") or []:
+        if container.get("name") == MAIN_CONTAINER:
+            yield from _main_problems(container)
+
+
+def _main_problems(main: Mapping[str, Any]) -> Iterator[str]:
+    where = f"spec.template.spec.containers[{MAIN_CONTAINER}]"
+    if "image" in main:
+        yield f"{where}.image is set; the worker's image is spec.engine.image, set it there."
+    for variable in main.get("env") or []:
+        if str(variable.get("name", "")).startswith(OWN_ENVIRONMENT):
+            yield f"{where}.env sets {variable['name']}, which gpumeter sets from the spec; remove it."
+    for mount in main.get("volumeMounts") or []:
+        path = str(mount.get("mountPath", "")).rstrip("/")
+        if any(path == own or path.startswith(f"{own}/") for own in OWN_PATHS):
+            yield f"{where}.volumeMounts mounts {path}, where the worker keeps data of its own; choose another path."
+
+
+def _merge_maps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        merged[key] = _merge_values(key, merged[key], value) if key in merged else value
+    return merged
+
+
+def _merge_values(key: str, ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        return _merge_maps(ours, theirs)
+    if isinstance(ours, list) and isinstance(theirs, list):
+        if key in _JOINED:
+            return ours + theirs
+        if key in _MERGE_KEYS:
+            return _merge_lists(_MERGE_KEYS[key], ours, theirs)
+    return theirs
+
+
+def _merge_lists(merge_key: str, ours: list[Any], theirs: list[Any]) -> list[Any]:
+    by_key = {item.get(merge_key): item for item in theirs}
+    known = {item.get(merge_key) for item in ours}
+    kept = [_merge_maps(item, by_key.get(item.get(merge_key), {})) for item in ours]
+    return kept + [item for item in theirs if item.get(merge_key) not in known]

@@ -1,0 +1,349 @@
+"""ServiceSpec -> manifests: everything that the operator owns for one InferenceService.
+
+Owns the shape of the workers' pods: ports, environment, volumes, probes, security and rollout. Does not know what is
+in the cluster already, nor how manifests get there.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gpumeter_operator.decide.credentials import Credentials
+from gpumeter_operator.decide.spec import ServiceSpec
+from gpumeter_operator.decide.template import MAIN_CONTAINER, merge_template
+
+Manifest = dict[str, Any]
+
+SERVICE_LABEL = "gpumeter.io/inferenceservice"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = "gpumeter"
+SERVICE_UID_ANNOTATION = "gpumeter.io/service-uid"
+TEMPLATE_ANNOTATION = "gpumeter.io/template"  # which template a pod was made from
+CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
+APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing
+HTTP_PORT = 8000
+USAGE_PORT = 8001
+USER_ID = 65532
+START_TIMEOUT_S = 3_600  # fetching 100 GB of weights at 30 MB/s; what cannot start ends by itself before
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """What the release, not the service, decides about workers."""
+
+    worker_image: str
+    worker_image_pull_policy: str
+    gateway_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The manifests of one service, and the hash of the pod template that current pods carry."""
+
+    secret: Manifest
+    others: tuple[Manifest, ...]  # in the order of application; the Deployment is the last
+    template_hash: str
+    credentials_fingerprint: str
+
+    @property
+    def deployment(self) -> Manifest:
+        """The Deployment of the workers."""
+        return self.others[-1]
+
+
+def build(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> Workload:
+    """All manifests of a service without problems."""
+    template, template_hash = _pod_template(spec, installation, credentials)
+    return Workload(
+        secret=_secret(spec, credentials),
+        others=tuple(
+            _stamped(manifest)
+            for manifest in (
+                _service_account(spec),
+                _service(spec),
+                _usage_service(spec),
+                _disruption_budget(spec),
+                _deployment(spec, template),
+            )
+        ),
+        template_hash=template_hash,
+        credentials_fingerprint=credentials.fingerprint,
+    )
+
+
+def labels(spec: ServiceSpec) -> dict[str, str]:
+    """The labels of everything that is owned."""
+    return {
+        "app.kubernetes.io/name": "gpumeter-worker",
+        "app.kubernetes.io/instance": spec.name,
+        MANAGED_BY_LABEL: MANAGED_BY,
+        SERVICE_LABEL: spec.name,
+        "llm-d.ai/model": label_value(spec.model_name),
+    }
+
+
+def selector(service_name: str) -> str:
+    """Label selector of the workers, as text."""
+    return f"{SERVICE_LABEL}={service_name}"
+
+
+def url(spec: ServiceSpec) -> str:
+    """Base URL of the OpenAI-compatible API inside the cluster."""
+    return f"http://{spec.name}.{spec.namespace}.svc:{HTTP_PORT}/v1"
+
+
+def label_value(text: str) -> str:
+    """`text` as a label's value: at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.")
+
+
+def fingerprint(manifest: Any) -> str:
+    """Hash of a manifest's canonical JSON."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _stamped(manifest: Manifest) -> Manifest:
+    metadata = manifest["metadata"]
+    annotations = {**metadata.get("annotations", {}), APPLIED_ANNOTATION: fingerprint(manifest)}
+    return {**manifest, "metadata": {**metadata, "annotations": annotations}}
+
+
+def _owned(service: ServiceSpec, api_version: str, kind: str, name: str, /, **content: Any) -> Manifest:
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": service.namespace,
+            "labels": labels(service),
+            "ownerReferences": [
+                {
+                    "apiVersion": "gpumeter.io/v1alpha1",
+                    "kind": "InferenceService",
+                    "name": service.name,
+                    "uid": service.uid,
+                    "controller": True,
+                    "blockOwnerDeletion": True,
+                }
+            ],
+        },
+        **content,
+    }
+
+
+def _secret(spec: ServiceSpec, credentials: Credentials) -> Manifest:
+    values = {"usage-token": credentials.usage_token, "hop-key": credentials.hop_key}
+    data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
+    return _owned(spec, "v1", "Secret", f"{spec.name}-usage", type="Opaque", data=data)
+
+
+def _service_account(spec: ServiceSpec) -> Manifest:
+    return _owned(spec, "v1", "ServiceAccount", spec.name, automountServiceAccountToken=False)
+
+
+def _service(spec: ServiceSpec) -> Manifest:
+    return _owned(
+        spec,
+        "v1",
+        "Service",
+        spec.name,
+        spec={
+            "selector": {SERVICE_LABEL: spec.name},
+            "ports": [{"name": "http", "port": HTTP_PORT, "targetPort": "http", "protocol": "TCP"}],
+        },
+    )
+
+
+def _usage_service(spec: ServiceSpec) -> Manifest:
+    return _owned(
+        spec,
+        "v1",
+        "Service",
+        f"{spec.name}-usage",
+        spec={
+            "clusterIP": "None",
+            # A worker that is not ready, or drains, still has records to hand over.
+            "publishNotReadyAddresses": True,
+            "selector": {SERVICE_LABEL: spec.name},
+            "ports": [{"name": "usage", "port": USAGE_PORT, "targetPort": "usage", "protocol": "TCP"}],
+        },
+    )
+
+
+def _disruption_budget(spec: ServiceSpec) -> Manifest:
+    return _owned(
+        spec,
+        "policy/v1",
+        "PodDisruptionBudget",
+        spec.name,
+        spec={
+            # maxUnavailable, not minAvailable: with one worker the latter would block the drain of a node for ever.
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": {SERVICE_LABEL: spec.name}},
+        },
+    )
+
+
+def _deployment(spec: ServiceSpec, template: Manifest) -> Manifest:
+    return _owned(
+        spec,
+        "apps/v1",
+        "Deployment",
+        spec.name,
+        spec={
+            "replicas": spec.wanted_replicas,
+            "revisionHistoryLimit": 3,
+            "selector": {"matchLabels": {SERVICE_LABEL: spec.name}},
+            "strategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": {"maxSurge": spec.max_surge, "maxUnavailable": spec.max_unavailable},
+            },
+            "progressDeadlineSeconds": START_TIMEOUT_S,
+            "template": template,
+        },
+    )
+
+
+def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> tuple[Manifest, str]:
+    ours: Manifest = {
+        "metadata": {
+            "labels": labels(spec),
+            "annotations": {
+                SERVICE_UID_ANNOTATION: spec.uid,
+                "gpumeter.io/devices": str(max(spec.gpu_count, 1)),
+                "gpumeter.io/gpu-class": spec.gpu_class,
+                CREDENTIALS_ANNOTATION: credentials.fingerprint,
+            },
+        },
+        "spec": {
+            "serviceAccountName": spec.name,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "terminationGracePeriodSeconds": spec.termination_grace_s,
+            "securityContext": {
+                "runAsNonRoot": True,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "containers": [_main_container(spec, installation)],
+            "volumes": _volumes(spec),
+        },
+    }
+    merged = merge_template(ours, spec.template)
+    template_hash = fingerprint(merged)
+    annotations = {**merged["metadata"]["annotations"], TEMPLATE_ANNOTATION: template_hash}
+    return {**merged, "metadata": {**merged["metadata"], "annotations": annotations}}, template_hash
+
+
+def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
+    gpus = {spec.gpu_resource_name: str(spec.gpu_count)} if spec.gpu_count else {}
+
+    def probe(path: str, **timing: int) -> Manifest:
+        return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": 5, **timing}
+
+    return {
+        "name": MAIN_CONTAINER,
+        "image": spec.engine_image or installation.worker_image,
+        "imagePullPolicy": installation.worker_image_pull_policy,
+        "ports": [
+            {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
+            {"name": "usage", "containerPort": USAGE_PORT, "protocol": "TCP"},
+        ],
+        "env": _environment(spec, installation),
+        "resources": {
+            "requests": {"cpu": spec.cpu, "memory": spec.memory, **gpus},
+            # No limit on CPU: throttling the thread that launches kernels would stretch every step.
+            "limits": {"memory": spec.memory, **gpus},
+        },
+        "volumeMounts": _mounts(spec),
+        # Three probes: while starting nothing kills the worker (loading may take long, and a fatal problem ends it by
+        # itself); alive means that the process answers; ready means loaded, journal writable, not draining.
+        "startupProbe": probe("/healthz", periodSeconds=2, failureThreshold=START_TIMEOUT_S // 2),
+        "livenessProbe": probe("/healthz", periodSeconds=10, failureThreshold=6),
+        "readinessProbe": probe("/readyz", periodSeconds=2, failureThreshold=2),
+        # Where a worker dies without its own last words, the end of its log explains more than an exit code.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+
+
+def _environment(spec: ServiceSpec, installation: Installation) -> list[Manifest]:
+    values = {
+        "GPUMETER_SERVICE": spec.reference,
+        "GPUMETER_SERVICE_UID": spec.uid,
+        "GPUMETER_MODEL_NAME": spec.model_name,
+        "GPUMETER_MODEL_URI": _worker_uri(spec),
+        "GPUMETER_MODEL_REVISION": spec.model_revision,
+        "GPUMETER_DTYPE": spec.dtype,
+        "GPUMETER_MAX_MODEL_LEN": str(spec.max_model_len),
+        "GPUMETER_MAX_BATCH_SIZE": str(spec.max_batch_size),
+        "GPUMETER_MAX_BATCH_TOKENS": str(spec.max_batch_tokens),
+        "GPUMETER_MAX_WAIT_MS": str(spec.max_wait_ms),
+        "GPUMETER_MAX_QUEUE_LENGTH": str(spec.max_queue_length),
+        "GPUMETER_GPU_COUNT": str(spec.gpu_count),
+        "GPUMETER_GPU_CLASS": spec.gpu_class,
+        "GPUMETER_ATTRIBUTION": spec.attribution,
+        "GPUMETER_CHECKPOINT_INTERVAL_MS": str(spec.checkpoint_interval_ms),
+        "GPUMETER_LEASE_TIMEOUT_MS": str(spec.lease_timeout_ms),
+        "GPUMETER_DRAIN_TIMEOUT_MS": str(spec.drain_timeout_ms),
+        "GPUMETER_JOURNAL_DIR": "/var/lib/gpumeter",
+        "GPUMETER_CREDENTIALS_DIR": "/etc/gpumeter/credentials",
+        "GPUMETER_MODEL_CACHE": "/var/cache/gpumeter",
+        "GPUMETER_GATEWAY_URL": installation.gateway_url,
+        "HOME": "/tmp",  # noqa: S108 - the root is read-only, and libraries insist on a home
+    }
+    pod_uid = {"name": "GPUMETER_WORKER_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
+    return [{"name": name, "value": value} for name, value in values.items()] + [pod_uid]
+
+
+def _claim_and_path(uri: str) -> tuple[str, str]:
+    claim, _, path = uri.removeprefix("pvc://").partition("/")
+    return claim, path.rstrip("/")
+
+
+def _worker_uri(spec: ServiceSpec) -> str:
+    if not spec.model_uri.startswith("pvc://"):
+        return spec.model_uri
+    return f"file:///mnt/models/{_claim_and_path(spec.model_uri)[1]}".rstrip("/")
+
+
+def _volumes(spec: ServiceSpec) -> list[Manifest]:
+    cache: Manifest = (
+        {"persistentVolumeClaim": {"claimName": spec.cache_claim}} if spec.cache_claim else {"emptyDir": {}}
+    )
+    volumes: list[Manifest] = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "journal", "emptyDir": {}},
+        {"name": "cache", **cache},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": spec.shared_memory}},
+        # 0440: readable by the group that fsGroup gives the worker, and by nobody else.
+        {"name": "credentials", "secret": {"secretName": f"{spec.name}-usage", "defaultMode": 0o440}},
+    ]
+    if spec.model_uri.startswith("pvc://"):
+        claim = {"claimName": _claim_and_path(spec.model_uri)[0], "readOnly": True}
+        volumes.append({"name": "model", "persistentVolumeClaim": claim})
+    return volumes
+
+
+def _mounts(spec: ServiceSpec) -> list[Manifest]:
+    mounts: list[Manifest] = [
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+        {"name": "journal", "mountPath": "/var/lib/gpumeter"},
+        {"name": "cache", "mountPath": "/var/cache/gpumeter"},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108
+        {"name": "credentials", "mountPath": "/etc/gpumeter/credentials", "readOnly": True},
+    ]
+    if spec.model_uri.startswith("pvc://"):
+        mounts.append({"name": "model", "mountPath": "/mnt/models", "readOnly": True})
+    return mounts

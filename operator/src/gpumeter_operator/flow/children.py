@@ -1,0 +1,142 @@
+"""Owned objects: brought to what their manifests say, and not written when they say it already.
+
+Owns the comparison before writing, the check that a name is free or ours, and what a refusal means to the user. Does
+not decide what the manifests are.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused, Resource
+from gpumeter_operator.decide.drift import covers
+from gpumeter_operator.decide.spec import Problem, ServiceSpec
+from gpumeter_operator.decide.workload import APPLIED_ANNOTATION, CREDENTIALS_ANNOTATION, Workload
+from gpumeter_operator.flow.fleet import Fleet, controller_uid
+
+FIELD_MANAGER = "gpumeter-operator"
+SECRET_AGAIN_NS = 60_000_000_000  # between two writes of a Secret whose pods are stuck; the kubelet retries as slowly
+_TRY_AGAIN = (409, 429, 500, 502, 503, 504)
+
+
+class Writer(Protocol):
+    """What this module needs of a cluster."""
+
+    async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
+        """One object or None."""
+        ...
+
+    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+        """Server-side apply."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What came of one pass over the children of a service."""
+
+    kinds: tuple[str, ...]  # what was written
+    problems: tuple[Problem, ...]  # why something could not be
+
+
+class Children:
+    """Applies workloads; remembers which observed versions were found settled, so that looking again costs nothing."""
+
+    def __init__(self, cluster: Writer, fleet: Fleet) -> None:
+        self._cluster = cluster
+        self._fleet = fleet
+        self._settled: dict[tuple[str, str, str], tuple[str, str]] = {}
+        self._secret_written_ns: dict[str, int] = {}
+
+    async def bring(self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int) -> Applied:
+        """Write whatever differs. `stuck` says that pods wait for something that may be a deleted Secret."""
+        written: list[str] = []
+        try:
+            if self._secret_due(spec, workload, stuck=stuck, now_ns=now_ns):
+                await self._cluster.apply(workload.secret, field_manager=FIELD_MANAGER)
+                self._secret_written_ns[spec.uid] = now_ns
+                written.append("Secret")
+            for manifest in workload.others:
+                observed = self._fleet.owned(manifest)
+                if observed is not None and self._is_settled(observed, manifest):
+                    continue
+                if (problem := await self._name_taken(spec, manifest, observed)) is not None:
+                    return Applied(tuple(written), (problem,))
+                applied = await self._cluster.apply(manifest, field_manager=FIELD_MANAGER)
+                self._remember(applied, manifest)
+                self._fleet.learn(applied)
+                written.append(manifest["kind"])
+        except Refused as refusal:
+            if refusal.status in _TRY_AGAIN or "because it is being terminated" in refusal.message:
+                raise
+            return Applied(tuple(written), (_refusal(refusal),))
+        return Applied(tuple(written), ())
+
+    def forget(self, spec: ServiceSpec) -> None:
+        """Drop what is remembered of a service that goes."""
+        self._secret_written_ns.pop(spec.uid, None)
+        names = (spec.name, f"{spec.name}-usage")
+        for key in [key for key in self._settled if key[1] == spec.namespace and key[2] in names]:
+            del self._settled[key]
+
+    def _secret_due(self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int) -> bool:
+        # The operator may not read Secrets. A Deployment that names these credentials was written after their Secret,
+        # so its presence says that the Secret was there; pods that wait say that it may have gone.
+        written_ns = self._secret_written_ns.get(spec.uid)
+        if written_ns is not None:
+            return stuck and now_ns - written_ns > SECRET_AGAIN_NS
+        observed = self._fleet.owned(workload.deployment)
+        if observed is None or stuck:
+            return True
+        annotations = observed["spec"]["template"]["metadata"].get("annotations") or {}
+        return bool(annotations.get(CREDENTIALS_ANNOTATION) != workload.credentials_fingerprint)
+
+    def _is_settled(self, observed: Manifest, manifest: Manifest) -> bool:
+        wanted = manifest["metadata"]["annotations"][APPLIED_ANNOTATION]
+        known = (observed["metadata"]["resourceVersion"], wanted)
+        if self._settled.get(_key(manifest)) == known:
+            return True
+        stamp = (observed["metadata"].get("annotations") or {}).get(APPLIED_ANNOTATION)
+        settled = stamp == wanted and covers(observed, manifest)
+        if settled:
+            self._settled[_key(manifest)] = known
+        return settled
+
+    def _remember(self, applied: Manifest, manifest: Manifest) -> None:
+        # Should the API server write a value in a form that `covers` does not know, this version is settled all the
+        # same: it is what our own apply made.
+        stamp = manifest["metadata"]["annotations"][APPLIED_ANNOTATION]
+        self._settled[_key(manifest)] = (applied["metadata"]["resourceVersion"], stamp)
+
+    async def _name_taken(self, spec: ServiceSpec, manifest: Manifest, observed: Manifest | None) -> Problem | None:
+        """Server-side apply with force would take over anyone's object of the same name; so look first."""
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        if observed is None:
+            observed = await self._cluster.get(RESOURCES[manifest["apiVersion"], kind], name, spec.namespace)
+            if observed is None:
+                return None
+            ours = controller_uid(observed) == spec.uid
+            if not ours:
+                return Problem(
+                    "NameTaken",
+                    f"The namespace {spec.namespace} has a {kind} called {name} that gpumeter did not make; "
+                    "delete or rename it, or give the InferenceService another name.",
+                )
+        if controller_uid(observed) not in (None, spec.uid):
+            return Problem(
+                "NameTaken",
+                f"The {kind} {name} in {spec.namespace} still belongs to another owner, most likely to a deleted "
+                "service of the same name; it is taken over as soon as it is gone.",
+            )
+        return None
+
+
+def _refusal(refusal: Refused) -> Problem:
+    return Problem(
+        "WorkloadRefused",
+        f"The API server refuses what the service needs: {refusal.message.rstrip('.')}. "
+        "Check spec.template and spec.resources, and the policies of the namespace.",
+    )
+
+
+def _key(manifest: Manifest) -> tuple[str, str, str]:
+    return manifest["kind"], manifest["metadata"]["namespace"], manifest["metadata"]["name"]

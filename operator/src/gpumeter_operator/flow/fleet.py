@@ -1,0 +1,96 @@
+"""What the cluster holds of our services, mirrored in memory.
+
+Owns the mirrors of pods and owned objects, and the index from a service to them. Does not decide and does not write.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from gpumeter_operator.adapters.kubernetes import (
+    DEPLOYMENTS,
+    POD_DISRUPTION_BUDGETS,
+    PODS,
+    SERVICE_ACCOUNTS,
+    SERVICES,
+    Labels,
+    Manifest,
+    Mirror,
+    Source,
+)
+from gpumeter_operator.decide.workload import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
+
+OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, DEPLOYMENTS)
+# Bookmarks come about once a minute, and a silent watch is given up after 150 s; twice that is a stuck mirror.
+SILENCE_MAX_S = 300
+
+
+class Fleet:
+    """Pods and owned objects of all services, kept up to date by one watch per kind."""
+
+    def __init__(self, source: Source) -> None:
+        managed: Labels = {MANAGED_BY_LABEL: MANAGED_BY, SERVICE_LABEL: None}
+        self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_change=self._forget_index)
+        self._owned = {one.kind: Mirror(source, one, labels=managed) for one in OWNED}
+        self._index: dict[tuple[str, str], list[Manifest]] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start all watches and wait until each has its first list."""
+        mirrors = self._mirrors()
+        self._tasks = [asyncio.create_task(mirror.run(), name=f"mirror of {name}") for name, mirror in mirrors.items()]
+        await asyncio.gather(*(mirror.synced() for mirror in mirrors.values()))
+
+    async def stop(self) -> None:
+        """End all watches."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def pods_of(self, namespace: str, service: str) -> list[Manifest]:
+        """The pods labelled as this service's, of former namesakes too."""
+        if self._index is None:
+            self._index = {}
+            for pod in self._pods.objects.values():
+                metadata = pod["metadata"]
+                self._index.setdefault((metadata["namespace"], metadata["labels"][SERVICE_LABEL]), []).append(pod)
+        return self._index.get((namespace, service), [])
+
+    def owned(self, manifest: Manifest) -> Manifest | None:
+        """The observed object that a manifest is about."""
+        metadata = manifest["metadata"]
+        return self._owned[manifest["kind"]].objects.get((metadata["namespace"], metadata["name"]))
+
+    def learn(self, observed: Manifest) -> None:
+        """Take what a write returned."""
+        self._owned[observed["kind"]].learn(observed)
+
+    def deployment(self, namespace: str, name: str) -> Manifest | None:
+        """The Deployment of a service."""
+        return self._owned[DEPLOYMENTS.kind].objects.get((namespace, name))
+
+    def unsynced(self) -> str | None:
+        """A sentence while a first list is missing."""
+        missing = [name for name, mirror in self._mirrors().items() if not mirror.is_synced]
+        return f"The first list is missing of: {', '.join(missing)}." if missing else None
+
+    def silent(self) -> str | None:
+        """A sentence when a mirror has heard nothing for too long, or its task ended."""
+        for name, mirror in self._mirrors().items():
+            silence_s = (time.monotonic_ns() - mirror.last_heard_ns) // 1_000_000_000
+            if silence_s > SILENCE_MAX_S:
+                return f"Nothing was heard about {name} for {silence_s} s."
+        ended = [task.get_name() for task in self._tasks if task.done()]
+        return f"The {ended[0]} has ended." if ended else None
+
+    def _mirrors(self) -> dict[str, Mirror]:
+        return {"pods": self._pods, **{f"{kind} objects": mirror for kind, mirror in self._owned.items()}}
+
+    def _forget_index(self) -> None:
+        self._index = None
+
+
+def controller_uid(observed: Manifest) -> str | None:
+    """uid of the object that controls this one."""
+    owners: list[dict[str, Any]] = observed["metadata"].get("ownerReferences") or []
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)

@@ -1,0 +1,189 @@
+"""One InferenceService: gather, decide, act.
+
+Owns the order of things and what is told: status first, then log and event with the same reason. Level-based: every
+call looks at the world anew and writes only the difference. Does not know kopf, nor how anything is decided.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Cluster, Manifest, Refused
+from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.decide import status as decide
+from gpumeter_operator.decide.credentials import credentials_of
+from gpumeter_operator.decide.events import event
+from gpumeter_operator.decide.pods import belongs, describe, exists
+from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
+from gpumeter_operator.decide.workload import Installation, Workload, build
+from gpumeter_operator.flow.children import FIELD_MANAGER, Children
+from gpumeter_operator.flow.fleet import Fleet
+
+log = logging.getLogger(__name__)
+
+# Container states that a missing Secret produces; the pod's status does not say which volume it waits for.
+_STUCK_REASONS = ("ContainerCreating", "CreateContainerConfigError")
+_STUCK_AFTER_S = 20
+
+
+@dataclass(slots=True)
+class Known:
+    """What is kept in memory of one service between two looks; losing it costs time, never truth."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    looked_ns: int = field(default_factory=time.monotonic_ns)
+    ready: str = "Unknown"
+    workload: tuple[tuple[Any, ...], Workload] | None = None
+
+
+class Reconciler:
+    """Brings services to what their specs say, one look at a time."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        fleet: Fleet,
+        installation: Installation,
+        master_key: bytes,
+        metrics: OperatorMetrics,
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._cluster = cluster
+        self._fleet = fleet
+        self._installation = installation
+        self._master_key = master_key
+        self._metrics = metrics
+        self._clock = clock
+        self._children = Children(cluster, fleet)
+        self._known: dict[str, Known] = {}
+
+    async def reconcile(self, service: Manifest) -> None:
+        """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
+        known = self._known.setdefault(service["metadata"]["uid"], Known())
+        async with known.lock:
+            result = "failed"
+            try:
+                with self._metrics.reconcile_seconds.time():
+                    result = "changed" if await self._look(service, known) else "settled"
+            finally:
+                self._metrics.reconciles.labels(result=result).inc()
+                # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
+                # is cured by waiting.
+                known.looked_ns = time.monotonic_ns()
+
+    def forget(self, service: Manifest) -> None:
+        """Drop what is remembered of a service; the caller says that no more looks follow."""
+        self._known.pop(service["metadata"]["uid"], None)
+        self._children.forget(read(service)[0])
+        self._count()
+
+    def overdue(self, limit_s: float) -> str | None:
+        """A sentence when a service has not been looked at for too long."""
+        now_ns = time.monotonic_ns()
+        late = [known for known in self._known.values() if (now_ns - known.looked_ns) / 1e9 > limit_s]
+        return f"{len(late)} services were not looked at for more than {limit_s:.0f} s." if late else None
+
+    async def _look(self, service: Manifest, known: Known) -> bool:
+        spec, problems = read(service)
+        now = self._clock()
+        pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
+        described = tuple(describe(pod, spec.gpu_resource_name) for pod in pods)
+        template_hash, written = "", False
+        if not problems:
+            workload = self._workload(spec, service, known)
+            template_hash = workload.template_hash
+            stuck = any(_is_stuck(pod, state.waiting, now) for pod, state in zip(pods, described, strict=True))
+            applied = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
+            for kind in applied.kinds:
+                self._metrics.writes.labels(kind=kind).inc()
+            written, problems = bool(applied.kinds), applied.problems
+        seen = decide.Seen(
+            spec=spec,
+            problems=problems,
+            template_hash=template_hash,
+            deployment=self._fleet.deployment(spec.namespace, spec.name),
+            pods=described,
+        )
+        return await self._tell(service, seen, known, now) or written
+
+    def _workload(self, spec: ServiceSpec, service: Manifest, known: Known) -> Workload:
+        """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
+        key = (spec.generation, spec.stopped)
+        if known.workload is None or known.workload[0] != key:
+            known.workload = key, build(spec, self._installation, credentials_of(self._master_key, spec.uid))
+        return known.workload[1]
+
+    async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:
+        former = service.get("status") or {}
+        status = decide.decide_status(seen, former, now)
+        ready = status["conditions"][0]
+        known.ready = ready["status"]
+        self._count()
+        if not await write_status(self._cluster, service, status):
+            return False
+        self._metrics.writes.labels(kind="InferenceService").inc()
+        await announce(self._cluster, service, former, ready, now)
+        return True
+
+    def _count(self) -> None:
+        ready = [known.ready for known in self._known.values()]
+        for value in ("True", "False", "Unknown"):
+            self._metrics.services.labels(ready=value).set(ready.count(value))
+
+
+async def write_status(cluster: Cluster, service: Manifest, status: dict[str, Any]) -> bool:
+    """Patch what differs from the status that was read; False when nothing did, or when someone was faster.
+
+    The resource version travels along: a status decided from an outdated object is refused and decided again from the
+    next one, instead of overwriting what is newer.
+    """
+    patch = decide.changes(service.get("status") or {}, status)
+    if not patch:
+        return False
+    metadata = service["metadata"]
+    locked = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "status": patch}
+    try:
+        patched = await cluster.patch_status(INFERENCE_SERVICES, metadata["name"], metadata["namespace"], locked)
+    except Refused as refusal:
+        if refusal.status == 409:
+            return False
+        raise
+    return patched is not None
+
+
+async def announce(cluster: Cluster, service: Manifest, former: Manifest, ready: dict[str, Any], now: datetime) -> None:
+    """Log and event, when Ready got another status or reason: the same words as in the condition."""
+    before: Manifest = next((one for one in former.get("conditions") or [] if one["type"] == "Ready"), {})
+    if (before.get("status"), before.get("reason")) == (ready["status"], ready["reason"]):
+        return
+    await publish(cluster, service, Problem(ready["reason"], ready["message"]), is_normal(ready), now)
+
+
+async def publish(cluster: Cluster, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
+    """One log line and one event. An event that is refused (a namespace that ends) is no reason to fail."""
+    metadata = service["metadata"]
+    level = logging.INFO if normal else logging.WARNING
+    log.log(level, "%s/%s: %s: %s", metadata["namespace"], metadata["name"], told.reason, told.message)
+    kind = "Normal" if normal else "Warning"
+    try:
+        await cluster.apply(event(service, kind, told.reason, told.message, now), field_manager=FIELD_MANAGER)
+    except Refused as refusal:
+        log.warning("%s/%s: no event: %s", metadata["namespace"], metadata["name"], refusal)
+
+
+def is_normal(ready: dict[str, Any]) -> bool:
+    """Whether a Ready condition is part of an ordinary life, so that no one need be warned."""
+    ordinary = ("Serving", "PodsStarting", "PodsLeaving", "ModelLoading", "Stopped", "ScaledToZero", "Deleting")
+    return ready["reason"] in ordinary
+
+
+def _is_stuck(pod: Manifest, waiting: str, now: datetime) -> bool:
+    if waiting not in _STUCK_REASONS:
+        return False
+    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+    return (now - created).total_seconds() > _STUCK_AFTER_S

@@ -1,0 +1,105 @@
+"""The end of an InferenceService: its workers hand over their last usage, then it may go.
+
+Owns the wait between the deletion and the removal of the finalizer, and its limit. While the service exists the
+collector knows its credentials, so workers can drain, seal and be acknowledged. Does not know kopf.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Cluster, Manifest
+from gpumeter_operator.decide.conditions import timestamp
+from gpumeter_operator.decide.pods import belongs, exists
+from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
+from gpumeter_operator.decide.status import changes, decide_leaving
+from gpumeter_operator.decide.workload import SERVICE_LABEL
+from gpumeter_operator.flow.fleet import Fleet, controller_uid
+from gpumeter_operator.flow.reconcile import announce, publish, write_status
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+
+
+class Releaser:
+    """Ends services; waits in memory, reads the mirror, and asks the API server itself only before the last word."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        fleet: Fleet,
+        margin: timedelta,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._cluster = cluster
+        self._fleet = fleet
+        self._margin = margin
+        self._clock = clock
+
+    async def release(self, service: Manifest) -> None:
+        """Return once no worker of the service is left, or once the limit has passed, which is then said."""
+        spec, _ = read(service)
+        deadline = self._deadline(service, spec)
+        told: int | None = None
+        while True:
+            await self._delete_deployment(spec)
+            left = self._pods(spec)
+            if not left and self._fleet.deployment(spec.namespace, spec.name) is None and not await self._really(spec):
+                log.info("%s: every worker has ended; the service may go.", spec.reference)
+                return
+            now = self._clock()
+            if now >= deadline:
+                await self._give_up(service, left, deadline)
+                return
+            if told != len(left) and await self._tell(service, len(left), deadline, now):
+                told = len(left)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _delete_deployment(self, spec: ServiceSpec) -> None:
+        deployment = self._fleet.deployment(spec.namespace, spec.name)
+        if deployment is None or "deletionTimestamp" in deployment["metadata"]:
+            return
+        if controller_uid(deployment) not in (None, spec.uid):
+            return  # a namesake's
+        # In the background: the garbage collector ends its ReplicaSets and pods, each with its full grace period.
+        await self._cluster.delete(DEPLOYMENTS, spec.name, spec.namespace, uid=deployment["metadata"]["uid"])
+
+    def _pods(self, spec: ServiceSpec) -> list[Manifest]:
+        return [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
+
+    async def _really(self, spec: ServiceSpec) -> bool:
+        """Whether the API server itself still knows a pod: a mirror may be a moment behind, the finalizer may not."""
+        pods = await self._cluster.list(PODS, spec.namespace, {SERVICE_LABEL: spec.name})
+        return any(belongs(pod, spec.uid) and exists(pod) for pod in pods)
+
+    def _deadline(self, service: Manifest, spec: ServiceSpec) -> datetime:
+        # Pods made before an edit keep the grace period that they were made with.
+        graces_s = [pod["spec"].get("terminationGracePeriodSeconds", 0) for pod in self._pods(spec)]
+        deleted = datetime.fromisoformat(service["metadata"]["deletionTimestamp"])
+        return deleted + timedelta(seconds=max([spec.termination_grace_s, *graces_s])) + self._margin
+
+    async def _tell(self, service: Manifest, left: int, deadline: datetime, now: datetime) -> bool:
+        """Write how many are left; False when the object changed meanwhile and the next look tells it."""
+        metadata = service["metadata"]
+        current = await self._cluster.get(INFERENCE_SERVICES, metadata["name"], metadata["namespace"])
+        if current is None:
+            return True
+        former: dict[str, Any] = current.get("status") or {}
+        generation = int(current["metadata"].get("generation", 0))
+        status = decide_leaving(former, generation, left, timestamp(deadline), now)
+        if not await write_status(self._cluster, current, status):
+            return not changes(former, status)
+        await announce(self._cluster, current, former, status["conditions"][0], now)
+        return True
+
+    async def _give_up(self, service: Manifest, left: list[Manifest], deadline: datetime) -> None:
+        names = ", ".join(sorted(pod["metadata"]["name"] for pod in left)) or "its Deployment"
+        told = Problem(
+            "ReleaseForced",
+            f"At {timestamp(deadline)} the time to hand over usage was over, but {names} had not ended. The service "
+            "goes all the same; usage that was not collected by then is booked as unaccounted and billed to nobody.",
+        )
+        await publish(self._cluster, service, told, False, self._clock())

@@ -1,0 +1,92 @@
+"""kopf's handlers: which event of an InferenceService leads to which call.
+
+Owns the registration of handlers and how kopf is started. Decides nothing.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import kopf
+
+from gpumeter_operator.adapters.kubernetes import Cluster
+from gpumeter_operator.flow.operation import Operation
+from gpumeter_operator.settings import HANDLER_BACKOFF_S, Settings, configure_kopf
+
+SERVICES = ("gpumeter.io", "v1alpha1", "inferenceservices")
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Run the operator until it is told to stop."""
+    _configure_logs(settings.log_level)
+    interval_s = settings.status_interval_ms / 1_000
+    operation = Operation(
+        Cluster.connect(),
+        settings.installation,
+        settings.master_key,
+        interval_s=interval_s,
+        deletion_margin=timedelta(milliseconds=settings.deletion_margin_ms),
+        http=(settings.http_host, settings.http_port),
+    )
+    kopf_settings = kopf.OperatorSettings()
+    configure_kopf(kopf_settings)
+    kopf.run(
+        registry=handlers(interval_s),
+        settings=kopf_settings,
+        memo=operation,
+        standalone=True,
+        clusterwide=True,
+    )
+
+
+def handlers(interval_s: float) -> kopf.OperatorRegistry:
+    """All handlers, in a registry of their own; `interval_s` is the time between two looks at a service."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def login(**kwargs: Any) -> Any:
+        # kopf's own minimal logins: neither the official client nor pykube is installed, by choice (30 MiB of memory).
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    @kopf.on.startup(registry=registry)
+    async def startup(memo: Operation, **_: Any) -> None:
+        await memo.start()
+
+    @kopf.on.cleanup(registry=registry)
+    async def cleanup(memo: Operation, **_: Any) -> None:
+        await memo.stop()
+
+    # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
+    # would note every retry in the object, and the timer looks again in seconds anyway.
+    @kopf.on.resume(*SERVICES, registry=registry)
+    @kopf.on.create(*SERVICES, registry=registry)
+    @kopf.on.update(*SERVICES, registry=registry)
+    async def reconcile(body: Any, memo: Operation, **_: Any) -> None:
+        await _look(memo, body)
+
+    @kopf.timer(*SERVICES, interval=interval_s, initial_delay=interval_s, backoff=HANDLER_BACKOFF_S, registry=registry)
+    async def refresh(body: Any, memo: Operation, **_: Any) -> None:
+        await _look(memo, body)
+
+    @kopf.on.delete(*SERVICES, backoff=HANDLER_BACKOFF_S, registry=registry)
+    async def release(body: Any, memo: Operation, **_: Any) -> None:
+        if (sentence := await memo.leave(dict(body))) is not None:
+            raise kopf.TemporaryError(sentence, delay=HANDLER_BACKOFF_S)
+
+    return registry
+
+
+async def _look(operation: Operation, body: Any) -> None:
+    service = dict(body)
+    if (sentence := await operation.look(service)) is not None:
+        log.warning("%s/%s %s", service["metadata"]["namespace"], service["metadata"]["name"], sentence)
+
+
+def _configure_logs(level: int) -> None:
+    kopf.configure(debug=level <= logging.DEBUG)
+    logging.getLogger().setLevel(level)
+    if level > logging.DEBUG:
+        # kopf tells of every handled event and every tick of a timer, httpx of every request: not at INFO.
+        for chatty in ("kopf.objects", "kopf.activities", "httpx2", "httpcore2"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
