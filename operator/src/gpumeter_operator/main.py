@@ -59,17 +59,24 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
 
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
     # would note every retry in the object, and the timer looks again in seconds anyway.
-    @kopf.on.resume(*SERVICES, registry=registry)
-    @kopf.on.create(*SERVICES, registry=registry)
-    @kopf.on.update(*SERVICES, registry=registry)
+    @kopf.on.resume(*SERVICES, id="reconcile", registry=registry)
+    @kopf.on.create(*SERVICES, id="reconcile", registry=registry)
+    @kopf.on.update(*SERVICES, id="reconcile", registry=registry)
     async def reconcile(body: Any, memo: Operation, **_: Any) -> None:
         await _look(memo, body)
 
-    @kopf.timer(*SERVICES, interval=interval_s, initial_delay=interval_s, backoff=HANDLER_BACKOFF_S, registry=registry)
+    @kopf.timer(
+        *SERVICES,
+        id="refresh",
+        interval=interval_s,
+        initial_delay=interval_s,
+        backoff=HANDLER_BACKOFF_S,
+        registry=registry,
+    )
     async def refresh(body: Any, memo: Operation, **_: Any) -> None:
         await _look(memo, body)
 
-    @kopf.on.delete(*SERVICES, backoff=HANDLER_BACKOFF_S, registry=registry)
+    @kopf.on.delete(*SERVICES, id="release", backoff=HANDLER_BACKOFF_S, registry=registry)
     async def release(body: Any, memo: Operation, **_: Any) -> None:
         if (sentence := await memo.leave(dict(body))) is not None:
             raise kopf.TemporaryError(sentence, delay=HANDLER_BACKOFF_S)

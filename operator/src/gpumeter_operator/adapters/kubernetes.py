@@ -386,12 +386,15 @@ def _translated() -> Iterator[None]:
         raise Unreachable(f"the credentials cannot be used: {error}") from error
 
 
-@cache
 def _class(resource: Resource, subresource: str | None = None) -> Any:
+    whole = _whole(resource)
+    return whole if subresource is None else getattr(whole, subresource.capitalize())
+
+
+@cache  # lightkube registers a class for a kind once, and refuses a second one
+def _whole(resource: Resource) -> Any:
     create = create_namespaced_resource if resource.namespaced else create_global_resource
-    if subresource is None:
-        return create(resource.group, resource.version, resource.kind, resource.plural)
-    return getattr(_class(resource), subresource.capitalize())
+    return create(resource.group, resource.version, resource.kind, resource.plural)
 
 
 def _scope(resource: Resource, namespace: str | None) -> str | None:
