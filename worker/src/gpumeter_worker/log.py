@@ -1,0 +1,40 @@
+"""The worker's log: one line an event, JSON or text, on stderr.
+
+Owns the format. What is logged is the caller's to choose, and never a prompt, a completion or a credential.
+"""
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line; what is passed as `extra` becomes fields of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name.removeprefix("gpumeter_worker."),
+            "message": record.getMessage(),
+        }
+        fields |= {name: value for name, value in vars(record).items() if name not in _OWN}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, default=str)
+
+
+def configure_logging() -> None:
+    """Read GPUMETER_LOG_FORMAT (json or text; json by default) and GPUMETER_LOG_LEVEL."""
+    handler = logging.StreamHandler()
+    if os.environ.get("GPUMETER_LOG_FORMAT", "json") == "text":
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    else:
+        handler.setFormatter(JsonFormatter())
+    level = logging.getLevelNamesMapping().get(os.environ.get("GPUMETER_LOG_LEVEL", "info").upper(), logging.INFO)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("httpx", "urllib3", "uvicorn.access", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

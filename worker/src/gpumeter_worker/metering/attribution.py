@@ -1,0 +1,89 @@
+"""Splits a measured step among the sequences that shared it: the rules `knee` and `tokens`.
+
+Owns the weights and the profile that names their parameters. Works in whole picoseconds, so that the same step is
+split the same way on every machine. Does not know how a step is measured, and never changes how long it took.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from hashlib import sha256
+from typing import NamedTuple
+
+from gpumeter_usage.apportion import largest_remainder
+
+
+class Rule(StrEnum):
+    """How a step's duration is split."""
+
+    KNEE = "knee"  # what the work costs: shared weights, linear layers, attention
+    TOKENS = "tokens"  # new tokens alone: the plain alternative
+
+
+class Load(NamedTuple):
+    """What one sequence asked of a step."""
+
+    new_tokens: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The parameters of the knee rule, in integer picoseconds.
+
+    `t0_ps` a step's fixed cost, `phi_ps` reading the weights once, `lam_ps` the linear layers per new token, `kap_ps`
+    reading the KV cache per token, `alp_ps` attention's arithmetic per pair of tokens.
+    """
+
+    name: str
+    rule: Rule
+    t0_ps: int
+    phi_ps: int
+    lam_ps: int
+    kap_ps: int
+    alp_ps: int
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical parameters; every record names it."""
+        return sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def split(duration_ns: int, loads: Sequence[Load], profile: Profile) -> list[int]:
+    """Each sequence's share of the step in nanoseconds; the shares sum to `duration_ns` exactly."""
+    return largest_remainder(duration_ns, weights(loads, profile))
+
+
+def weights(loads: Sequence[Load], profile: Profile) -> list[int]:
+    """The weights of a step, scaled by B x N so that they are whole numbers.
+
+    With B sequences, n_i new and c_i context tokens, N = sum n_i and L = max(lam*N, phi), design section 2 says
+    w_i = (t0 + phi)/B + (L - phi)*n_i/N + max(kap*(c_i + n_i), alp*(n_i*c_i + n_i*(n_i + 1)/2)).
+    """
+    if profile.rule is Rule.TOKENS:
+        return [load.new_tokens for load in loads]
+    sequences = len(loads)
+    new_tokens = sum(load.new_tokens for load in loads)
+    fixed = (profile.t0_ps + profile.phi_ps) * new_tokens
+    linear = (max(profile.lam_ps * new_tokens, profile.phi_ps) - profile.phi_ps) * sequences
+    scale = sequences * new_tokens
+    return [fixed + linear * load.new_tokens + _attention_ps(load, profile) * scale for load in loads]
+
+
+def _attention_ps(load: Load, profile: Profile) -> int:
+    new, context = load
+    pairs = new * context + new * (new + 1) // 2
+    return max(profile.kap_ps * (context + new), profile.alp_ps * pairs)
+
+
+def uncalibrated(rule: Rule, clock: str) -> Profile:
+    """The parameters that hold until a calibration exists: the proportions of a small model on this kind of device.
+
+    A poor profile moves cost between the sequences of one batch, never the total: that is always measured.
+    """
+    if clock == "host":
+        proportions = {"t0_ps": 5 * 10**9, "phi_ps": 15 * 10**9, "lam_ps": 10**9, "kap_ps": 7 * 10**6, "alp_ps": 7 * 10**5}
+    else:
+        proportions = {"t0_ps": 10**9, "phi_ps": 5 * 10**9, "lam_ps": 2 * 10**7, "kap_ps": 5 * 10**4, "alp_ps": 500}
+    return Profile(name=f"uncalibrated-{clock}-1", rule=rule, **proportions)

@@ -1,0 +1,301 @@
+"""The worker's journal: what was measured, on disk, in a hash chain per boot.
+
+Owns the SQLite file: one transaction a flush, sequence numbers and hashes, the seal of former boots, acknowledgement
+and trim. It refuses a flush that does not add up. Does not know how anything was measured, nor who collects it. Every
+call blocks on the disk: metering.writer keeps it off the event loop. One Journal belongs to one thread.
+"""
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from gpumeter_usage.chain import GENESIS, Link, link
+from gpumeter_usage.page import MAX_PAGE_RECORDS, Acknowledgement, Boot, JournalStatus, Page
+from gpumeter_usage.record import Account, Kind, Record, Status, canonical
+from gpumeter_worker.metering.meter import Flush, Identity, seal
+
+FILE_NAME = "journal.sqlite"
+MAX_PAGE_BODY_BYTES = 16 * 2**20
+"""A page ends before it grows beyond this, well under what a reader accepts."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS boots (
+    boot_id TEXT PRIMARY KEY, ordinal INTEGER NOT NULL, identity TEXT NOT NULL,
+    frontier_ns INTEGER NOT NULL, head_seq INTEGER NOT NULL, head_hash TEXT NOT NULL,
+    acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS records (
+    boot_id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (boot_id, seq)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class JournalUnusable(Exception):
+    """The journal cannot be opened, read or written; the message is a sentence with what to do."""
+
+
+class FlushRefused(Exception):
+    """A flush that does not add up: a defect of the meter, never of the disk. Nothing of it is stored."""
+
+
+class AcknowledgementRefused(Exception):
+    """An acknowledgement of something that this journal does not hold; the message is a sentence."""
+
+
+class RecordsGone(Exception):
+    """Records below the acknowledgement are asked for: they are trimmed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The end of the current boot's chain, as the disk has it."""
+
+    boot_id: str
+    seq: int
+    hash: str
+    acknowledged_seq: int
+    frontier_ns: int
+    sealed: bool
+
+
+class Journal:
+    """The open journal of one worker. `identity` names the boot that writes."""
+
+    def __init__(self, directory: Path, identity: Identity, started_ns: int) -> None:
+        """Open or create the file, seal what former boots left open, begin this boot's chain. Raises JournalUnusable."""
+        self._identity = identity
+        self._database = _open(directory, "rwc")
+        with _translated(directory):
+            self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
+            self._refuse_foreign()
+            with self._transaction():
+                self._seal_former_boots()
+                ordinal = self._value("SELECT COALESCE(MAX(ordinal), 0) + 1 FROM boots")
+                self._database.execute(
+                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0)",
+                    (identity.boot_id, ordinal, json.dumps(asdict(identity)), started_ns, GENESIS),
+                )
+
+    def append(self, flush: Flush, closing: Record | None = None) -> Head:
+        """Add a flush, and the seal if `closing` is one, in one transaction that is on disk when this returns.
+
+        Raises FlushRefused when it does not add up, JournalUnusable when the disk refuses; both leave the journal as
+        it was, so that the same flush can be tried again.
+        """
+        with _translated(None), self._transaction():
+            head = self.head()
+            if head.sealed:
+                raise FlushRefused("the boot is sealed; nothing may follow")
+            _refuse_imbalance(flush, head.frontier_ns)
+            records = flush.records if closing is None else (*flush.records, closing)
+            self._chain(head.boot_id, head.seq, head.hash, records)
+            self._database.execute(
+                "UPDATE boots SET frontier_ns = ?, sealed = ? WHERE boot_id = ?",
+                (flush.frontier_ns, closing is not None, head.boot_id),
+            )
+        return self.head()
+
+    def head(self) -> Head:
+        """Where this boot's chain stands."""
+        row = self._database.execute(
+            "SELECT boot_id, head_seq, head_hash, acknowledged_seq, frontier_ns, sealed FROM boots WHERE boot_id = ?",
+            (self._identity.boot_id,),
+        ).fetchone()
+        return Head(*row[:5], sealed=bool(row[5]))
+
+    def acknowledge(self, acknowledgement: Acknowledgement) -> Head:
+        """Trim what the collector has committed; a former boot that is sealed and committed whole is forgotten.
+
+        The same acknowledgement twice changes nothing. Raises AcknowledgementRefused.
+        """
+        boot_id, seq = acknowledgement.boot_id, acknowledgement.seq
+        with _translated(None), self._transaction():
+            known = self._database.execute(
+                "SELECT acknowledged_seq, head_seq, sealed FROM boots WHERE boot_id = ?", (boot_id,)
+            ).fetchone()
+            if known is None:
+                raise AcknowledgementRefused(f"the journal holds no boot {boot_id:.40}")
+            acknowledged_seq, head_seq, sealed = known
+            if seq > acknowledged_seq:
+                held = self._value("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", boot_id, seq)
+                if held != acknowledgement.hash:
+                    raise AcknowledgementRefused(
+                        f"record {seq} of the boot {boot_id} has another hash here, or does not exist"
+                    )
+                self._database.execute("UPDATE boots SET acknowledged_seq = ? WHERE boot_id = ?", (seq, boot_id))
+                self._database.execute("DELETE FROM records WHERE boot_id = ? AND seq <= ?", (boot_id, seq))
+                if sealed and seq == head_seq and boot_id != self._identity.boot_id:
+                    self._database.execute("DELETE FROM boots WHERE boot_id = ?", (boot_id,))
+        return self.head()
+
+    def size_bytes(self) -> int:
+        """What the records on disk take, without what trimming set free."""
+        with _translated(None):
+            pages = self._value("SELECT (SELECT * FROM pragma_page_count()) - (SELECT * FROM pragma_freelist_count())")
+            return int(pages) * int(self._value("PRAGMA page_size"))
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._database.close()
+
+    def _seal_former_boots(self) -> None:
+        left_open = self._database.execute(
+            "SELECT boot_id, identity, frontier_ns, head_seq, head_hash FROM boots WHERE NOT sealed ORDER BY ordinal"
+        ).fetchall()
+        for boot_id, identity, frontier_ns, head_seq, head_hash in left_open:
+            ending = seal(Identity(**json.loads(identity)), frontier_ns, Status.RECOVERED)
+            self._chain(boot_id, head_seq, head_hash, (ending,))
+            self._database.execute("UPDATE boots SET sealed = 1 WHERE boot_id = ?", (boot_id,))
+        # A boot that was acknowledged whole after its seal has nothing left to say.
+        self._database.execute("DELETE FROM boots WHERE sealed AND acknowledged_seq = head_seq")
+
+    def _chain(self, boot_id: str, seq: int, head_hash: str, records: tuple[Record, ...]) -> None:
+        rows = []
+        for record in records:
+            seq += 1
+            joined = link(head_hash, canonical(replace(record, boot_id=boot_id, seq=seq)))
+            head_hash = joined.hash
+            rows.append((boot_id, seq, joined.hash, joined.body))
+        self._database.executemany("INSERT INTO records VALUES (?, ?, ?, ?)", rows)
+        self._database.execute(
+            "UPDATE boots SET head_seq = ?, head_hash = ? WHERE boot_id = ?", (seq, head_hash, boot_id)
+        )
+
+    def _refuse_foreign(self) -> None:
+        for (identity,) in self._database.execute("SELECT identity FROM boots"):
+            owner = json.loads(identity)
+            if (owner["worker_uid"], owner["service"]) != (self._identity.worker_uid, self._identity.service):
+                raise JournalUnusable(
+                    f"the journal holds records of the worker {owner['worker_uid']} of {owner['service']}; "
+                    "give every worker a journal directory of its own"
+                )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def _value(self, statement: str, *parameters: str | int) -> int | str | None:
+        row = self._database.execute(statement, parameters).fetchone()
+        value: int | str | None = row[0] if row else None
+        return value
+
+
+class Reader:
+    """Reads pages and the status beside the writer, even where the writer has given up. Belongs to one thread."""
+
+    def __init__(self, directory: Path, worker_uid: str, service: str) -> None:
+        self._worker_uid = worker_uid
+        self._service = service
+        self._database = _open(directory, "ro")
+
+    def status(self) -> JournalStatus:
+        """Every boot in the journal, oldest first. Raises JournalUnusable."""
+        with _translated(None):
+            rows = self._database.execute(
+                "SELECT boot_id, head_seq, head_hash, acknowledged_seq, sealed, frontier_ns FROM boots ORDER BY ordinal"
+            ).fetchall()
+        boots = tuple(Boot(*row[:4], sealed=bool(row[4])) for row in rows)
+        return JournalStatus(self._worker_uid, self._service, rows[-1][5] if rows else 0, boots)
+
+    def page(self, boot_id: str, after: int, limit: int) -> Page | None:
+        """The records of a boot that follow `after`, or None when the journal holds no such boot. Raises RecordsGone."""
+        with _translated(None):
+            self._database.execute("BEGIN")
+            try:
+                watermark_ns = self._database.execute(
+                    "SELECT frontier_ns FROM boots ORDER BY ordinal DESC LIMIT 1"
+                ).fetchone()
+                known = self._database.execute(
+                    "SELECT acknowledged_seq FROM boots WHERE boot_id = ?", (boot_id,)
+                ).fetchone()
+                if known is None:
+                    return None
+                if after < known[0]:
+                    raise RecordsGone(f"records up to {known[0]} of the boot {boot_id} are acknowledged and trimmed")
+                links = self._links(boot_id, after, min(limit, MAX_PAGE_RECORDS))
+            finally:
+                self._database.execute("COMMIT")
+        return Page(self._worker_uid, self._service, boot_id, after, watermark_ns[0], tuple(links))
+
+    def _links(self, boot_id: str, after: int, limit: int) -> list[Link]:
+        links: list[Link] = []
+        size_bytes = 0
+        for digest, body in self._database.execute(
+            "SELECT hash, body FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?", (boot_id, after, limit)
+        ):
+            links.append(Link(digest, bytes(body)))
+            size_bytes += len(body)
+            if size_bytes > MAX_PAGE_BODY_BYTES:
+                break
+        return links
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._database.close()
+
+
+def check_directory(directory: Path) -> None:
+    """Raises JournalUnusable when nothing can be written there. Looks before anything costly is started."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise JournalUnusable(
+            f"the journal directory {directory} cannot be written ({error.strerror}); mount a writable volume there"
+        ) from None
+
+
+def _refuse_imbalance(flush: Flush, frontier_ns: int) -> None:
+    accounts_ns = sum(record.gpu_ns for record in flush.records if record.kind is Kind.ACCOUNT)
+    if accounts_ns != flush.frontier_ns - frontier_ns:
+        raise FlushRefused(
+            f"the accounts of the flush sum to {accounts_ns} ns, the time since the last one is "
+            f"{flush.frontier_ns - frontier_ns} ns"
+        )
+    for account in (Account.ATTRIBUTED, Account.NONBILLABLE):
+        of_account = [record for record in flush.records if record.account == account]
+        slices_ns = sum(record.gpu_ns for record in of_account if record.kind is Kind.SESSION)
+        change_ns = sum(record.gpu_ns for record in of_account if record.kind is Kind.ACCOUNT)
+        if slices_ns != change_ns and (account is Account.ATTRIBUTED or slices_ns > change_ns):
+            raise FlushRefused(f"the slices sum to {slices_ns} ns, the account {account} changed by {change_ns} ns")
+
+
+def _open(directory: Path, mode: str) -> sqlite3.Connection:
+    path = directory / FILE_NAME
+    with _translated(directory):
+        database = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=5, check_same_thread=False
+        )
+        try:
+            broken = database.execute("PRAGMA quick_check(1)").fetchone()[0] if mode != "ro" else "ok"
+        except BaseException:
+            database.close()
+            raise
+    if broken != "ok":
+        database.close()
+        raise JournalUnusable(f"the journal {path} is damaged ({broken}); keep the file and start with an empty volume")
+    return database
+
+
+@contextmanager
+def _translated(directory: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        where = f" in {directory}" if directory else ""
+        raise JournalUnusable(
+            f"the journal{where} cannot be used ({error}); free the disk or mount a healthy volume"
+        ) from error

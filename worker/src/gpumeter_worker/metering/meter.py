@@ -1,0 +1,235 @@
+"""Joins steps, sessions and accounts into flushes: what one transaction of the journal states.
+
+Owns each session's running slice and the rule that slices sum to the change of `attributed`. Does not know how a step
+was measured, how records are stored, or what a session asked for. Times are the worker's UTC nanoseconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gpumeter_usage.period import MINUTE_NS
+from gpumeter_usage.record import Account, Kind, Record, Status
+from gpumeter_worker.metering.accounts import Accounts, Phase, Segment
+from gpumeter_worker.metering.attribution import Load, Profile, split
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What every record of a boot says alike."""
+
+    worker_uid: str
+    boot_id: str
+    service: str
+    model: str
+    gpu_class: str
+    clock: str
+    gpu_uuid: str = ""
+
+
+class Part(NamedTuple):
+    """One sequence's part in a step. `sampled` counts the tokens that the step gave it."""
+
+    session_id: str
+    new_tokens: int
+    context_tokens: int
+    prefill: bool
+    sampled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier."""
+
+    records: tuple[Record, ...]
+    frontier_ns: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a session has used so far."""
+
+    gpu_ns: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Session:
+    tenant: str
+    since_ns: int
+    """Where the next slice starts: the session's begin, then the end of the slice before."""
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass(slots=True)
+class _Slice:
+    session_id: str
+    tenant: str
+    started_ns: int
+    ended_ns: int
+    status: Status = Status.OPEN
+    gpu_ns: int = 0
+    prefill_ns: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    batch_ns: int = 0
+
+
+class Meter:
+    """The state between two flushes. Everything happens in the API process, in the order in which it is reported."""
+
+    def __init__(self, identity: Identity, profile: Profile, started_ns: int) -> None:
+        self.identity = identity
+        self.profile = profile
+        self.accounts = Accounts(started_ns)
+        self.unknown_steps = 0
+        self._sessions: dict[str, _Session] = {}
+        self._slices: dict[str, _Slice] = {}
+        self._records: list[Record] = []
+
+    def enter(self, phase: Phase, at_ns: int) -> None:
+        """The worker's phase changes."""
+        self._close(self.accounts.enter(phase, at_ns))
+
+    def begin(self, session_id: str, tenant: str, at_ns: int) -> None:
+        """A session is handed to the engine; from here on it is in flight. Waiting costs it nothing."""
+        if session_id in self._sessions:
+            raise ValueError(f"the session {session_id} is in flight already")
+        self._close(self.accounts.begin(at_ns))
+        self._sessions[session_id] = _Session(tenant, at_ns)
+
+    def step(self, started_ns: int, ended_ns: int, gpu_ns: int, parts: Sequence[Part]) -> list[int]:
+        """Book a finished step to the sessions that shared it; returns their shares in nanoseconds."""
+        booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
+        self._close(closed)
+        shares_ns = split(booked_ns, [Load(part.new_tokens, part.context_tokens) for part in parts], self.profile)
+        attributed_ns = 0
+        for part, share_ns in zip(parts, shares_ns, strict=True):
+            session = self._sessions.get(part.session_id)
+            if session is None:  # no tenant asked for it: the platform pays
+                self.unknown_steps += 1
+                continue
+            attributed_ns += share_ns
+            self._add(part, session, share_ns, len(parts))
+        self.accounts.own(attributed_ns, booked_ns - attributed_ns)
+        return shares_ns
+
+    def end(self, session_id: str, status: Status, at_ns: int) -> Totals:
+        """A session left the engine. Its last slice carries how it ended, with no time at all if it never ran."""
+        session = self._sessions.pop(session_id)
+        running = self._slices.get(session_id)
+        if running is None:
+            # Its time is journaled already, or there was none: a slice that only states the end, at the end.
+            at_ns = max(at_ns, self.accounts.frontier_ns)
+            running = self._slice(session_id, session, at_ns)
+            running.started_ns = max(running.started_ns, (at_ns - 1) // MINUTE_NS * MINUTE_NS)
+        running.status = status
+        self._close(self.accounts.end(at_ns))
+        return session.totals
+
+    def totals(self, session_id: str) -> Totals:
+        """What a session in flight has used so far."""
+        return self._sessions[session_id].totals
+
+    def in_flight(self) -> tuple[str, ...]:
+        """The sessions in flight, oldest first."""
+        return tuple(self._sessions)
+
+    def cut(self, at_ns: int) -> Flush | None:
+        """Everything up to the frontier that no flush has stated yet, or None if there is nothing."""
+        self._close(self.accounts.catch_up(at_ns))
+        self._close(self.accounts.cut())
+        self._write_slices()  # ends of sessions that used nothing since the last flush
+        if not self._records:
+            return None
+        records, self._records = tuple(self._records), []
+        return Flush(records, self.accounts.frontier_ns)
+
+    def seal(self, status: Status) -> Record:
+        """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
+        return seal(self.identity, self.accounts.frontier_ns, status)
+
+    def _add(self, part: Part, session: _Session, share_ns: int, batch: int) -> None:
+        frontier_ns = self.accounts.frontier_ns
+        running = self._slices.get(part.session_id) or self._slice(part.session_id, session, frontier_ns)
+        running.ended_ns = frontier_ns
+        running.gpu_ns += share_ns
+        running.prefill_ns += share_ns if part.prefill else 0
+        running.prompt_tokens += part.new_tokens if part.prefill else 0
+        running.completion_tokens += part.sampled
+        running.steps += 1
+        running.batch_ns += share_ns * batch
+        session.totals.gpu_ns += share_ns
+        session.totals.prompt_tokens += part.new_tokens if part.prefill else 0
+        session.totals.completion_tokens += part.sampled
+
+    def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
+        minute_start_ns = (ended_ns - 1) // MINUTE_NS * MINUTE_NS  # what ends on an edge lies in the minute before
+        started_ns = min(max(session.since_ns, minute_start_ns), ended_ns)
+        running = _Slice(session_id, session.tenant, started_ns, ended_ns)
+        self._slices[session_id] = running
+        return running
+
+    def _close(self, closed: list[Segment]) -> None:
+        """The slices so far belong to the first segment that closes; what follows it starts afresh."""
+        for segment in closed:
+            self._write_slices()
+            self._records += [
+                Record(
+                    kind=Kind.ACCOUNT,
+                    account=account,
+                    started_at=segment.started_ns,
+                    ended_at=segment.ended_ns,
+                    gpu_ns=duration_ns,
+                    profile_hash=self.profile.hash if account is Account.ATTRIBUTED else "",
+                    **_common(self.identity),
+                )
+                for account, duration_ns in segment.sums_ns.items()
+            ]
+
+    def _write_slices(self) -> None:
+        for running in self._slices.values():
+            self._records.append(self._record(running))
+            if session := self._sessions.get(running.session_id):
+                session.since_ns = running.ended_ns
+        self._slices = {}
+
+    def _record(self, running: _Slice) -> Record:
+        return Record(
+            kind=Kind.SESSION,
+            account=Account.ATTRIBUTED,
+            session_id=running.session_id,
+            tenant=running.tenant,
+            started_at=running.started_ns,
+            ended_at=running.ended_ns,
+            gpu_ns=running.gpu_ns,
+            prefill_ns=running.prefill_ns,
+            decode_ns=running.gpu_ns - running.prefill_ns,
+            prompt_tokens=running.prompt_tokens,
+            completion_tokens=running.completion_tokens,
+            steps=running.steps,
+            batch_ns=running.batch_ns,
+            profile_hash=self.profile.hash,
+            status=running.status,
+            **_common(self.identity),
+        )
+
+
+def seal(identity: Identity, at_ns: int, status: Status) -> Record:
+    """The record that ends a boot's chain."""
+    return Record(kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity))
+
+
+def _common(identity: Identity) -> dict[str, str | int]:
+    return {
+        "worker_uid": identity.worker_uid,
+        "boot_id": identity.boot_id,
+        "seq": 0,  # given by the store
+        "service": identity.service,
+        "model": identity.model,
+        "gpu_uuid": identity.gpu_uuid,
+        "gpu_class": identity.gpu_class,
+        "clock": identity.clock,
+    }

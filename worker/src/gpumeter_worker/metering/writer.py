@@ -1,0 +1,126 @@
+"""Keeps the journal's disk work off the event loop: one thread writes, one reads.
+
+Owns the order of transactions and what happens when the disk refuses: the flush is kept and tried again, because what
+was measured must not be lost while this process lives. Does not know what a flush says.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
+from gpumeter_usage.record import Record
+from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, JournalUnusable, Reader
+from gpumeter_worker.metering.meter import Flush, Identity
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class JournalWriter:
+    """The journal as the event loop sees it. `problem` is a sentence while nothing can be written, else empty."""
+
+    def __init__(self, directory: Path, worker_uid: str, service: str, max_bytes: int) -> None:
+        self._directory = directory
+        self._worker_uid = worker_uid
+        self._service = service
+        self._max_bytes = max_bytes
+        self._writing = ThreadPoolExecutor(1, "journal-write")
+        self._reading = ThreadPoolExecutor(1, "journal-read")
+        self._journal: Journal | None = None
+        self._reader: Reader | None = None
+        self._waiting: deque[tuple[Flush, Record | None]] = deque()
+        self._order = asyncio.Lock()
+        self.problem = ""
+        self.full = ""
+        self.head: Head | None = None
+        self.acknowledged_at_ns = time.monotonic_ns()
+        self.commits = 0
+        self.commit_ns_last = 0
+
+    async def open(self, identity: Identity, started_ns: int) -> None:
+        """Begin this boot's chain. On failure `problem` says why; whatever is readable stays readable."""
+        try:
+            self._journal = await self._write(lambda: Journal(self._directory, identity, started_ns))
+            self.head = self._journal.head()
+        except JournalUnusable as error:
+            self._fail(error)
+        self.acknowledged_at_ns = time.monotonic_ns()
+
+    async def append(self, flush: Flush, closing: Record | None = None) -> bool:
+        """Commit a flush behind all that wait already; True when it and they are on disk."""
+        self._waiting.append((flush, closing))
+        return await self.retry()
+
+    async def retry(self) -> bool:
+        """Commit what waits; True when nothing is left."""
+        async with self._order:
+            journal = self._journal
+            while self._waiting and journal is not None:
+                flush, closing = self._waiting[0]
+                began_ns = time.monotonic_ns()
+                try:
+                    self.head = await self._write(lambda f=flush, c=closing: journal.append(f, c))
+                except JournalUnusable as error:
+                    self._fail(error)
+                    return False
+                except FlushRefused as error:
+                    # A defect of ours: stop admitting rather than write a bill that does not add up.
+                    self._fail(JournalUnusable(f"a flush was refused ({error}); restart the worker and report this"))
+                    return False
+                self._waiting.popleft()
+                self.commits += 1
+                self.commit_ns_last = time.monotonic_ns() - began_ns
+                self.problem = ""
+            if journal is not None:
+                size = await self._write(journal.size_bytes)
+                self.full = (
+                    f"the journal holds {size} bytes that nobody has acknowledged (at most {self._max_bytes})"
+                    if size > self._max_bytes
+                    else ""
+                )
+            return not self._waiting
+
+    async def acknowledge(self, acknowledgement: Acknowledgement) -> None:
+        """Trim what is committed elsewhere. Raises AcknowledgementRefused, JournalUnusable."""
+        if self._journal is None:
+            raise JournalUnusable(self.problem or "the journal is not open yet")
+        journal = self._journal
+        self.head = await self._write(lambda: journal.acknowledge(acknowledgement))
+        self.acknowledged_at_ns = time.monotonic_ns()
+
+    async def status(self) -> JournalStatus:
+        """Raises JournalUnusable."""
+        return await self._read(lambda reader: reader.status())
+
+    async def page(self, boot_id: str, after: int, limit: int) -> Page | None:
+        """Raises JournalUnusable, RecordsGone."""
+        return await self._read(lambda reader: reader.page(boot_id, after, limit))
+
+    async def close(self) -> None:
+        """Wait for what runs and give the file back."""
+        if self._journal is not None:
+            await self._write(self._journal.close)
+        self._writing.shutdown(wait=False)
+        self._reading.shutdown(wait=False)
+
+    async def _write(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._writing, work)
+
+    async def _read(self, work: Callable[[Reader], T]) -> T:
+        def with_reader() -> T:
+            if self._reader is None:
+                self._reader = Reader(self._directory, self._worker_uid, self._service)
+            return work(self._reader)
+
+        return await asyncio.get_running_loop().run_in_executor(self._reading, with_reader)
+
+    def _fail(self, error: JournalUnusable) -> None:
+        if self.problem != str(error):
+            log.error("the journal is unusable: %s", error)
+        self.problem = str(error)
