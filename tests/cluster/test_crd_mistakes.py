@@ -14,8 +14,8 @@ metadata: {name: smollm2}
 MODEL = "  model: {uri: hf://HuggingFaceTB/SmolLM2-135M-Instruct}"
 
 UNCHECKED = (
-    "\n* <nil>: Invalid value: null: some validation rules were not checked because the object was invalid; correct the "
-    "existing errors to complete validation"
+    "\n* <nil>: Invalid value: null: some validation rules were not checked because the object was invalid; correct "
+    "the existing errors to complete validation"
 )
 """What the API server adds when a type is wrong, because it runs rules on sound objects alone."""
 
@@ -53,9 +53,9 @@ MISTAKES = {
         "spec.replicas.",
     ),
     "text where a number belongs": (
-        f"{HEAD}spec:\n{MODEL}\n  replicas: two\n",
-        'The InferenceService "smollm2" is invalid: \n* spec.replicas: Invalid value: "string": spec.replicas in body '
-        'must be of type integer: "string"' + UNCHECKED,
+        f"{HEAD}spec:\n{MODEL}\n  engine: {{maxBatchSize: many}}\n",
+        'The InferenceService "smollm2" is invalid: \n* spec.engine.maxBatchSize: Invalid value: "string": '
+        'spec.engine.maxBatchSize in body must be of type integer: "string"' + UNCHECKED,
     ),
     "a minimum above the maximum": (
         f"{HEAD}spec:\n{MODEL}\n  scaling: {{minReplicas: 4, maxReplicas: 2}}\n",
@@ -82,8 +82,8 @@ MISTAKES = {
         "\napiVersion: gpumeter.io/v1alpha1\nkind: InferenceService\n"
         f"metadata: {{name: the-instruction-tuned-variant-of-smollm2-135m}}\nspec:\n{MODEL}\n",
         'The InferenceService "the-instruction-tuned-variant-of-smollm2-135m" is invalid: metadata.name: Forbidden: '
-        "The name of an InferenceService may have at most 40 characters, because it begins the names of its Deployment, "
-        "Services and usage reports; choose a shorter metadata.name.",
+        "The name of an InferenceService may have at most 40 characters, because it begins the names of its "
+        "Deployment, Services and usage reports; choose a shorter metadata.name.",
     ),
     "a price as a number": (
         textwrap.dedent("""

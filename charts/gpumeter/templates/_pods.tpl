@@ -79,7 +79,7 @@ resources:
 - name: GPUMETER_MASTER_KEY_FILE
   value: /etc/gpumeter/master/master-key
 - name: GPUMETER_LOG_LEVEL
-  value: {{ .root.Values.logging.level }}
+  value: {{ .root.Values.logging.level | upper }}
 - name: GPUMETER_LOG_FORMAT
   value: {{ .root.Values.logging.format }}
 {{- end }}

@@ -1,0 +1,166 @@
+"""Values that cannot work are refused by the chart, through the real helm, with a sentence that says what to do."""
+
+import pytest
+
+from charts import CHART, template
+
+REFUSALS = {
+    "no image": (
+        ("image.repository=",),
+        "Say which image to run: set image.repository, for example "
+        "--set image.repository=registry.example.com/gpumeter-operator.",
+    ),
+    "no worker image": (
+        ("workerImage.repository=",),
+        "Say which image to run: set workerImage.repository, for example "
+        "--set workerImage.repository=registry.example.com/gpumeter-worker.",
+    ),
+    "a tag in the repository": (
+        ("image.repository=registry.example.com:5000/gpumeter:v1",),
+        "image.repository is \"registry.example.com:5000/gpumeter:v1\"; give the name only, and put what follows ':' "
+        "into image.tag or what follows '@' into image.digest.",
+    ),
+    "half a digest": (
+        ("workerImage.digest=sha256:1234",),
+        'workerImage.digest is "sha256:1234"; write it as sha256: and 64 hexadecimal digits, or leave it empty and use '
+        "workerImage.tag.",
+    ),
+    "a pull policy in lower case": (
+        ("image.pullPolicy=always",),
+        'image.pullPolicy is "always"; use Always, IfNotPresent or Never.',
+    ),
+    "a period that there is not": (
+        ("billing.period=2h",),
+        'billing.period is "2h"; use 1h, or 1m, 5m or 15m for demos and tests.',
+    ),
+    "a grace period without a unit": (
+        ("billing.closeGrace=5 minutes",),
+        'billing.closeGrace is "5 minutes"; write a duration from 5s to 24h, for example 5m.',
+    ),
+    "collecting too seldom": (
+        ("collector.pullInterval=1m",),
+        'collector.pullInterval is "1m"; write a duration from 100ms to 4s, for example 2s, because a worker whose '
+        "lease is the shortest (5s) stops admitting requests when nobody collects.",
+    ),
+    "a claim that is not used": (
+        ("collector.persistence.enabled=false", "collector.persistence.existingClaim=bills"),
+        'collector.persistence.existingClaim is "bills" but collector.persistence.enabled is false, so the claim would '
+        "not be used; set enabled to true or leave existingClaim empty.",
+    ),
+    "two claims": (
+        ("collector.persistence.storageClass=fast", "collector.persistence.existingClaim=bills"),
+        'Set collector.persistence.storageClass ("fast", for a claim that the chart makes) or '
+        'collector.persistence.existingClaim ("bills"), not both.',
+    ),
+    "a size without a unit": (
+        ("collector.persistence.size=five",),
+        'collector.persistence.size is "five"; write a Kubernetes quantity with a unit, for example 5Gi.',
+    ),
+    "a log level that there is not": (
+        ("logging.level=verbose",),
+        'logging.level is "verbose"; use debug, info, warning or error.',
+    ),
+    "a log format that there is not": (("logging.format=xml",), 'logging.format is "xml"; use json or text.'),
+    "no gateway": (
+        ("gateway.replicas=0",),
+        "gateway.replicas is 0; without a gateway no request reaches a model, so use 1 or more.",
+    ),
+    "a kind of Service that there is not": (
+        ("gateway.service.type=Ingress",),
+        'gateway.service.type is "Ingress"; use ClusterIP, NodePort or LoadBalancer.',
+    ),
+    "a budget that blocks every drain": (
+        ("gateway.podDisruptionBudget.maxUnavailable=0",),
+        'gateway.podDisruptionBudget.maxUnavailable is "0"; use a number of pods from 1 or a percentage above 0%, '
+        "because with 0 no node could be drained.",
+    ),
+    "no time to end": (
+        ("gateway.terminationGracePeriod=1s",),
+        'gateway.terminationGracePeriod is "1s"; write a duration from 20s to 1h, for example 120s.',
+    ),
+    "root": (
+        ("podSecurityContext.runAsUser=0",),
+        "podSecurityContext.runAsUser is 0; gpumeter's images run as user 65532 and need no root, so leave it or name "
+        "another user above 0.",
+    ),
+    "a plan without a rate": (
+        ("pricePlan.create=true",),
+        "pricePlan.create is true but pricePlan.rates is empty; give at least one rate, for example "
+        '{gpuClass: h100, perGpuHour: "2.50"}, or set pricePlan.create to false.',
+    ),
+    "a price as a number": (
+        ("pricePlan.create=true", "pricePlan.rates[0].gpuClass=h100", "pricePlan.rates[0].perGpuHour=2"),
+        "pricePlan.rates[0].perGpuHour is a bare number and would lose digits; write it in quotes, for example "
+        '"2.50" (with --set use --set-string or a values file).',
+    ),
+    "a price with a currency": (
+        ("pricePlan.create=true", "pricePlan.rates[0].gpuClass=h100", "pricePlan.rates[0].perGpuHour=$2.50"),
+        'pricePlan.rates[0].perGpuHour is "$2.50"; write a plain decimal such as "2.50", without a sign, an exponent '
+        "or a currency.",
+    ),
+    "a currency as a sign": (
+        (
+            "pricePlan.create=true",
+            "pricePlan.rates[0].gpuClass=a",
+            "pricePlan.rates[0].perGpuHour=2.50",
+            "pricePlan.currency=$",
+        ),
+        'pricePlan.currency is "$"; write three capital letters (ISO 4217), for example USD.',
+    ),
+    "a payer that there is not": (
+        (
+            "pricePlan.create=true",
+            "pricePlan.rates[0].gpuClass=a",
+            "pricePlan.rates[0].perGpuHour=2.50",
+            "pricePlan.idlePayer=me",
+        ),
+        'pricePlan.idlePayer is "me"; use platform or tenant.',
+    ),
+    "a name that is too long": (
+        ("fullnameOverride=the-metered-inference-platform-of-the-company",),
+        'The name "the-metered-inference-platform-of-the-company" has more than 40 characters and the names made from '
+        "it would be too long; use a shorter release name or set fullnameOverride.",
+    ),
+}
+
+
+def sentences(stderr: str) -> list[str]:
+    assert "The values of the gpumeter chart cannot be used:" in stderr, stderr
+    return [line.removeprefix("- ") for line in stderr.splitlines() if line.startswith("- ")]
+
+
+@pytest.mark.parametrize("mistake", REFUSALS)
+def test_bad_values_are_refused_with_a_sentence_and_no_other(mistake: str) -> None:
+    settings, sentence = REFUSALS[mistake]
+    refused = template(*settings)
+    assert refused.returncode != 0
+    assert sentences(refused.stderr) == [sentence]
+    assert refused.stdout == ""
+
+
+def test_every_sentence_of_the_chart_is_tested() -> None:
+    """A refusal is one `append $problems`; those that ask a cluster are tested in the cluster ring."""
+    refusals = (CHART / "templates" / "refusals.yaml").read_text().count("append $problems")
+    images_twice, asks_a_cluster = 1, 3
+    assert len(REFUSALS) == refusals + images_twice - asks_a_cluster
+
+
+def test_all_problems_are_told_at_once() -> None:
+    refused = template("billing.period=2h", "logging.level=loud", images=False)
+    assert len(sentences(refused.stderr)) == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("billing.perid=1m", "at '/billing': additional properties 'perid' not allowed"),
+        ("collectr.pullInterval=1s", "additional properties 'collectr' not allowed"),
+        ("gateway.replicas=two", "at '/gateway/replicas': got string, want integer"),
+        ("collector.persistence.enabled=maybe", "at '/collector/persistence/enabled': got string, want boolean"),
+        ("imagePullSecrets=registry", "at '/imagePullSecrets': got string, want array"),
+    ],
+)
+def test_names_and_types_are_checked_by_the_schema(setting: str, words: str) -> None:
+    refused = template(setting)
+    assert refused.returncode != 0
+    assert words in refused.stderr

@@ -1,0 +1,271 @@
+"""What the chart makes of its values: names, environment, security, storage, and nothing that the values do not say."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from apiserver import ROOT
+from charts import CHART, IMAGES, environment, helm, one, pod_specs, rendered, sets
+from gpumeter_operator.cli.main import COMMANDS
+
+PARTS = ("operator", "collector", "gateway")
+DEPLOYMENTS = tuple(f"gpumeter-{part}" for part in PARTS)
+
+
+def test_helm_lint_finds_nothing() -> None:
+    done = helm("lint", "--strict", str(CHART), *sets(*IMAGES))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_release_called_gpumeter_has_short_names() -> None:
+    names = {(each["kind"], each["metadata"]["name"]) for each in rendered()}
+    workloads = {(kind, name) for kind, name in names if kind in ("Deployment", "Service", "PodDisruptionBudget")}
+    assert workloads == {
+        *(("Deployment", name) for name in DEPLOYMENTS),
+        ("Service", "gpumeter-gateway"),
+        ("PodDisruptionBudget", "gpumeter-gateway"),
+    }
+    assert ("Secret", "gpumeter-master-key") in names
+    assert ("PersistentVolumeClaim", "gpumeter-ledger") in names
+
+
+def test_another_release_has_its_name_before() -> None:
+    one(rendered(release="prod"), "Deployment", "prod-gpumeter-operator")
+    one(rendered("fullnameOverride=bill", release="prod"), "Deployment", "bill-operator")
+
+
+def test_the_environment_is_what_the_parts_read() -> None:
+    pods = pod_specs(rendered("billing.period=5m", "billing.closeGrace=90s", "collector.pullInterval=500ms"))
+    shared = {
+        "GPUMETER_MASTER_KEY_FILE": "/etc/gpumeter/master/master-key",
+        "GPUMETER_LOG_LEVEL": "INFO",
+        "GPUMETER_LOG_FORMAT": "json",
+    }
+    assert environment(pods["gpumeter-operator"]) == {
+        **shared,
+        "GPUMETER_WORKER_IMAGE": "localhost/gpumeter-worker:dev",
+        "GPUMETER_WORKER_IMAGE_PULL_POLICY": "IfNotPresent",
+        "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
+    }
+    assert environment(pods["gpumeter-collector"]) == {
+        **shared,
+        "GPUMETER_LEDGER_URL": "sqlite:////var/lib/gpumeter/ledger.db",
+        "GPUMETER_PERIOD": "5m",
+        "GPUMETER_CLOSE_GRACE_S": "90",
+        "GPUMETER_PULL_INTERVAL_MS": "500",
+    }
+    assert environment(pods["gpumeter-gateway"]) == {**shared, "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "110"}
+    for pod in pods.values():
+        if "env" in pod["containers"][0]:
+            assert {
+                "name": "GPUMETER_NAMESPACE",
+                "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}},
+            } in pod["containers"][0]["env"]
+
+
+def test_the_chart_starts_only_commands_that_the_program_has() -> None:
+    commands = [pod["containers"][0]["args"] for pod in pod_specs(rendered()).values()]
+    assert sorted(command for [command] in commands) == ["collector", "gateway", "operator", "uninstall-check"]
+    assert {command for [command] in commands} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", [*DEPLOYMENTS, "gpumeter-uninstall-check"])
+def test_every_pod_is_restricted(name: str) -> None:
+    pod = pod_specs(rendered())[name]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 65532
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    [container] = pod["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"requests", "limits"} <= set(container["resources"])
+    assert pod["serviceAccountName"] == name
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_every_part_is_probed_on_the_port_that_it_serves(name: str) -> None:
+    [container] = pod_specs(rendered())[name]["containers"]
+    assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": 8080}
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": 8080}
+    port = "http" if name == "gpumeter-gateway" else "http-metrics"
+    assert container["ports"] == [{"name": port, "containerPort": 8080}]
+
+
+def test_selectors_find_the_pods_of_their_part_and_no_others() -> None:
+    found = rendered()
+    labels = {name: one(found, "Deployment", name)["spec"]["template"]["metadata"]["labels"] for name in DEPLOYMENTS}
+    selectors = {name: one(found, "Deployment", name)["spec"]["selector"]["matchLabels"] for name in DEPLOYMENTS}
+    selectors["service"] = one(found, "Service", "gpumeter-gateway")["spec"]["selector"]
+    budget = one(found, "PodDisruptionBudget", "gpumeter-gateway")
+    selectors["budget"] = budget["spec"]["selector"]["matchLabels"]
+    for owner, selector in selectors.items():
+        hit = [name for name, its in labels.items() if selector.items() <= its.items()]
+        assert hit == [owner if owner in DEPLOYMENTS else "gpumeter-gateway"]
+
+
+def test_the_service_leads_from_port_80_to_the_gateway() -> None:
+    [port] = one(rendered(), "Service", "gpumeter-gateway")["spec"]["ports"]
+    assert (port["port"], port["targetPort"]) == (80, "http")
+
+
+@pytest.mark.parametrize("name", ["gpumeter-operator", "gpumeter-collector"])
+def test_who_writes_alone_is_replaced_and_never_doubled(name: str) -> None:
+    spec = one(rendered(), "Deployment", name)["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_a_digest_wins_over_a_tag_and_the_version_is_the_default_tag() -> None:
+    digest = "sha256:" + "a" * 64
+    pods = pod_specs(rendered(f"image.digest={digest}", "workerImage.tag="))
+    assert pods["gpumeter-gateway"]["containers"][0]["image"] == f"localhost/gpumeter-operator@{digest}"
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    worker = environment(pods["gpumeter-operator"])["GPUMETER_WORKER_IMAGE"]
+    assert worker == f"localhost/gpumeter-worker:{version}"
+
+
+def test_the_ledger_is_kept_on_a_claim_that_outlives_the_release() -> None:
+    found = rendered("collector.persistence.size=20Gi", "collector.persistence.storageClass=fast")
+    claim = one(found, "PersistentVolumeClaim", "gpumeter-ledger")
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "fast",
+        "resources": {"requests": {"storage": "20Gi"}},
+    }
+    assert ledger_volume(found) == {"persistentVolumeClaim": {"claimName": "gpumeter-ledger"}}
+    key = one(found, "Secret", "gpumeter-master-key")
+    assert key["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_an_existing_claim_is_used_and_none_is_made() -> None:
+    found = rendered("collector.persistence.existingClaim=bills")
+    assert [each for each in found if each["kind"] == "PersistentVolumeClaim"] == []
+    assert ledger_volume(found) == {"persistentVolumeClaim": {"claimName": "bills"}}
+
+
+def test_without_persistence_the_notes_warn_that_bills_are_lost() -> None:
+    found = rendered("collector.persistence.enabled=false")
+    assert [each for each in found if each["kind"] == "PersistentVolumeClaim"] == []
+    assert ledger_volume(found) == {"emptyDir": {}}
+    assert "WARNING: collector.persistence.enabled is false." in notes("collector.persistence.enabled=false")
+    assert "WARNING" not in notes()
+
+
+def test_an_existing_master_key_is_mounted_and_none_is_made() -> None:
+    found = rendered("masterKey.existingSecret=our-key")
+    assert [each for each in found if each["kind"] == "Secret"] == []
+    for name in DEPLOYMENTS:
+        mounted = [volume["secret"] for volume in pod_specs(found)[name]["volumes"] if "secret" in volume]
+        assert mounted == [
+            {"secretName": "our-key", "defaultMode": 0o440, "items": [{"key": "master-key", "path": "master-key"}]}
+        ]
+
+
+def test_two_installations_get_two_master_keys() -> None:
+    keys = {one(rendered(), "Secret", "gpumeter-master-key")["data"]["master-key"] for _ in range(2)}
+    assert len(keys) == 2
+
+
+def test_a_price_plan_is_made_only_when_asked_for() -> None:
+    assert [each for each in rendered() if each["kind"] == "PricePlan"] == []
+    rate = ("pricePlan.rates[0].gpuClass=h100", "pricePlan.rates[0].perGpuHour=2.50")
+    plan = one(rendered("pricePlan.create=true", *rate), "PricePlan", "default")
+    assert plan["spec"] == {
+        "currency": "USD",
+        "idlePayer": "platform",
+        "published": False,
+        "rates": [{"gpuClass": "h100", "perGpuHour": "2.50"}],
+    }
+
+
+def test_scheduling_reaches_the_pod_that_it_is_for() -> None:
+    settings = (
+        "collector.nodeSelector.disk=ssd",
+        "collector.priorityClassName=high",
+        "collector.tolerations[0].key=dedicated",
+        "collector.podAnnotations.note=x",
+        "collector.extraEnv[0].name=A",
+        "collector.extraEnv[0].value=b",
+        "imagePullSecrets[0]=registry",
+    )
+    found = rendered(*settings)
+    pods = pod_specs(found)
+    collector = pods["gpumeter-collector"]
+    assert collector["nodeSelector"] == {"disk": "ssd"}
+    assert collector["priorityClassName"] == "high"
+    assert collector["tolerations"] == [{"key": "dedicated"}]
+    assert environment(collector)["A"] == "b"
+    annotations = one(found, "Deployment", "gpumeter-collector")["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {"note": "x"}
+    assert "nodeSelector" not in pods["gpumeter-operator"]
+    assert all(pod["imagePullSecrets"] == [{"name": "registry"}] for pod in pods.values())
+
+
+def test_the_uninstall_check_is_a_hook_that_tells_its_reason() -> None:
+    job = one(rendered(), "Job", "gpumeter-uninstall-check")
+    annotations = job["metadata"]["annotations"]
+    assert annotations["helm.sh/hook"] == "pre-delete"
+    assert annotations["helm.sh/hook-output-log-policy"] == "hook-failed"
+    hooks = [each for each in rendered() if "helm.sh/hook" in each["metadata"].get("annotations", {})]
+    assert {each["kind"] for each in hooks} == {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Job"}
+    assert all("hook-succeeded" in each["metadata"]["annotations"]["helm.sh/hook-delete-policy"] for each in hooks)
+    left = rendered("uninstallCheck.enabled=false")
+    assert [each for each in left if "uninstall-check" in each["metadata"]["name"]] == []
+
+
+def test_no_role_has_a_wildcard() -> None:
+    for each in rendered():
+        for rule in each.get("rules", ()):
+            assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]], each["metadata"]["name"]
+
+
+def test_the_schema_knows_every_value_and_every_value_has_a_default() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert set(paths_of_values(values, schema)) == set(paths_of_schema(schema)) - {"global"}
+
+
+def test_the_chart_has_the_version_of_the_programs() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    for distribution in ("operator", "worker"):
+        assert f'version = "{chart["appVersion"]}"' in (ROOT / distribution / "pyproject.toml").read_text()
+
+
+def ledger_volume(found: list[dict[str, Any]]) -> dict[str, Any]:
+    [volume] = [each for each in pod_specs(found)["gpumeter-collector"]["volumes"] if each["name"] == "ledger"]
+    return {key: value for key, value in volume.items() if key != "name"}
+
+
+def notes(*settings: str) -> str:
+    done = helm("install", "gpumeter", str(CHART), "--dry-run=client", *sets(*IMAGES, *settings))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def paths_of_values(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Paths down to where the schema leaves the rest to Kubernetes."""
+    for key, value in values.items():
+        below = schema["properties"].get(key, {})
+        if isinstance(value, dict) and "properties" in below and not is_open(below):
+            yield from paths_of_values(value, below, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def paths_of_schema(schema: dict[str, Any], path: str = "") -> Iterator[str]:
+    for key, below in schema["properties"].items():
+        if "properties" in below and not is_open(below):
+            yield from paths_of_schema(below, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def is_open(schema: dict[str, Any]) -> bool:
+    """Container resources: Kubernetes says what may stand there."""
+    return set(schema["properties"]) == {"requests", "limits", "claims"}
