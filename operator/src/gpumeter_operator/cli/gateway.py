@@ -12,26 +12,38 @@ from functools import partial
 
 import click
 
-from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Mirror
+from gpumeter_operator.adapters.kubernetes import (
+    ENDPOINT_SLICES,
+    INFERENCE_SERVICES,
+    SECRETS,
+    Cluster,
+    Mirror,
+    Unreachable,
+)
 from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES, derive
 from gpumeter_operator.gateway.app import serve
 from gpumeter_operator.gateway.endpoints import SERVICE_LABEL
 from gpumeter_operator.gateway.keys import KEY_LABEL
 from gpumeter_operator.gateway.settings import Settings, SettingsInvalid, settings_from
 from gpumeter_operator.gateway.world import World
+from gpumeter_operator.logs import configure_logs
 
 
 @click.command()
 def gateway() -> None:
     """Run the OpenAI-compatible front door of all services of the cluster."""
     try:
+        configure_logs(os.environ)
         settings = settings_from(os.environ)
         master_key = settings.master_key_file.read_bytes()
         if len(master_key) < MASTER_KEY_MIN_BYTES:
             raise SettingsInvalid(f"{settings.master_key_file} is shorter than {MASTER_KEY_MIN_BYTES} bytes.")
-    except (SettingsInvalid, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"SettingsInvalid: {error}")
-    asyncio.run(_run(settings, master_key))
+    try:
+        asyncio.run(_run(settings, master_key))
+    except Unreachable as problem:
+        sys.exit(str(problem))
 
 
 async def _run(settings: Settings, master_key: bytes) -> None:

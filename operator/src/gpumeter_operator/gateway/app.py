@@ -8,7 +8,7 @@ import logging
 
 from aiohttp import web
 
-from gpumeter_operator.gateway.front import Front, HopKeyOf, in_openais_shape
+from gpumeter_operator.gateway.front import Front, HopKeyOf
 from gpumeter_operator.gateway.relay import Relay
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.telemetry import Telemetry
@@ -61,7 +61,7 @@ class Gateway:
             silence_timeout_s=self._settings.silence_timeout_s,
         )
         self._front = Front(self._world, self._relay, telemetry, self._settings, self._hop_key_of)
-        app = web.Application(middlewares=[in_openais_shape], client_max_size=self._settings.body_bytes_max)
+        app = web.Application(middlewares=[self._front.around], client_max_size=self._settings.body_bytes_max)
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self._front.complete),

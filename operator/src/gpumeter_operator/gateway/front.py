@@ -67,6 +67,16 @@ class Front:
         self.idle = asyncio.Event()
         self.idle.set()
 
+    @web.middleware
+    async def around(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """What holds for every route: one shape of errors, and no kept connections while the gateway stops."""
+        response = await _in_openais_shape(request, handler)
+        if self.stopping:
+            response.force_close()  # the client's next request opens a connection to a gateway that stays
+        return response
+
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions and /v1/completions."""
         trip = Trip(hop.new_session(), hop.request_id(request.headers), time.monotonic())
@@ -90,8 +100,6 @@ class Front:
                 self.idle.set()
             self._telemetry.ended(trip.tenant, trip.service, trip.code)
             _log(trip)
-        if self.stopping:
-            response.force_close()
         return response
 
     async def list_models(self, request: web.Request) -> web.Response:
@@ -214,11 +222,9 @@ class Front:
         self._telemetry.added(answer.sent_at_s - trip.read_at_s + back_s)
 
 
-@web.middleware
-async def in_openais_shape(
+async def _in_openais_shape(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Give every error, also those of the HTTP server itself, the one shape that clients read."""
     try:
         return await handler(request)
     except Refusal as why:

@@ -1,0 +1,49 @@
+"""The form of log lines: one JSON object or one line of text each, on stderr.
+
+Owns that form and the variables that choose it, GPUMETER_LOG_LEVEL and GPUMETER_LOG_FORMAT. Logs nothing itself.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+LEVELS = ("debug", "info", "warning", "error")
+FORMATS = ("json", "text")
+# Libraries that report every request of theirs at info.
+_CHATTY = ("httpx2", "httpcore2", "httpx", "httpcore", "aiohttp.access")
+
+
+def configure_logs(environ: Mapping[str, str]) -> None:
+    """Set the root logger up. Raises ValueError with a sentence for a level or a format that there is not."""
+    level = (environ.get("GPUMETER_LOG_LEVEL") or "info").lower()
+    form = (environ.get("GPUMETER_LOG_FORMAT") or "text").lower()
+    for name, value, known in (("GPUMETER_LOG_LEVEL", level, LEVELS), ("GPUMETER_LOG_FORMAT", form, FORMATS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; set one of {', '.join(known)}.")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(_TEXT))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level != "debug":
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, and the traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
