@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from devcluster import backends, cluster, controlplane, model, tools
+from devcluster import backends, cluster, controlplane, images, model, tools
 from devcluster.errors import ClusterError, last_lines
 from devcluster.layout import cluster_paths
 from devcluster.progress import Progress
@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     down = command("down", run_down, "end the cluster and remove all that it made")
     down.add_argument("--keep-data", action="store_true", help="keep etcd, images and volumes for the next up")
     command("status", run_status, "say what runs and where its logs are; exit code 1 when something is wrong")
+    built = command("images", run_images, "build the images that have changed and load them into the cluster")
+    built.add_argument("--only", choices=["operator", "worker"], help="one of the two (default: both)")
+    built.add_argument("--operator-base", metavar="IMAGE", help="base image of the operator")
+    built.add_argument("--worker-base", metavar="IMAGE", help="base image of the worker: python3 with torch and pip")
     command("kubeconfig", run_kubeconfig, "print the path of the cluster's kubeconfig")
     command("env", run_env, 'print what `eval "$(...)"` needs for kubectl and helm to meet this cluster')
     command("model", run_model, "convert the model and print its folder", named=False)
@@ -74,6 +78,12 @@ def run_down(options: argparse.Namespace, progress: Progress) -> None:
 
 def run_status(options: argparse.Namespace, progress: Progress) -> int:
     return cluster.status(options.name, progress)
+
+
+def run_images(options: argparse.Namespace, progress: Progress) -> None:
+    named = {"operator": options.operator_base, "worker": options.worker_base}
+    bases = {distribution: base for distribution, base in named.items() if base}
+    images.build_and_load(images.Wish(options.name, bases, (options.only,) if options.only else ()), progress)
 
 
 def run_kubeconfig(options: argparse.Namespace, progress: Progress) -> None:

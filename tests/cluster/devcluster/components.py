@@ -106,13 +106,15 @@ def controller_manager(plane: ControlPlane, *, alone: bool) -> Component:
         "--leader-elect=false",
         "--profiling=false",
         f"--service-cluster-ip-range={SERVICE_RANGE}",
+        # Without it every controller has the manager's own few rights: no garbage collection, no aggregated roles.
+        "--use-service-account-credentials",
     ]
     # The default of 20 requests a second makes start-up and every rollout wait for nothing but this limit.
     argv += ["--kube-api-qps=200", "--kube-api-burst=400"]
     if alone:
         argv.append("--secure-port=0")  # nobody asks it, and two on one machine would want one port
     else:
-        argv += ["--use-service-account-credentials", "--allocate-node-cidrs", f"--cluster-cidr={POD_RANGE}"]
+        argv += ["--allocate-node-cidrs", f"--cluster-cidr={POD_RANGE}"]
     return Component("kube-controller-manager", tuple(argv))
 
 

@@ -95,6 +95,10 @@ def start_container(paths: ClusterPaths) -> None:
         subprocess.run(["docker", "start", node_name(paths)], check=True, stdout=subprocess.DEVNULL)
 
 
+def load(paths: ClusterPaths, reference: str) -> None:
+    output(tools.tool("kind"), "load", "docker-image", reference, "--name", kind_name(paths))
+
+
 def stop(paths: ClusterPaths) -> None:
     subprocess.run(["docker", "stop", node_name(paths)], check=False, capture_output=True)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,14 @@ def start_node(paths: ClusterPaths, old: State | None, gpus: int, port: int | No
     settings_file = paths.root / "settings.json"
     settings_file.write_text(json.dumps(asdict(settings), indent=1))
     state = State("local", chosen, gpus)
+    begun = datetime.now(UTC)
     with progress.step("control plane, containerd and CoreDNS running in namespaces of their own"):
         state = launch(paths, settings_file, state)
         state = forward(paths, state, chosen)
         wait_for_report(paths, state)
     with progress.step("node Ready"):
         import_image(paths, "localhost/pause:3", programs)
-        wait_ready(paths, open_api(paths.kubeconfig))
+        wait_ready(paths, open_api(paths.kubeconfig), begun)
     return state
 
 
@@ -179,21 +181,26 @@ def why_it_ended(paths: ClusterPaths) -> tuple[str, Path]:
     return "The node's first process ended while the node started.", paths.logs / "node.log"
 
 
-def wait_ready(paths: ClusterPaths, api: Api) -> None:
+def wait_ready(paths: ClusterPaths, api: Api, since: datetime) -> None:
+    """Wait for a kubelet that says Ready after `since`: what an earlier one said is still in etcd."""
     end = time.monotonic() + START_TIMEOUT_S
-    while not node_is_ready(api):
+    while not node_is_ready(api, since):
         if time.monotonic() > end:
             raise ClusterError("The node did not become Ready in time.", paths.logs / "kubelet.log")
         time.sleep(0.1)
 
 
-def node_is_ready(api: Api) -> bool:
+def node_is_ready(api: Api, since: datetime | None = None) -> bool:
     try:
-        found = api.get(NODE_PATH)
+        conditions = api.get(NODE_PATH).get("status", {}).get("conditions", [])
     except ClusterError:
         return False
-    conditions = found.get("status", {}).get("conditions", [])
-    return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+    return any(
+        one["type"] == "Ready"
+        and one["status"] == "True"
+        and (since is None or datetime.fromisoformat(one["lastHeartbeatTime"]) >= since.replace(microsecond=0))
+        for one in conditions
+    )
 
 
 def import_image(paths: ClusterPaths, reference: str, programs: dict[str, Path]) -> None:
@@ -207,6 +214,7 @@ def import_image(paths: ClusterPaths, reference: str, programs: dict[str, Path])
 
 
 def repair(paths: ClusterPaths, state: State, health: Health, progress: Progress) -> State:
+    begun = datetime.now(UTC)
     with progress.step(f"starting again: {', '.join(health.ended)}"):
         os.kill(state.processes["node"].pid, signal.SIGHUP)
         end = time.monotonic() + 30
@@ -219,7 +227,7 @@ def repair(paths: ClusterPaths, state: State, health: Health, progress: Progress
             if time.monotonic() > end:
                 raise ClusterError("The API server does not come back.", paths.logs / "kube-apiserver.log")
             time.sleep(0.1)
-        wait_ready(paths, api)
+        wait_ready(paths, api, begun)
     return state
 
 

@@ -23,11 +23,12 @@ PACKAGE_OF = {
     "nsenter": "util-linux",
     "bridge-cni": "containernetworking-plugins",
     "buildah": "buildah",
+    "skopeo": "skopeo",
     "mmdebstrap": "mmdebstrap",
 }
 FOR_NODE = ("runc", "nft", "conntrack", "socat", "openssl", "ip", "unshare", "bridge-cni")
 FOR_CONTROL_PLANE = ("openssl",)
-FOR_IMAGES = ("buildah",)
+FOR_IMAGES = ("buildah", "skopeo")
 FOR_BASE_IMAGES = ("mmdebstrap",)
 CNI_FOLDERS = ("/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
