@@ -7,8 +7,9 @@ facts and the time, returns a verdict. Does not know what the period's figures a
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
-from gpumeter_operator.billing.facts import Pod
+from gpumeter_operator.billing.facts import BootFacts, Pod
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Status
 
@@ -87,6 +88,15 @@ def decide(
     )
 
 
+def after_earlier(verdict: Verdict, earlier: Period) -> Verdict:
+    """The verdict where an earlier period of the service is not Final yet: periods are closed in order, so that what
+    comes late always finds an open one after the one that it missed."""
+    if verdict.phase is not Phase.FINAL:
+        return verdict
+    message = f"Waiting for the period that ended {rfc3339(earlier.end_ns)}, because periods are closed in order."
+    return Verdict(Phase.CLOSING, "WaitingForEarlierPeriod", message, verdict.expected, verdict.missing)
+
+
 def lived_in(pod: Pod, period: Period) -> bool:
     """Whether any of the pod's containers ran in the period."""
     return any(
@@ -99,6 +109,9 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
     worker = pod.worker
     if worker.worker_uid in forks:
         return Missing(worker.worker_uid, worker.pod, "ChainForked", forks[worker.worker_uid])
+    for boot, successor in pairwise(pod.boots):
+        if boot.seal is Status.NONE and boot.started_ns < period.end_ns and successor.started_ns > period.start_ns:
+            return _seal_missing(pod, boot, "it started anew")
     if pod.settled_ns >= period.end_ns:
         return None
     unsealed = [boot for boot in pod.boots if boot.seal is Status.NONE]
@@ -110,15 +123,18 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
     if not pod.boots:
         return Missing(worker.worker_uid, worker.pod, "WorkerLost", "it is gone and never sent a record.")
     if unsealed:
-        boot = max(unsealed, key=lambda each: each.started_ns)
-        return Missing(
-            worker.worker_uid,
-            worker.pod,
-            "SealMissing",
-            f"it is gone, and its last records after seq {boot.committed_seq} of boot {boot.boot_id} are lost.",
-            boot.boot_id,
-        )
+        return _seal_missing(pod, unsealed[-1], "it is gone")
     return None
+
+
+def _seal_missing(pod: Pod, boot: BootFacts, what: str) -> Missing:
+    return Missing(
+        pod.worker.worker_uid,
+        pod.worker.pod,
+        "SealMissing",
+        f"{what}, and its records after seq {boot.committed_seq} of boot {boot.boot_id} are lost.",
+        boot.boot_id,
+    )
 
 
 def _workers(count: int) -> str:

@@ -75,6 +75,21 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
+class Adjustment:
+    """Something of a closed period that became known after it was Final, and is booked in a later one instead.
+
+    Late records are booked as themselves (`allocated_ns` is 0); `allocated_ns` is by how much the allocation of closed
+    periods was too small (negative: too large), because a container's start or end became known late.
+    """
+
+    worker_uid: str
+    closed_end_ns: int
+    booked_end_ns: int
+    allocated_ns: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """The sum of records that share a boot, kind, account, tenant and clock. Order changes nothing."""
 

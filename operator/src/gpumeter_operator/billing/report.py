@@ -18,7 +18,7 @@ from typing import Any
 from gpumeter_operator.billing.accounts import Accounts, PodAccounts
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
-from gpumeter_operator.billing.tariff import PricePlan, per_thousand, plain, price
+from gpumeter_operator.billing.tariff import Priced, PricePlan, per_thousand, plain, price
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
 
@@ -153,7 +153,7 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
         "recordCount": sum(line.records for line in own),
         "seqRanges": _ranges(own),
         "completeness": _completeness(of.verdict),
-        "conditions": _conditions(of, total, priced.amount is not None, priced.reason, priced.message),
+        "conditions": _conditions(of, total, priced),
     }
     used_ns = sum(line.gpu_ns for line in used)
     if used_ns:
@@ -209,9 +209,7 @@ def _completeness(verdict: Verdict) -> Manifest:
     }
 
 
-def _conditions(
-    of: ServicePeriod, total: Accounts, is_priced: bool, price_reason: str, price_message: str
-) -> list[Any]:
+def _conditions(of: ServicePeriod, total: Accounts, priced: Priced) -> list[Any]:
     # A transition time must be a fact, or the same ledger would give two reports: it is the edge of the period.
     at = rfc3339(of.period.start_ns if of.verdict.phase is Phase.OPEN else of.period.end_ns)
 
@@ -222,7 +220,7 @@ def _conditions(
         _complete(of, condition),
         _reconciled(of, total, condition),
         _measured(of, condition),
-        condition("Priced", "True" if is_priced else "False", price_reason, price_message),
+        condition("Priced", "False" if priced.amount is None else "True", priced.reason, priced.message),
     ]
 
 

@@ -112,7 +112,7 @@ def price(plan: PricePlan | None, plan_name: str, gpu_ns_by_class: Mapping[str, 
                 return Priced(
                     None,
                     "NoRate",
-                    f"PricePlan {plan.name} (version {plan.version}) has no rate for the gpuClass {gpu_class}; add one.",
+                    f"PricePlan {plan.name} (version {plan.version}) has no rate for gpuClass {gpu_class}; add one.",
                 )
             total += gpu_ns * rate.per_gpu_hour / HOUR_NS
         amount = total.quantize(AMOUNT_STEP, ROUND_HALF_EVEN)

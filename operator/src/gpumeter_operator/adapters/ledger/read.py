@@ -1,0 +1,380 @@
+"""Reading the ledger: what billing folds, what the collector goes on from, what an auditor looks at.
+
+Owns the queries. Changes nothing; opened read-only it works beside a running collector.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, not_, or_, select
+
+from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.engine import open_engine, reading
+from gpumeter_operator.billing.accounts import NAMES, Accounts
+from gpumeter_operator.billing.close import Phase
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Line, Pod, Span, Worker
+from gpumeter_operator.billing.report import digest_of
+from gpumeter_operator.billing.schedule import Schedule
+from gpumeter_operator.billing.tariff import PlanInvalid, PricePlan, plan_from
+from gpumeter_usage.period import Granularity
+from gpumeter_usage.record import ENDED, Account, Kind, Status
+
+FactsVersion = tuple[int, int, int]
+"""How many facts a fold was made from. Facts only grow, so an equal count is an equal set."""
+
+
+class Reader:
+    """The ledger, for reading. Raises LedgerUnavailable when it cannot be read."""
+
+    def __init__(self, url: str, *, read_only: bool = True) -> None:
+        self.engine = open_engine(url, read_only=read_only)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+    def schedule(self) -> Schedule:
+        """The lengths of periods, now and formerly."""
+        with reading(self.engine) as connection:
+            return schedule(connection)
+
+    def services(self) -> list[tuple[str, str]]:
+        """(namespace, name) of every service that ever had a worker."""
+        with reading(self.engine) as connection:
+            columns = (t.workers.c.namespace, t.workers.c.service)
+            return [(row[0], row[1]) for row in connection.execute(select(*columns).distinct().order_by(*columns))]
+
+    def last_final_ns(self, namespace: str, service: str) -> int:
+        """The end of the last Final period of a service; 0 where there is none."""
+        with reading(self.engine) as connection:
+            return last_final_ns(connection, namespace, service)
+
+    def workers(self) -> list[Worker]:
+        """All workers ever seen, by namespace, service and uid."""
+        with reading(self.engine) as connection:
+            order = (t.workers.c.namespace, t.workers.c.service, t.workers.c.worker_uid)
+            return [_worker(row) for row in connection.execute(select(t.workers).order_by(*order))]
+
+    def pods(self, namespace: str, service: str, since_ns: int) -> tuple[Pod, ...]:
+        """The pods of a service that ran after `since_ns` or may still run, or have something booked after it."""
+        with reading(self.engine) as connection:
+            w, r, a, c = t.workers.c, t.records.c, t.adjustments.c, t.containers.c
+            ended_later = exists().where(
+                c.worker_uid == w.worker_uid, c.event.in_(("ended", "vanished")), c.at_ns > since_ns
+            )
+            booked = exists().where(
+                r.worker_uid == w.worker_uid, r.service == f"{namespace}/{service}", r.booked_end_ns > since_ns
+            )
+            adjusted = exists().where(a.worker_uid == w.worker_uid, a.booked_end_ns > since_ns)
+            of_service = and_(w.namespace == namespace, w.service == service)
+            alive = or_(not_(_has_event("gone")), ended_later, booked, adjusted)
+            return _load_pods(connection, and_(of_service, alive))
+
+    def boots(self, worker_uid: str) -> tuple[BootFacts, ...]:
+        """The chains of a worker, oldest first."""
+        with reading(self.engine) as connection:
+            return tuple(_boots(connection, [worker_uid]).get(worker_uid, ()))
+
+    def not_gone(self) -> tuple[Pod, ...]:
+        """The pods that were not seen to go."""
+        with reading(self.engine) as connection:
+            return _load_pods(connection, not_(_has_event("gone")))
+
+    def pod(self, worker_uid: str) -> Pod | None:
+        """One pod."""
+        with reading(self.engine) as connection:
+            return next(iter(_load_pods(connection, t.workers.c.worker_uid == worker_uid)), None)
+
+    def last_plan_name(self, namespace: str, service: str) -> str | None:
+        """The price plan of the service's latest period."""
+        p = t.periods.c
+        query = select(p.plan_name).where(p.namespace == namespace, p.service == service)
+        with reading(self.engine) as connection:
+            return connection.scalar(query.order_by(p.end_ns.desc()).limit(1))
+
+    def booked_ends(self, namespace: str, service: str, after_ns: int) -> list[int]:
+        """The ends of periods after `after_ns` in which records or adjustments are booked, ascending."""
+        found: set[int] = set()
+        with reading(self.engine) as connection:
+            at_ns: int | None = after_ns
+            while at_ns is not None:  # one index seek a period, where DISTINCT would read every record
+                at_ns = connection.scalar(
+                    select(func.min(t.records.c.booked_end_ns)).where(
+                        t.records.c.service == f"{namespace}/{service}", t.records.c.booked_end_ns > at_ns
+                    )
+                )
+                found |= {at_ns} if at_ns is not None else set()
+            of_service = and_(t.adjustments.c.namespace == namespace, t.adjustments.c.service == service)
+            found |= set(
+                connection.scalars(
+                    select(t.adjustments.c.booked_end_ns).where(of_service, t.adjustments.c.booked_end_ns > after_ns)
+                )
+            )
+        return sorted(found)
+
+    def lines(self, namespace: str, service: str, end_ns: int) -> tuple[Line, ...]:
+        """The sums of the records that are booked in a period."""
+        r = t.records.c
+        key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
+        ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
+        sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens)
+        # batch_ns is summed in two halves: its sum is the only one that a broken worker could drive beyond 64 bits.
+        halves = (func.sum(r.batch_ns // 2**20), func.sum(r.batch_ns % 2**20))
+        counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
+        query = (
+            select(*key, *counts, *(func.sum(column) for column in sums), *halves)
+            .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns)
+            .group_by(*key)
+            .order_by(*key)
+        )
+        with reading(self.engine) as connection:
+            return tuple(_line(tuple(row)) for row in connection.execute(query))
+
+    def digests(self, namespace: str, service: str, end_ns: int) -> dict[str, str]:
+        """By owner, the digest of the records that are booked in a period."""
+        r = t.records.c
+        owner = case((r.tenant == "", PLATFORM), else_=r.tenant).label("owner")
+        query = (
+            select(owner, r.hash)
+            .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns)
+            .order_by("owner", r.worker_uid, r.boot_id, r.seq)
+        )
+        found: dict[str, str] = {}
+        with reading(self.engine) as connection:
+            by_owner: dict[str, list[str]] = {}
+            for name, each in connection.execution_options(yield_per=10_000).execute(query):
+                by_owner.setdefault(name, []).append(each)
+            for name, hashes in by_owner.items():
+                found[name] = digest_of(hashes)
+        return found
+
+    def adjustments(self, namespace: str, service: str, booked_end_ns: int | None = None) -> list[Adjustment]:
+        """What is booked in a period (or in any) instead of in an earlier, closed one."""
+        a = t.adjustments.c
+        query = select(a.worker_uid, a.closed_end_ns, a.booked_end_ns, a.allocated_ns, a.reason).where(
+            a.namespace == namespace, a.service == service
+        )
+        if booked_end_ns is not None:
+            query = query.where(a.booked_end_ns == booked_end_ns)
+        with reading(self.engine) as connection:
+            return [Adjustment(*row) for row in connection.execute(query.order_by(a.id))]
+
+    def forks(self, worker_uids: Collection[str], start_ns: int, end_ns: int) -> dict[str, str]:
+        """By worker, a sentence for two different records under one key that ended in this time."""
+        a = t.alarms.c
+        query = select(a.worker_uid, a.message).where(
+            a.reason == "ChainForked",
+            a.worker_uid.in_(worker_uids),
+            a.ended_at > start_ns,
+            a.ended_at <= end_ns,
+        )
+        with reading(self.engine) as connection:
+            return {row[0]: row[1] for row in connection.execute(query.order_by(a.id.desc()))}
+
+    def period_plan(self, namespace: str, service: str, end_ns: int) -> tuple[str, PricePlan | None] | None:
+        """The name and version of the price plan with which a period was opened; None where it was not opened."""
+        p = t.periods.c
+        with reading(self.engine) as connection:
+            row = connection.execute(
+                select(p.plan_name, p.plan_hash).where(
+                    p.namespace == namespace, p.service == service, p.end_ns == end_ns
+                )
+            ).one_or_none()
+            if row is None:
+                return None
+            plan = t.price_plans.c
+            found = connection.execute(
+                select(plan.version, plan.spec).where(plan.name == row.plan_name, plan.hash == row.plan_hash)
+            ).one_or_none()
+        if found is None:
+            return row.plan_name, None
+        try:
+            return row.plan_name, plan_from(row.plan_name, found.version, found.spec)
+        except PlanInvalid:
+            return row.plan_name, None
+
+    def final_names(self, since_end_ns: int) -> set[tuple[str, str]]:
+        """(namespace, name) of the Final reports whose periods ended after `since_end_ns`."""
+        r = t.reports.c
+        query = select(r.namespace, r.name).where(r.phase == Phase.FINAL.value, r.period_end_ns > since_end_ns)
+        with reading(self.engine) as connection:
+            return {(row[0], row[1]) for row in connection.execute(query)}
+
+    def final_report(self, namespace: str, name: str) -> bytes | None:
+        """The bytes of a Final report, as it was published and will be again."""
+        r = t.reports.c
+        query = select(r.body).where(r.phase == Phase.FINAL.value, r.namespace == namespace, r.name == name)
+        with reading(self.engine) as connection:
+            return connection.scalar(query)
+
+    def final_reports(self, namespace: str, service: str) -> list[tuple[int, str, bytes]]:
+        """(end of the period, tenant, bytes) of all Final reports of a service, by period and tenant."""
+        r = t.reports.c
+        query = select(r.period_end_ns, r.tenant, r.body).where(
+            r.phase == Phase.FINAL.value, r.namespace == namespace, r.service == service
+        )
+        with reading(self.engine) as connection:
+            rows = connection.execute(query.order_by(r.period_end_ns, r.tenant))
+            return [(row[0], row[1], row[2]) for row in rows]
+
+    def pod_accounts(self, worker_uid: str) -> list[tuple[int, Accounts]]:
+        """(end of the period, accounts) of a pod, as its Final periods froze them."""
+        p = t.pod_accounts
+        with reading(self.engine) as connection:
+            rows = connection.execute(select(p).where(p.c.worker_uid == worker_uid).order_by(p.c.period_end_ns))
+            return [(row.period_end_ns, Accounts(*(getattr(row, name) for name in NAMES))) for row in rows]
+
+    def facts_version(self, namespace: str, service: str, end_ns: int) -> FactsVersion:
+        """How many facts a fold of this period is made from."""
+        with reading(self.engine) as connection:
+            return facts_version(connection, namespace, service, end_ns)
+
+    def bodies(self, worker_uid: str) -> Iterator[tuple[str, int, str, bytes, int]]:
+        """(boot_id, seq, hash, body, booked_end_ns) of all records of a worker, in the order of their keys."""
+        r = t.records.c
+        query = select(r.boot_id, r.seq, r.hash, r.body, r.booked_end_ns).where(r.worker_uid == worker_uid)
+        with reading(self.engine) as connection:
+            rows = connection.execution_options(yield_per=5000).execute(query.order_by(r.boot_id, r.seq))
+            for row in rows:
+                yield row.boot_id, row.seq, row.hash, row.body, row.booked_end_ns
+
+    def alarms(self) -> list[tuple[str, str, str]]:
+        """(reason, worker_uid, message) of every alarm, oldest first."""
+        a = t.alarms.c
+        with reading(self.engine) as connection:
+            rows = connection.execute(select(a.reason, a.worker_uid, a.message).order_by(a.id))
+            return [(row[0], row[1], row[2]) for row in rows]
+
+
+def schedule(connection: Connection) -> Schedule:
+    """The schedule, inside a transaction."""
+    g = t.granularities.c
+    rows = connection.execute(select(g.effective_from_ns, g.granularity).order_by(g.effective_from_ns))
+    return Schedule(tuple((row[0], Granularity(row[1])) for row in rows))
+
+
+def last_final_ns(connection: Connection, namespace: str, service: str) -> int:
+    """The end of the last Final period of a service, inside a transaction."""
+    r = t.reports.c
+    newest = select(func.max(r.period_end_ns)).where(
+        r.namespace == namespace, r.service == service, r.tenant == PLATFORM, r.phase == Phase.FINAL.value
+    )
+    return int(connection.scalar(newest) or 0)
+
+
+def facts_version(connection: Connection, namespace: str, service: str, end_ns: int) -> FactsVersion:
+    """The counts of records, container events and adjustments, inside a transaction."""
+    uids = select(t.workers.c.worker_uid).where(t.workers.c.namespace == namespace, t.workers.c.service == service)
+    counts = (
+        select(func.count()).where(
+            t.records.c.service == f"{namespace}/{service}", t.records.c.booked_end_ns == end_ns
+        ),
+        select(func.count()).where(t.containers.c.worker_uid.in_(uids)),
+        select(func.count()).where(t.adjustments.c.namespace == namespace, t.adjustments.c.service == service),
+    )
+    first, second, third = (int(connection.scalar(count) or 0) for count in counts)
+    return first, second, third
+
+
+def spans(connection: Connection, worker_uids: Collection[str]) -> tuple[dict[str, list[Span]], set[str]]:
+    """The container spans of these workers, each in order of start, and the uids of those whose pods are gone."""
+    c = t.containers.c
+    rows = connection.execute(
+        select(c.worker_uid, c.container_id, c.event, c.at_ns).where(c.worker_uid.in_(worker_uids))
+    ).all()
+    events: dict[tuple[str, str], dict[str, int]] = {}
+    gone: set[str] = set()
+    for worker_uid, container_id, event, at_ns in rows:
+        if event == "gone":
+            gone.add(worker_uid)
+        else:
+            events.setdefault((worker_uid, container_id), {})[event] = at_ns
+    found: dict[str, list[Span]] = {}
+    for (worker_uid, container_id), known in events.items():
+        if "started" in known:
+            found.setdefault(worker_uid, []).append(span_of(container_id, known))
+    for each in found.values():
+        each.sort(key=lambda span: (span.started_ns, span.container_id))
+    return found, gone
+
+
+def span_of(container_id: str, events: dict[str, int]) -> Span:
+    """The span that a container's events describe. What Kubernetes said of its end outweighs what was concluded."""
+    ended_ns = events.get("ended", events.get("vanished"))
+    return Span(container_id, events["started"], ended_ns, "ended" in events)
+
+
+def _load_pods(connection: Connection, which: ColumnElement[bool]) -> tuple[Pod, ...]:
+    rows = connection.execute(select(t.workers).where(which).order_by(t.workers.c.worker_uid)).all()
+    uids = [row.worker_uid for row in rows]
+    by_worker, gone = spans(connection, uids)
+    boots = _boots(connection, uids)
+    progress = {
+        row.worker_uid: row for row in connection.execute(select(t.progress).where(t.progress.c.worker_uid.in_(uids)))
+    }
+    return tuple(
+        Pod(
+            worker=_worker(row),
+            spans=tuple(by_worker.get(row.worker_uid, ())),
+            boots=tuple(boots.get(row.worker_uid, ())),
+            settled_ns=progress[row.worker_uid].settled_ns if row.worker_uid in progress else 0,
+            gone=row.worker_uid in gone,
+            problem=progress[row.worker_uid].problem if row.worker_uid in progress else "",
+        )
+        for row in rows
+    )
+
+
+def _boots(connection: Connection, worker_uids: Collection[str]) -> dict[str, list[BootFacts]]:
+    b = t.boots.c
+    found: dict[str, list[BootFacts]] = {}
+    rows = connection.execute(
+        select(t.boots).where(b.worker_uid.in_(worker_uids)).order_by(b.worker_uid, b.started_ns, b.boot_id)
+    )
+    for row in rows:
+        found.setdefault(row.worker_uid, []).append(
+            BootFacts(row.boot_id, row.started_ns, row.committed_seq, row.head_hash, Status(row.seal), row.sealed_ns)
+        )
+    return found
+
+
+def _has_event(event: str) -> Any:
+    c = t.containers.c
+    return exists().where(c.worker_uid == t.workers.c.worker_uid, c.event == event)
+
+
+def _worker(row: Row[Any]) -> Worker:
+    return Worker(
+        row.worker_uid,
+        row.namespace,
+        row.service,
+        row.service_uid,
+        row.model,
+        row.gpu_class,
+        row.devices,
+        row.pod,
+    )
+
+
+def _line(row: tuple[Any, ...]) -> Line:
+    key, (records, first, last, sessions, *sums, high, low) = row[:6], (int(number) for number in row[6:])
+    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion = sums
+    return Line(
+        worker_uid=key[0],
+        boot_id=key[1],
+        kind=Kind(key[2]),
+        account=key[3],
+        tenant=key[4],
+        clock=key[5],
+        records=records,
+        first_seq=first,
+        last_seq=last,
+        sessions=sessions,
+        gpu_ns=gpu_ns,
+        prefill_ns=prefill_ns,
+        decode_ns=decode_ns,
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
+        batch_ns=high * 2**20 + low,
+    )

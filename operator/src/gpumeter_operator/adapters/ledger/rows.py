@@ -1,0 +1,270 @@
+"""The statements that a write transaction is made of.
+
+Owns how facts become rows, and the bookkeeping that belongs into the same transaction: in which period a record is
+booked, how far its chain reaches, and what an observation changes in periods that are closed. Begins and ends no
+transaction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
+from gpumeter_operator.billing.accounts import overlap_ns
+from gpumeter_operator.billing.facts import BootFacts, Span, Worker
+from gpumeter_operator.billing.report import Manifest, canonical_report
+from gpumeter_usage.chain import Link
+from gpumeter_usage.period import MINUTE_NS, Period, rfc3339
+from gpumeter_usage.record import Kind, Record, Status
+
+MAX_ALARMS_PER_WORKER = 100
+"""A broken worker may fail in ever new ways; its first hundred alarms tell the story."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a page: how many records are new, and where the boot's chain stands now."""
+
+    inserted: int
+    seq: int
+    head_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerEvent:
+    """Something that Kubernetes said of a container (`started`, `ended`), or that was concluded (`vanished`).
+
+    `container_id` is "" and `event` "gone" where the pod as a whole is no more.
+    """
+
+    container_id: str
+    event: str
+    at_ns: int
+
+
+def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | None:
+    """One chain's cursor."""
+    b = t.boots.c
+    row = connection.execute(select(t.boots).where(b.worker_uid == worker_uid, b.boot_id == boot_id)).one_or_none()
+    if row is None:
+        return None
+    return BootFacts(row.boot_id, row.started_ns, row.committed_seq, row.head_hash, Status(row.seal), row.sealed_ns)
+
+
+def insert_records(
+    connection: Connection, worker: Worker, records: Sequence[Record], links: Sequence[Link], now_ns: int
+) -> None:
+    """Insert records, each booked in the period of its end, or in the first open one where that is Final already."""
+    periods = schedule(connection)
+    final_ns = last_final_ns(connection, worker.namespace, worker.service)
+    next_open_ns = periods.period_of(final_ns + 1).end_ns
+    booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
+    values: list[dict[str, Any]] = []
+    late: list[tuple[int, Record]] = []
+    for record, link in zip(records, links, strict=True):
+        minute = -(-record.ended_at // MINUTE_NS)
+        end_ns = booked_ns.get(minute)
+        if end_ns is None:
+            end_ns = booked_ns[minute] = periods.period_of(record.ended_at).end_ns
+        if end_ns <= final_ns:
+            late.append((end_ns, record))
+            end_ns = next_open_ns
+        values.append(
+            {
+                "worker_uid": record.worker_uid,
+                "boot_id": record.boot_id,
+                "seq": record.seq,
+                "hash": link.hash,
+                "body": link.body,
+                "service": record.service,
+                "booked_end_ns": end_ns,
+                "ended_at": record.ended_at,
+                "kind": record.kind.value,
+                "account": record.account,
+                "status": record.status.value,
+                "tenant": record.tenant,
+                "session_id": record.session_id,
+                "clock": record.clock,
+                "gpu_ns": record.gpu_ns,
+                "prefill_ns": record.prefill_ns,
+                "decode_ns": record.decode_ns,
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                "completion_tokens": record.completion_tokens,
+                "batch_ns": record.batch_ns,
+            }
+        )
+    connection.execute(insert(t.records), values)
+    for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
+        of_period = [record for _, record in group]
+        first, last = of_period[0], of_period[-1]
+        reason = (
+            f"Records {first.seq} to {last.seq} of pod {worker.pod} arrived after the period that ended "
+            f"{rfc3339(closed_ns)} was Final; they are booked here."
+        )
+        _adjust(
+            connection,
+            worker,
+            now_ns,
+            kind="records",
+            boot_id=first.boot_id,
+            first_seq=first.seq,
+            last_seq=last.seq,
+            closed_end_ns=closed_ns,
+            booked_end_ns=next_open_ns,
+            allocated_ns=0,
+            reason=reason,
+        )
+        raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
+
+
+def advance(connection: Connection, known: BootFacts | None, records: Sequence[Record], head_hash: str) -> None:
+    """Move a chain's cursor to the last of these records, and note its seal."""
+    first, last = records[0], records[-1]
+    sealed = last.kind is Kind.SEAL
+    values = {
+        "committed_seq": last.seq,
+        "head_hash": head_hash,
+        "seal": last.status.value if sealed else "",
+        "sealed_ns": last.ended_at if sealed else 0,
+    }
+    key = {"worker_uid": last.worker_uid, "boot_id": last.boot_id}
+    if known is None:
+        started_ns = min(first.started_at, first.ended_at)
+        connection.execute(insert(t.boots).values({**key, **values, "started_ns": started_ns}))
+    else:
+        b = t.boots.c
+        connection.execute(
+            update(t.boots).where(b.worker_uid == last.worker_uid, b.boot_id == last.boot_id).values(values)
+        )
+
+
+def put_progress(connection: Connection, worker_uid: str, values: dict[str, Any]) -> None:
+    """Insert or replace how far a worker is."""
+    statement = sqlite_insert(t.progress).values({"worker_uid": worker_uid, **values})
+    connection.execute(statement.on_conflict_do_update(index_elements=["worker_uid"], set_=values))
+
+
+def observe(connection: Connection, worker: Worker, event: ContainerEvent, final_ns: int, now_ns: int) -> int:
+    """Keep one event about a container unless it is known; book what it changes in periods up to `final_ns`."""
+    c = t.containers.c
+    rows = connection.execute(
+        select(c.event, c.at_ns).where(c.worker_uid == worker.worker_uid, c.container_id == event.container_id)
+    )
+    known = {row[0]: row[1] for row in rows}
+    if event.event in known:
+        return 0
+    values = {
+        "worker_uid": worker.worker_uid,
+        "container_id": event.container_id,
+        "event": event.event,
+        "at_ns": event.at_ns,
+        "observed_ns": now_ns,
+    }
+    connection.execute(insert(t.containers).values(values))
+    before_ns = _allocated_ns(worker, event.container_id, known, final_ns)
+    after_ns = _allocated_ns(worker, event.container_id, known | {event.event: event.at_ns}, final_ns)
+    if after_ns != before_ns:
+        reason = (
+            f"That a container of pod {worker.pod} {event.event} at {rfc3339(event.at_ns)} became known after the "
+            f"period that ended {rfc3339(final_ns)} was Final; {after_ns - before_ns} ns of allocation are booked here."
+        )
+        _adjust(
+            connection,
+            worker,
+            now_ns,
+            kind="allocation",
+            boot_id="",
+            first_seq=0,
+            last_seq=0,
+            closed_end_ns=final_ns,
+            booked_end_ns=schedule(connection).period_of(final_ns + 1).end_ns,
+            allocated_ns=after_ns - before_ns,
+            reason=reason,
+        )
+        raise_alarm(connection, now_ns, reason="LateContainer", worker_uid=worker.worker_uid, message=reason)
+    return 1
+
+
+def raise_alarm(
+    connection: Connection,
+    now_ns: int,
+    *,
+    reason: str,
+    worker_uid: str,
+    message: str,
+    boot_id: str = "",
+    seq: int = 0,
+    ended_at: int = 0,
+    our_hash: str = "",
+    their_hash: str = "",
+    their_body: bytes = b"",
+) -> bool:
+    """Keep an alarm unless the same is kept already; returns whether it is new."""
+    told = "\0".join((reason, worker_uid, boot_id, str(seq), their_hash, message))
+    fingerprint = sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
+    a = t.alarms.c
+    if connection.scalar(select(a.id).where(a.fingerprint == fingerprint)) is not None:
+        return False
+    count = connection.scalar(select(func.count()).select_from(t.alarms).where(a.worker_uid == worker_uid)) or 0
+    if count >= MAX_ALARMS_PER_WORKER and reason != "ChainForked":
+        return False
+    connection.execute(
+        insert(t.alarms).values(
+            reason=reason,
+            worker_uid=worker_uid,
+            boot_id=boot_id,
+            seq=seq,
+            ended_at=ended_at,
+            our_hash=our_hash,
+            their_hash=their_hash,
+            their_body=their_body,
+            message=message,
+            fingerprint=fingerprint,
+            raised_ns=now_ns,
+        )
+    )
+    return True
+
+
+def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
+    """Keep these versions; of a phase that is kept already the first stays."""
+    for manifest in manifests:
+        body = canonical_report(manifest)
+        values = {
+            "namespace": manifest["metadata"]["namespace"],
+            "service": manifest["spec"]["serviceRef"]["name"],
+            "tenant": manifest["spec"]["tenant"],
+            "period_end_ns": period.end_ns,
+            "phase": manifest["status"]["phase"],
+            "name": manifest["metadata"]["name"],
+            "body": body,
+            "digest": sha256(body).hexdigest(),
+            "kept_ns": now_ns,
+        }
+        connection.execute(sqlite_insert(t.reports).values(values).on_conflict_do_nothing())
+
+
+def _allocated_ns(worker: Worker, container_id: str, events: dict[str, int], final_ns: int) -> int:
+    if "started" not in events or not container_id:
+        return 0
+    span: Span = span_of(container_id, events)
+    return overlap_ns([span], worker.devices, 0, final_ns)
+
+
+def _adjust(connection: Connection, worker: Worker, now_ns: int, **values: Any) -> None:
+    connection.execute(
+        insert(t.adjustments).values(
+            namespace=worker.namespace,
+            service=worker.service,
+            worker_uid=worker.worker_uid,
+            made_ns=now_ns,
+            **values,
+        )
+    )

@@ -1,0 +1,237 @@
+"""Writing the ledger: the one place where a fact becomes durable.
+
+Owns the transactions: a page and its cursor together, an observation and the correction that follows from it together,
+all Final reports of a period together. Knows no HTTP and no Kubernetes.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from hashlib import sha256
+
+from sqlalchemy import Connection, insert, select
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from gpumeter_operator.adapters.ledger import rows
+from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.engine import reading, upgrade, writing
+from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_version, last_final_ns
+from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
+from gpumeter_operator.billing.accept import PageRefused, accept
+from gpumeter_operator.billing.accounts import NAMES, Accounts
+from gpumeter_operator.billing.facts import BootFacts, Worker
+from gpumeter_operator.billing.report import Manifest
+from gpumeter_operator.billing.schedule import effective_from_ns
+from gpumeter_usage.chain import GENESIS, Link
+from gpumeter_usage.page import Page
+from gpumeter_usage.period import Granularity, Period
+from gpumeter_usage.record import Status
+
+ServiceName = tuple[str, str]
+"""(namespace, name)."""
+
+
+class Ledger(Reader):
+    """The ledger, for the collector. Methods block, and may be called from several threads."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, read_only=False)
+        self._lock = threading.Lock()  # SQLite has one writer; to queue here is fairer than its busy-waiting
+        upgrade(self.engine)
+
+    def set_granularity(self, granularity: Granularity, now_ns: int) -> int:
+        """Let periods have this length from the next full hour on (from the beginning in an empty ledger).
+
+        Returns since when, or from when, the length holds.
+        """
+        with self._writing() as connection:
+            g = t.granularities.c
+            known = connection.execute(select(t.granularities).order_by(g.effective_from_ns)).all()
+            if known and known[-1].granularity == granularity.value:
+                return int(known[-1].effective_from_ns)
+            from_ns = effective_from_ns(now_ns) if known else 0
+            while any(row.effective_from_ns >= from_ns for row in known):  # changed twice within one hour
+                from_ns = effective_from_ns(from_ns + 1)
+            values = {"effective_from_ns": from_ns, "granularity": granularity.value, "set_ns": now_ns}
+            connection.execute(insert(t.granularities).values(values))
+            return from_ns
+
+    def take(self, worker: Worker, page: Page, now_ns: int) -> Taken:
+        """Commit a page: its new records, their place in a period, and the cursor, in one transaction.
+
+        What is already there is compared and ignored. Raises PageRefused, with nothing taken: for a page that does not
+        continue what is there, and for two different records under one key (both are kept, the second in an alarm).
+        """
+        while True:
+            boot = self._boot(worker.worker_uid, page.boot_id)
+            seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
+            if page.after > seq:
+                raise PageRefused(
+                    "SequenceGap",
+                    f"boot {page.boot_id:.64}: records {seq + 1} to {page.after} are missing, and were not committed",
+                )
+            known, fresh = page.links[: seq - page.after], page.links[seq - page.after :]
+            self._refuse_fork(worker, page, known, now_ns)
+            if fresh and boot and boot.seal is not Status.NONE:
+                raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq + 1} after its seal")
+            accepted = accept(replace(page, after=seq, links=fresh), worker, head_hash, now_ns)
+            if not fresh:
+                return Taken(0, seq, head_hash)
+            with self._writing() as connection:
+                if rows.boot(connection, worker.worker_uid, page.boot_id) != boot:
+                    continue  # another collector was faster: what was fresh may be known by now
+                rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
+                rows.advance(connection, boot, accepted.records, accepted.head_hash)
+            return Taken(len(fresh), seq + len(fresh), accepted.head_hash)
+
+    def settle(self, worker_uid: str, settled_ns: int, now_ns: int) -> None:
+        """Note that all usage of a worker up to this time is committed. Never moves back."""
+        with self._writing() as connection:
+            row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
+            values = {"settled_ns": max(settled_ns, row.settled_ns if row else 0), "heard_ns": now_ns, "problem": ""}
+            rows.put_progress(connection, worker_uid, values)
+
+    def note_problem(self, worker_uid: str, problem: str) -> None:
+        """Note in a sentence why a worker cannot be collected from now; it is shown where the period waits for it."""
+        with self._writing() as connection:
+            row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
+            if row is None or row.problem != problem:
+                values = {
+                    "settled_ns": row.settled_ns if row else 0,
+                    "heard_ns": row.heard_ns if row else 0,
+                    "problem": problem,
+                }
+                rows.put_progress(connection, worker_uid, values)
+
+    def observe(self, worker: Worker, events: Iterable[ContainerEvent], now_ns: int) -> int:
+        """Keep what is new about a worker's pod; returns how many events were.
+
+        Where it changes the allocation of periods that are Final already, the difference is booked as an adjustment of
+        the next period, in the same transaction.
+        """
+        with self._writing() as connection:
+            exists = connection.scalar(
+                select(t.workers.c.worker_uid).where(t.workers.c.worker_uid == worker.worker_uid)
+            )
+            if exists is None:
+                values = asdict(worker) | {"first_seen_ns": now_ns}
+                connection.execute(insert(t.workers).values(values))
+            final_ns = last_final_ns(connection, worker.namespace, worker.service)
+            added = 0
+            for event in events:
+                added += rows.observe(connection, worker, event, final_ns, now_ns)
+            return added
+
+    def raise_alarm(
+        self,
+        reason: str,
+        worker_uid: str,
+        message: str,
+        now_ns: int,
+    ) -> bool:
+        """Keep an alarm; returns whether it is a new one."""
+        with self._writing() as connection:
+            return rows.raise_alarm(connection, now_ns, reason=reason, worker_uid=worker_uid, message=message)
+
+    def keep_plan(self, name: str, version: int, spec: bytes, now_ns: int) -> str:
+        """Keep a version of a price plan, once; returns its hash."""
+        with self._writing() as connection:
+            digest = sha256(spec).hexdigest()
+            values = {"name": name, "hash": digest, "version": version, "spec": spec, "observed_ns": now_ns}
+            connection.execute(sqlite_insert(t.price_plans).values(values).on_conflict_do_nothing())
+            return digest
+
+    def open_period(self, service: ServiceName, period: Period, plan_name: str, plan_hash: str, now_ns: int) -> None:
+        """Open a period for a service with the price plan that holds for all of it; once opened it stays so."""
+        with self._writing() as connection:
+            values = {
+                "namespace": service[0],
+                "service": service[1],
+                "end_ns": period.end_ns,
+                "start_ns": period.start_ns,
+                "granularity": period.granularity.value,
+                "plan_name": plan_name,
+                "plan_hash": plan_hash,
+                "opened_ns": now_ns,
+            }
+            connection.execute(sqlite_insert(t.periods).values(values).on_conflict_do_nothing())
+
+    def keep_reports(self, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
+        """Keep the first version of a phase before Final."""
+        with self._writing() as connection:
+            rows.keep_reports(connection, manifests, period, now_ns)
+
+    def keep_final(
+        self,
+        service: ServiceName,
+        period: Period,
+        *,
+        manifests: Sequence[Manifest],
+        accounts: Sequence[tuple[str, Accounts]],
+        made_from: FactsVersion,
+        now_ns: int,
+    ) -> bool:
+        """Close a period for good: all its reports and the accounts of its pods, once.
+
+        False, with nothing kept, where facts came in since the reports were folded, or the period is Final already.
+        """
+        with self._writing() as connection:
+            if facts_version(connection, *service, period.end_ns) != made_from:
+                return False
+            if last_final_ns(connection, *service) >= period.end_ns:
+                return False
+            rows.keep_reports(connection, manifests, period, now_ns)
+            of_pods = [
+                {"worker_uid": worker_uid, "period_end_ns": period.end_ns}
+                | {name: getattr(of_pod, name) for name in NAMES}
+                for worker_uid, of_pod in accounts
+            ]
+            if of_pods:
+                connection.execute(insert(t.pod_accounts), of_pods)
+            return True
+
+    def _boot(self, worker_uid: str, boot_id: str) -> BootFacts | None:
+        return next((boot for boot in self.boots(worker_uid) if boot.boot_id == boot_id), None)
+
+    def _refuse_fork(self, worker: Worker, page: Page, known: tuple[Link, ...], now_ns: int) -> None:
+        if not known:
+            return
+        r = t.records.c
+        query = (
+            select(r.seq, r.hash, r.body, r.ended_at)
+            .where(r.worker_uid == worker.worker_uid, r.boot_id == page.boot_id)
+            .where(r.seq > page.after, r.seq <= page.after + len(known))
+            .order_by(r.seq)
+        )
+        with reading(self.engine) as connection:
+            ours = connection.execute(query).all()
+        for row, link in zip(ours, known, strict=True):
+            if row.hash != link.hash or row.body != link.body:
+                break
+        else:
+            return
+        message = (
+            f"boot {page.boot_id} seq {row.seq}: the worker sent {link.hash:.16}… where the ledger has "
+            f"{row.hash:.16}…; both are kept, and the period is held until its grace ends"
+        )
+        with self._writing() as connection:
+            rows.raise_alarm(
+                connection,
+                now_ns,
+                reason="ChainForked",
+                worker_uid=worker.worker_uid,
+                message=message,
+                boot_id=page.boot_id,
+                seq=row.seq,
+                ended_at=row.ended_at,
+                our_hash=row.hash,
+                their_hash=link.hash,
+                their_body=link.body,
+            )
+        raise PageRefused("ChainForked", message)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._lock, writing(self.engine) as connection:
+            yield connection

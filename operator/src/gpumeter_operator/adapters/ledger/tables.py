@@ -1,0 +1,229 @@
+"""The ledger's tables.
+
+Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
+
+Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
+price_plans, granularities, reports, pod_accounts, adjustments, alarms. State (follows from facts, may be rebuilt):
+boots (the cursor of each chain), progress (how far each worker is settled).
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only for INTEGER
+_UID = String(64)
+_HASH = String(64)
+_NAME = String(256)
+
+records = Table(
+    "records",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _UID, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("hash", _HASH, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # as received; the columns below are read from it
+    Column("service", _NAME, nullable=False),
+    Column("booked_end_ns", BigInteger, nullable=False),  # the end of the period in which it is billed
+    Column("ended_at", BigInteger, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("account", String(16), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("session_id", _NAME, nullable=False),
+    Column("clock", String(32), nullable=False),
+    Column("gpu_ns", BigInteger, nullable=False),
+    Column("prefill_ns", BigInteger, nullable=False),
+    Column("decode_ns", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("batch_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("worker_uid", "boot_id", "seq"),
+)
+Index("records_by_period", records.c.service, records.c.booked_end_ns)
+
+boots = Table(
+    "boots",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _UID, nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("committed_seq", BigInteger, nullable=False),
+    Column("head_hash", _HASH, nullable=False),
+    Column("seal", String(16), nullable=False),  # "" while the chain is open
+    Column("sealed_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("worker_uid", "boot_id"),
+)
+
+progress = Table(
+    "progress",
+    metadata,
+    Column("worker_uid", _UID, primary_key=True),
+    Column("settled_ns", BigInteger, nullable=False),
+    Column("heard_ns", BigInteger, nullable=False),
+    Column("problem", Text, nullable=False),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker_uid", _UID, primary_key=True),
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("service_uid", _UID, nullable=False),
+    Column("model", _NAME, nullable=False),
+    Column("gpu_class", _NAME, nullable=False),
+    Column("devices", Integer, nullable=False),
+    Column("pod", _NAME, nullable=False),
+    Column("first_seen_ns", BigInteger, nullable=False),
+)
+Index("workers_by_service", workers.c.namespace, workers.c.service)
+
+containers = Table(
+    "containers",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("container_id", _NAME, nullable=False),  # "" where it is about the pod as a whole
+    Column("event", String(16), nullable=False),  # started, ended, vanished, gone
+    Column("at_ns", BigInteger, nullable=False),
+    Column("observed_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("worker_uid", "container_id", "event"),
+)
+
+granularities = Table(
+    "granularities",
+    metadata,
+    Column("effective_from_ns", BigInteger, primary_key=True, autoincrement=False),
+    Column("granularity", String(16), nullable=False),
+    Column("set_ns", BigInteger, nullable=False),
+)
+
+price_plans = Table(
+    "price_plans",
+    metadata,
+    Column("name", _NAME, nullable=False),
+    Column("hash", _HASH, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("spec", LargeBinary, nullable=False),
+    Column("observed_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("name", "hash"),
+)
+
+periods = Table(
+    "periods",
+    metadata,
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("end_ns", BigInteger, nullable=False),
+    Column("start_ns", BigInteger, nullable=False),
+    Column("granularity", String(16), nullable=False),
+    Column("plan_name", _NAME, nullable=False),
+    Column("plan_hash", _HASH, nullable=False),  # "" where no plan was there when the period was opened
+    Column("opened_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "service", "end_ns"),
+)
+
+reports = Table(
+    "reports",
+    metadata,
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("period_end_ns", BigInteger, nullable=False),
+    Column("phase", String(16), nullable=False),  # the first version of each phase is kept; there is one Final
+    Column("name", _NAME, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("digest", _HASH, nullable=False),  # SHA-256 of body
+    Column("kept_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "service", "tenant", "period_end_ns", "phase"),
+)
+Index("reports_by_end", reports.c.phase, reports.c.period_end_ns)
+Index("reports_by_name", reports.c.namespace, reports.c.name)
+
+pod_accounts = Table(
+    "pod_accounts",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("period_end_ns", BigInteger, nullable=False),
+    *(
+        Column(name, BigInteger, nullable=False)
+        for name in (
+            "allocated",
+            "init",
+            "load",
+            "warmup",
+            "attributed",
+            "nonbillable",
+            "idle",
+            "drain",
+            "unaccounted",
+            "host_gap",
+        )
+    ),
+    PrimaryKeyConstraint("worker_uid", "period_end_ns"),
+)
+
+adjustments = Table(
+    "adjustments",
+    metadata,
+    Column("id", _ID, primary_key=True),
+    Column("kind", String(16), nullable=False),  # records: late ones; allocation: a span of a closed period changed
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _UID, nullable=False),
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("closed_end_ns", BigInteger, nullable=False),  # the end of the Final period to which it would have belonged
+    Column("booked_end_ns", BigInteger, nullable=False),  # the end of the period in which it is booked instead
+    Column("allocated_ns", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("made_ns", BigInteger, nullable=False),
+)
+Index("adjustments_by_period", adjustments.c.namespace, adjustments.c.service, adjustments.c.booked_end_ns)
+
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("id", _ID, primary_key=True),
+    Column("reason", String(64), nullable=False),
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _NAME, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("ended_at", BigInteger, nullable=False),  # of the record it is about; 0 where it is about none
+    Column("our_hash", _HASH, nullable=False),
+    Column("their_hash", _HASH, nullable=False),
+    Column("their_body", LargeBinary, nullable=False),
+    Column("message", Text, nullable=False),
+    Column("fingerprint", _HASH, nullable=False),  # the same trouble is one alarm, however often it is met
+    Column("raised_ns", BigInteger, nullable=False),
+    UniqueConstraint("fingerprint"),
+)
+Index("alarms_by_worker", alarms.c.worker_uid)
+
+FACTS = (
+    records,
+    workers,
+    containers,
+    granularities,
+    price_plans,
+    periods,
+    reports,
+    pod_accounts,
+    adjustments,
+    alarms,
+)

@@ -1,0 +1,219 @@
+"""`gpumeter collector`: joins mirrors, ledger, rounds and probes, and runs them until SIGTERM.
+
+Owns the process: its loops, how it tells that it lives, and that it stops only between transactions. Decides nothing.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+import click
+
+from gpumeter_operator.adapters.collector_metrics import CollectorMetrics, Sample
+from gpumeter_operator.adapters.health import HealthServer
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Mirror, Unreachable
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.adapters.workers import Workers
+from gpumeter_operator.cli.collector_settings import Settings, SettingsInvalid, read_settings
+from gpumeter_operator.decide.credentials import derive
+from gpumeter_operator.flow.close import Closer
+from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.discover import SERVICE_LABEL
+from gpumeter_operator.flow.publish import Publisher
+from gpumeter_operator.flow.rounds import CloseRound, CollectRound
+from gpumeter_usage.period import SECOND_NS, rfc3339
+
+log = logging.getLogger(__name__)
+
+LEDGER_THREADS = 4  # one writes at a time; the others read
+STALE_NS = 120 * SECOND_NS  # a round waits for the ledger 30 s and for the API server 10 s at most
+FINISH_S = 20.0  # below the pod's grace period of 30 s
+SHARE_OF_TIME = 10  # closing may take a tenth of the time: a slow fold is done less often
+
+T = TypeVar("T")
+
+
+@click.command()
+def collector() -> None:
+    """Collect usage records and publish UsageReports until SIGTERM. Everything is set by GPUMETER_* variables."""
+    try:
+        settings = read_settings(os.environ)
+    except SettingsInvalid as invalid:
+        for problem in invalid.problems:
+            click.echo(f"SettingsInvalid: {problem}", err=True)
+        sys.exit(2)
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        asyncio.run(_run(settings))
+    except (LedgerUnavailable, Unreachable) as problem:
+        click.echo(str(problem), err=True)
+        sys.exit(1)
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    threads = ThreadPoolExecutor(LEDGER_THREADS, thread_name_prefix="ledger")
+    ledger = Ledger(settings.ledger_url)
+    from_ns = ledger.set_granularity(settings.granularity, time.time_ns())
+    if from_ns > time.time_ns():
+        log.info(
+            "Periods are %s from %s on; until then they stay as they were.", settings.granularity, rfc3339(from_ns)
+        )
+    cluster = Cluster.connect()
+    workers = Workers()
+    process = Process(settings, ledger, cluster, workers, threads)
+    try:
+        await process.run(stop)
+    finally:
+        await workers.close()
+        await cluster.close()
+        threads.shutdown()
+        ledger.close()
+    log.info("stopped")
+
+
+class Process:
+    """Everything that runs in a collector, and when each loop was last through."""
+
+    def __init__(
+        self, settings: Settings, ledger: Ledger, cluster: Cluster, workers: Workers, threads: ThreadPoolExecutor
+    ) -> None:
+        self._settings = settings
+        self._threads = threads
+        labels = {SERVICE_LABEL: None}
+        self._pods = Mirror(
+            cluster, PODS, labels=labels, on_remove=lambda pod: self._collect.removed(pod, time.time_ns())
+        )
+        self._services = Mirror(cluster, INFERENCE_SERVICES)
+        self._plans = Mirror(cluster, PRICE_PLANS)
+        self._collector = Collector(ledger, workers, self._execute, time.time_ns)
+        self._publisher = Publisher(cluster, ledger, self._execute)
+        self._collect = CollectRound(
+            ledger,
+            self._collector,
+            self._execute,
+            pods=lambda: self._pods.objects,
+            services=lambda: self._services.objects,
+        )
+        self._close = CloseRound(
+            ledger,
+            Closer(ledger, settings.grace_s * SECOND_NS),
+            self._publisher,
+            self._execute,
+            services=lambda: self._services.objects,
+            plans=lambda: self._plans.objects,
+        )
+        self._synced = False
+        self._round_ended_ns: dict[str, int] = {}
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set; then finish what was begun."""
+        mirrors = (self._pods, self._services, self._plans)
+        health = HealthServer(self._alive, self._ready, CollectorMetrics(self._sample).render)
+        await health.start(self._settings.http_host, self._settings.http_port)
+        background = [asyncio.create_task(mirror.run()) for mirror in mirrors]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            synced = asyncio.gather(*(mirror.synced() for mirror in mirrors))
+            await asyncio.wait([synced, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                synced.cancel()
+                return
+            await self._recover(stop)
+            self._synced = True
+            log.info("collecting: %d pods of %d services", len(self._pods.objects), len(self._services.objects))
+            pull_s, publish_s = self._settings.pull_interval_ms / 1000, self._settings.publish_interval_ms / 1000
+            await asyncio.gather(
+                self._loop("collect", pull_s, self._collect_once, stop),
+                self._loop("close", publish_s, lambda: self._close.run(time.time_ns()), stop),
+            )
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FINISH_S):
+                    await self._collector.finish()
+        finally:
+            for task in (*background, stopping):
+                task.cancel()
+            await asyncio.gather(*background, stopping, return_exceptions=True)
+            await health.close()
+
+    async def _recover(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            try:
+                await self._collect.recover(time.time_ns())
+                return
+            except LedgerUnavailable as problem:
+                self._collector.counters.ledger_problem = str(problem)
+                log.error("%s", problem)
+                await _pause(1.0, stop)
+
+    async def _collect_once(self) -> None:
+        token_of = partial(derive, self._settings.master_key, "usage-token")
+        await self._collect.run(token_of, time.time_ns())
+
+    async def _loop(
+        self, name: str, interval_s: float, once: Callable[[], Awaitable[None]], stop: asyncio.Event
+    ) -> None:
+        while not stop.is_set():
+            begun_ns = time.monotonic_ns()
+            try:
+                await once()
+                self._collector.counters.ledger_problem = ""
+            except LedgerUnavailable as problem:
+                self._collector.counters.ledger_problem = str(problem)
+                log.error("%s", problem)
+            except Exception:
+                # One round's surprise must not end billing for everyone; it is loud, and the next round tries again.
+                log.exception("The %s round failed.", name)
+            ended_ns = time.monotonic_ns()
+            self._round_ended_ns[name] = ended_ns
+            took_s = (ended_ns - begun_ns) / SECOND_NS
+            await _pause(max(interval_s - took_s, took_s * SHARE_OF_TIME if name == "close" else 0.0), stop)
+
+    async def _execute(self, call: Callable[[], T]) -> T:
+        # A transaction that was begun is finished, whatever becomes of the one who asked for it.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def _alive(self) -> str | None:
+        now_ns = time.monotonic_ns()
+        for name, ended_ns in self._round_ended_ns.items():
+            if now_ns - ended_ns > STALE_NS:
+                return f"The {name} round has not ended for {(now_ns - ended_ns) // SECOND_NS} s."
+        return None
+
+    def _ready(self) -> str | None:
+        if not self._synced:
+            return "Pods, InferenceServices and PricePlans are not listed yet."
+        return self._collector.counters.ledger_problem or None
+
+    def _sample(self) -> Sample:
+        counters, now_ns = self._collector.counters, time.monotonic_ns()
+        return Sample(
+            records=counters.records,
+            pages=counters.pages,
+            pulls_failed=counters.pulls_failed,
+            alarms=dict(counters.alarms),
+            reports_written=self._publisher.written,
+            reports_refused=self._publisher.refused,
+            lag_ns_max=max(counters.lag_ns.values(), default=0),
+            workers=len(counters.lag_ns),
+            round_age_ns={name: now_ns - ended_ns for name, ended_ns in self._round_ended_ns.items()},
+            ledger_usable=not counters.ledger_problem,
+        )
+
+
+async def _pause(seconds: float, stop: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()

@@ -1,0 +1,136 @@
+"""Which pods are workers, and what their status says of their containers.
+
+Owns the reading of pods: labels, annotations and container states become a Worker and container events. Pure; does not
+collect or store anything.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpumeter_operator.adapters.ledger.rows import ContainerEvent
+from gpumeter_operator.billing.facts import Worker
+from gpumeter_usage.period import from_rfc3339
+
+SERVICE_LABEL = "gpumeter.io/inferenceservice"
+UID_ANNOTATION = "gpumeter.io/service-uid"
+DEVICES_ANNOTATION = "gpumeter.io/devices"
+CLASS_ANNOTATION = "gpumeter.io/gpu-class"
+CONTAINER = "main"
+MAX_DEVICES = 1024  # more GPUs than one machine holds, and small enough that no sum overflows
+
+Manifest = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NotAWorker:
+    """Why a pod that claims to be a worker is not asked, in a sentence."""
+
+    reason: str
+    message: str
+
+
+def worker_of(pod: Manifest, services: Mapping[tuple[str, str], Manifest]) -> Worker | NotAWorker:
+    """The worker that a pod is, if the InferenceService that it names exists in its own namespace.
+
+    A pod can be labelled by whoever may create pods there; that the service with this very uid exists is what ties it
+    to a token.
+    """
+    metadata = pod["metadata"]
+    namespace, name = metadata["namespace"], metadata["name"]
+    service_name = (metadata.get("labels") or {}).get(SERVICE_LABEL, "")
+    annotations = metadata.get("annotations") or {}
+    service = services.get((namespace, service_name))
+    if service is None:
+        return NotAWorker(
+            "ServiceUnknown",
+            f"Pod {namespace}/{name} names the InferenceService {service_name}, which does not exist in its namespace.",
+        )
+    uid = service["metadata"]["uid"]
+    if annotations.get(UID_ANNOTATION) != uid:
+        return NotAWorker(
+            "ServiceReplaced",
+            f"Pod {namespace}/{name} belongs to another InferenceService {service_name} than the one that exists now.",
+        )
+    devices = str(annotations.get(DEVICES_ANNOTATION, ""))
+    if not devices.isascii() or not devices.isdigit() or not 1 <= int(devices) <= MAX_DEVICES:
+        return NotAWorker(
+            "DevicesInvalid",
+            f"Pod {namespace}/{name} has the annotation {DEVICES_ANNOTATION}={devices!r:.40}; it must be a number "
+            f"from 1 to {MAX_DEVICES}.",
+        )
+    return Worker(
+        worker_uid=metadata["uid"],
+        namespace=namespace,
+        service=service_name,
+        service_uid=uid,
+        model=str(service.get("spec", {}).get("model", {}).get("name") or service_name),
+        gpu_class=str(annotations.get(CLASS_ANNOTATION, "")),
+        devices=int(devices),
+        pod=name,
+    )
+
+
+def events_of(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
+    """What a pod's status says of its worker container: starts and ends, of this life and the one before.
+
+    A pod that has run to its end for good (Succeeded, Failed) is gone: none of its containers starts again. A container
+    that ended without anyone having seen when (a node that died) has vanished now.
+    """
+    events: list[ContainerEvent] = []
+    status = pod.get("status") or {}
+    over = status.get("phase") in ("Succeeded", "Failed")
+    for container in status.get("containerStatuses") or []:
+        if container.get("name") != CONTAINER:
+            continue
+        current = container.get("state") or {}
+        for ended in ((container.get("lastState") or {}).get("terminated"), current.get("terminated")):
+            if ended:
+                events += _ended(ended, now_ns)
+        running = current.get("running")
+        container_id = container.get("containerID") or ""
+        started_ns = _time_ns((running or {}).get("startedAt"))
+        if container_id and started_ns:
+            events.append(ContainerEvent(container_id, "started", started_ns))
+            if over:
+                events.append(ContainerEvent(container_id, "vanished", now_ns))
+    if over:
+        events.append(ContainerEvent("", "gone", now_ns))
+    return tuple(events)
+
+
+def events_of_removed(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
+    """What the last state of a removed pod says; a container that still ran in it vanished with the pod."""
+    events = [event for event in events_of(pod, now_ns) if event.event != "gone"]
+    ended = {event.container_id for event in events if event.event in ("ended", "vanished")}
+    vanished = [
+        ContainerEvent(event.container_id, "vanished", max(now_ns, event.at_ns))
+        for event in events
+        if event.event == "started" and event.container_id not in ended
+    ]
+    return (*events, *vanished, ContainerEvent("", "gone", now_ns))
+
+
+def _ended(terminated: Manifest, now_ns: int) -> list[ContainerEvent]:
+    container_id = terminated.get("containerID") or ""
+    if not container_id:
+        return []
+    events = []
+    started_ns, finished_ns = _time_ns(terminated.get("startedAt")), _time_ns(terminated.get("finishedAt"))
+    if started_ns:
+        events.append(ContainerEvent(container_id, "started", started_ns))
+    if finished_ns:
+        events.append(ContainerEvent(container_id, "ended", max(started_ns, finished_ns)))
+    else:
+        events.append(ContainerEvent(container_id, "vanished", now_ns))
+    return events
+
+
+def _time_ns(text: str | None) -> int:
+    """0 where there is none: the kubelet writes null, or the year 1970 or 1, for what it does not know."""
+    if not text:
+        return 0
+    try:
+        return max(0, from_rfc3339(text))
+    except ValueError:
+        return 0
