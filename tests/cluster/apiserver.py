@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,15 @@ class Server:
     def __init__(self, kubeconfig: Path) -> None:
         self.api = open_api(kubeconfig)
 
-    def call(self, method: str, path: str, body: object = None) -> Answer:
+    def call(self, method: str, path: str, body: object = None, *, user: str = "") -> Answer:
+        """One request, as the administrator or as `user`."""
         connection = http.client.HTTPSConnection(
             self.api.address.hostname or "", self.api.address.port, timeout=30, context=self.api.tls
         )
         try:
             payload = None if body is None else json.dumps(body)
-            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", **({"Impersonate-User": user} if user else {})}
+            connection.request(method, path, payload, headers)
             answer = connection.getresponse()
             return Answer(answer.status, json.loads(answer.read()))
         finally:
@@ -122,3 +125,11 @@ def runner(program: str, kubeconfig: Path, **environment: str) -> Run:
         return done
 
     return run
+
+
+def eventually(look: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Poll until `look` is true; what a controller does takes its time."""
+    end = time.monotonic() + timeout_s
+    while not look():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.1)

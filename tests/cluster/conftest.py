@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from apiserver import CRDS, ROOT, Run, Server, runner
+from charts import CHART, IMAGES, NAMESPACE, sets
 from devcluster import control_plane
 
 
@@ -52,3 +53,12 @@ def namespace(server: Server) -> Iterator[str]:
     assert made.code == 201, made.body
     yield name
     server.call("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture(scope="session")
+def release(server: Server, kubectl: Run, helm: Run) -> str:
+    """The namespace of a release called gpumeter, on the API server that has the CRDs already."""
+    kubectl("create", "namespace", NAMESPACE)
+    kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/warn=restricted")
+    helm("install", "gpumeter", str(CHART), "-n", NAMESPACE, "--skip-crds", *sets(*IMAGES))
+    return NAMESPACE
