@@ -41,12 +41,12 @@ class StartupFailed(Exception):
 
 def report(failure: StartupFailed) -> int:
     """Tell the log and the kubelet; returns the exit code."""
-    print(failure.line, file=sys.stderr, flush=True)  # noqa: T201 - the last word must not depend on the log's format
+    print(failure.line, file=sys.stderr, flush=True)
     try:
         if TERMINATION_LOG.exists():
             TERMINATION_LOG.write_text(failure.line[:4000])
     except OSError as error:
-        print(f"the termination log cannot be written: {error}", file=sys.stderr)  # noqa: T201
+        print(f"the termination log cannot be written: {error}", file=sys.stderr)
     return EXIT_CODE
 
 
@@ -159,9 +159,7 @@ def _check_safetensors(file: Path) -> None:
         raise StartupFailed(MODEL_INVALID, f"{file} is damaged ({error!s:.80}); copy the model again") from None
     expected = 8 + header_size + max(ends, default=0)
     if size < expected:
-        raise StartupFailed(
-            MODEL_INVALID, f"{file} is cut short ({size} of {expected} bytes); copy the model again"
-        )
+        raise StartupFailed(MODEL_INVALID, f"{file} is cut short ({size} of {expected} bytes); copy the model again")
 
 
 def _json_file(file: Path) -> dict[str, object]:

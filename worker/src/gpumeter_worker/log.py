@@ -15,6 +15,7 @@ class JsonFormatter(logging.Formatter):
     """A JSON object a line; what is passed as `extra` becomes fields of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line."""
         fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -86,7 +86,9 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
     if dev:
         marks = [name for name in OPERATOR_MARKS if environment.get(name)]
         if marks:
-            raise SettingsInvalid([f"--dev is refused because the operator started this worker ({', '.join(marks)} is set)"])
+            raise SettingsInvalid(
+                [f"--dev is refused because the operator started this worker ({', '.join(marks)} is set)"]
+            )
     state = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "gpumeter" if dev else Path("/")
     model_uri = model or read.text("GPUMETER_MODEL_URI", required=not model)
     gpu_count = read.whole("GPUMETER_GPU_COUNT", 0, 0, 1024)

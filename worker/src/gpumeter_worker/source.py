@@ -50,9 +50,7 @@ def fetch(uri: str, revision: str, cache: Path) -> Path:
     finished = threading.Event()
     threading.Thread(target=_show_progress, args=(cache, finished), daemon=True).start()
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, cache_dir=cache / "hub", allow_patterns=_WANTED)
-        )
+        return Path(snapshot_download(repository, revision=revision, cache_dir=cache / "hub", allow_patterns=_WANTED))
     except LocalEntryNotFoundError as error:
         raise StartupFailed(
             MODEL_NOT_FOUND,

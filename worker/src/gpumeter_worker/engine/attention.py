@@ -28,10 +28,7 @@ class AttentionUnsupported(Exception):
 class SlotCache:
     """Keys and values of every layer, [slots, kv_heads, length, head_dim] each. Pages are touched when written."""
 
-    def __init__(
-        self, layers: int, slots: int, kv_heads: int, length: int, head_dim: int, dtype: torch.dtype, device: str
-    ) -> None:
-        shape = (slots, kv_heads, length, head_dim)
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
         self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
 
@@ -120,7 +117,7 @@ def _decode_groups(lengths: list[int], slots: list[int]) -> list[_Decodes]:
     return groups
 
 
-def attend(
+def attend(  # noqa: PLR0917 - the interface is transformers'
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -14,9 +14,11 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Shutdown
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 5.0
@@ -88,7 +90,7 @@ class EngineLink:
         ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         self._call(self._on_lost, f"the engine process {ended}")
 
-    def _call(self, callback: Callable[["EngineLink", object], None], argument: object) -> None:
+    def _call(self, callback: Callable[["EngineLink", T], None], argument: T) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, self, argument)
         except RuntimeError:

@@ -40,7 +40,9 @@ class _Unreported:
 class Engine:
     """The state of one engine process."""
 
-    def __init__(self, runner: Runner, clock: StepClock, limits: Limits, eos_ids: frozenset[int], max_length: int) -> None:
+    def __init__(
+        self, runner: Runner, clock: StepClock, limits: Limits, eos_ids: frozenset[int], max_length: int
+    ) -> None:
         self._runner = runner
         self._clock = clock
         self._scheduler = Scheduler(limits)
@@ -103,10 +105,12 @@ class Engine:
                     if finish := finish_after(sequence, self._eos_ids, self._max_length):
                         finished.append((sequence, finish))
             parts.append(Part(sequence.session_id, work.count, context, work.prefill, given))
-        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), self._scheduler.running, self._kv_tokens))
-        for sequence, finish in finished:
+        running = self._scheduler.running
+        for sequence, _ in finished:
             self._scheduler.leave(sequence)
             self._kv_tokens -= sequence.computed
+        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, self._kv_tokens))
+        for sequence, finish in finished:
             self._end(sequence, finish)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:

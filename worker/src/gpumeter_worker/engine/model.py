@@ -25,6 +25,9 @@ DEFAULT_MAX_MODEL_LEN = 4096
 _CACHE_SHARE = 0.8
 """How much of the memory that is left after loading the cache may take."""
 
+_CPU_WARM_TOKENS = 64
+"""A CPU allocates nothing by the size of a chunk; the largest would cost seconds."""
+
 
 class LoadFailed(Exception):
     """The model cannot be served here. `reason` is one of the worker's fatal reasons."""
@@ -89,9 +92,10 @@ class ModelRunner:
         return [by_work[id(work)] for work in plan if work.samples]
 
     def warm_up(self, clock: StepClock, step_tokens: int) -> None:
-        """Run the largest chunk and a full batch of decodes once, so that no user's first step pays for start-up."""
+        """Run a large chunk and a full batch of decodes once, so that no user's first step pays for start-up."""
         try:
-            count = max(1, min(step_tokens, self.max_model_len - 2, self._text.vocab_size))
+            most = step_tokens if self._device != "cpu" else min(step_tokens, _CPU_WARM_TOKENS)
+            count = max(1, min(most, self.max_model_len - 2))
             sampling = Sampling(max_tokens=2, temperature=1.0, top_p=0.9, seed=0)
             chunk = EngineSequence("", [1] * count, count, sampling, slot=0)
             self.run([Work(chunk, count, samples=True, prefill=True)], clock)
@@ -153,15 +157,8 @@ class ModelRunner:
 
     def _make_cache(self) -> attention.SlotCache:
         try:
-            return attention.SlotCache(
-                self._text.num_hidden_layers,
-                self.slots,
-                self._kv_heads(),
-                self.max_model_len,
-                self._head_dim(),
-                self._dtype,
-                self._device,
-            )
+            shape = (self.slots, self._kv_heads(), self.max_model_len, self._head_dim())
+            return attention.SlotCache(self._text.num_hidden_layers, shape, self._dtype, self._device)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise LoadFailed("OutOfMemory", f"{_first_line(error)}; lower maxModelLen or maxBatchSize") from error
 

@@ -23,9 +23,9 @@ from gpumeter_worker.engine.messages import (
     Submit,
 )
 from gpumeter_worker.engine.scheduler import Limits
+from gpumeter_worker.log import configure_logging
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.clock import step_clock
-from gpumeter_worker.log import configure_logging
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +63,7 @@ def _run(channel: "Connection[Sequence[Event], Command | EngineOptions]", option
         channel.send([Fatal(error.reason, str(error))])
         return 3
     ready = runner.ready(time.monotonic_ns())
-    engine = Engine(
-        runner, clock, Limits(runner.slots, options.max_batch_tokens), ready.eos_ids, runner.max_model_len
-    )
+    engine = Engine(runner, clock, Limits(runner.slots, options.max_batch_tokens), ready.eos_ids, runner.max_model_len)
     channel.send([ready])
     log.info("the engine serves with %d slots of %d tokens", ready.max_batch_size, ready.max_model_len)
     while _take_commands(channel, engine, options):
@@ -87,7 +85,9 @@ def _take_commands(
         if idle and not engine.busy:
             wait_s: float | None = None
         else:
-            wait_s = max(0.0, deadline - time.monotonic()) if deadline and engine.waiting < options.max_batch_size else 0
+            wait_s = (
+                max(0.0, deadline - time.monotonic()) if deadline and engine.waiting < options.max_batch_size else 0
+            )
         if not channel.poll(wait_s):
             return True
         command = channel.recv()

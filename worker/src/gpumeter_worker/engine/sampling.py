@@ -12,7 +12,7 @@ from gpumeter_worker.engine.sequence import Sampling
 
 
 def choose(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
-    """logits [rows, vocabulary] -> tokens [rows]; -1 in a row whose logits are no numbers, which hurts that row alone."""
+    """logits [rows, vocabulary] -> tokens [rows]; -1 in a row whose logits are no numbers: only that row fails."""
     best, tokens = logits.max(-1)  # a NaN anywhere in the row is its maximum
     drawing = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawing:

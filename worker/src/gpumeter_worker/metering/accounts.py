@@ -52,7 +52,7 @@ class Segment:
 
 
 class Accounts:
-    """The partition of time from the process's start up to the frontier. Every method returns the segments it closed."""
+    """The partition of time from the process's start up to the frontier. Methods return the segments they closed."""
 
     def __init__(self, started_ns: int) -> None:
         self.started_ns = started_ns
@@ -117,7 +117,7 @@ class Accounts:
         return [self._close(self.frontier_ns)]
 
     def _advance(self, to_ns: int, *, book: bool = True) -> list[Segment]:
-        """Move the frontier, minute by minute and phase by phase. Time never runs backwards: an older `to_ns` is now."""
+        """Move the frontier, minute by minute and phase by phase. Time never runs backwards: an older time is now."""
         closed: list[Segment] = []
         while self.frontier_ns < to_ns or (self._coming and self._coming[0][0] <= self.frontier_ns):
             while self._coming and self._coming[0][0] <= self.frontier_ns:

@@ -83,7 +83,13 @@ def uncalibrated(rule: Rule, clock: str) -> Profile:
     A poor profile moves cost between the sequences of one batch, never the total: that is always measured.
     """
     if clock == "host":
-        proportions = {"t0_ps": 5 * 10**9, "phi_ps": 15 * 10**9, "lam_ps": 10**9, "kap_ps": 7 * 10**6, "alp_ps": 7 * 10**5}
+        proportions = {
+            "t0_ps": 5 * 10**9,
+            "phi_ps": 15 * 10**9,
+            "lam_ps": 10**9,
+            "kap_ps": 7 * 10**6,
+            "alp_ps": 7 * 10**5,
+        }
     else:
         proportions = {"t0_ps": 10**9, "phi_ps": 5 * 10**9, "lam_ps": 2 * 10**7, "kap_ps": 5 * 10**4, "alp_ps": 500}
     return Profile(name=f"uncalibrated-{clock}-1", rule=rule, **proportions)

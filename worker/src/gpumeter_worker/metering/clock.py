@@ -79,13 +79,16 @@ class HostClock:
         self._finished: list[StepTime] = []
 
     def begin(self) -> None:
+        """See StepClock."""
         self._started_ns = time.monotonic_ns()
 
     def end(self) -> None:
+        """See StepClock."""
         ended_ns = time.monotonic_ns()
         self._finished.append(StepTime(self._started_ns, ended_ns, ended_ns - self._started_ns))
 
     def harvest(self) -> list[StepTime]:
+        """See StepClock."""
         finished, self._finished = self._finished, []
         return finished
 
@@ -113,6 +116,7 @@ class CudaClock:
         self._last_ended_ns = 0
 
     def begin(self) -> None:
+        """See StepClock."""
         if not self._free:  # the ring is longer than any launch queue should be: wait rather than lose a step
             self._pending[0][1].synchronize()
             self._collect()
@@ -123,6 +127,7 @@ class CudaClock:
         self._current[0].record()
 
     def end(self) -> None:
+        """See StepClock."""
         if self._current is None:
             raise RuntimeError("a step ended that had not begun")
         self._current[1].record()
@@ -130,6 +135,7 @@ class CudaClock:
         self._current = None
 
     def harvest(self) -> list[StepTime]:
+        """See StepClock."""
         self._collect()
         finished, self._finished = self._finished, []
         return finished

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gpumeter_usage.chain import GENESIS, Link, link
 from gpumeter_usage.page import MAX_PAGE_RECORDS, Acknowledgement, Boot, JournalStatus, Page
@@ -66,7 +67,7 @@ class Journal:
     """The open journal of one worker. `identity` names the boot that writes."""
 
     def __init__(self, directory: Path, identity: Identity, started_ns: int) -> None:
-        """Open or create the file, seal what former boots left open, begin this boot's chain. Raises JournalUnusable."""
+        """Open or create the file, seal what former boots left open, begin a chain. Raises JournalUnusable."""
         self._identity = identity
         self._database = _open(directory, "rwc")
         with _translated(directory):
@@ -105,7 +106,8 @@ class Journal:
             "SELECT boot_id, head_seq, head_hash, acknowledged_seq, frontier_ns, sealed FROM boots WHERE boot_id = ?",
             (self._identity.boot_id,),
         ).fetchone()
-        return Head(*row[:5], sealed=bool(row[5]))
+        boot_id, seq, digest, acknowledged_seq, frontier_ns, sealed = row
+        return Head(boot_id, seq, digest, acknowledged_seq, frontier_ns, bool(sealed))
 
     def acknowledge(self, acknowledgement: Acknowledgement) -> Head:
         """Trim what the collector has committed; a former boot that is sealed and committed whole is forgotten.
@@ -185,10 +187,9 @@ class Journal:
             raise
         self._database.execute("COMMIT")
 
-    def _value(self, statement: str, *parameters: str | int) -> int | str | None:
+    def _value(self, statement: str, *parameters: str | int) -> Any:
         row = self._database.execute(statement, parameters).fetchone()
-        value: int | str | None = row[0] if row else None
-        return value
+        return row[0] if row else None
 
 
 class Reader:
@@ -205,11 +206,11 @@ class Reader:
             rows = self._database.execute(
                 "SELECT boot_id, head_seq, head_hash, acknowledged_seq, sealed, frontier_ns FROM boots ORDER BY ordinal"
             ).fetchall()
-        boots = tuple(Boot(*row[:4], sealed=bool(row[4])) for row in rows)
+        boots = tuple(Boot(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows)
         return JournalStatus(self._worker_uid, self._service, rows[-1][5] if rows else 0, boots)
 
     def page(self, boot_id: str, after: int, limit: int) -> Page | None:
-        """The records of a boot that follow `after`, or None when the journal holds no such boot. Raises RecordsGone."""
+        """The records of a boot after `after`, or None when the journal holds no such boot. Raises RecordsGone."""
         with _translated(None):
             self._database.execute("BEGIN")
             try:
@@ -277,7 +278,11 @@ def _open(directory: Path, mode: str) -> sqlite3.Connection:
     path = directory / FILE_NAME
     with _translated(directory):
         database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=5, check_same_thread=False
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            timeout=5,
+            check_same_thread=False,
         )
         try:
             broken = database.execute("PRAGMA quick_check(1)").fetchone()[0] if mode != "ro" else "ok"

@@ -6,7 +6,7 @@ was measured, how records are stored, or what a session asked for. Times are the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from gpumeter_usage.period import MINUTE_NS
 from gpumeter_usage.record import Account, Kind, Record, Status
@@ -147,6 +147,10 @@ class Meter:
         records, self._records = tuple(self._records), []
         return Flush(records, self.accounts.frontier_ns)
 
+    def nothing(self) -> Flush:
+        """A flush that states nothing, to carry a seal."""
+        return Flush((), self.accounts.frontier_ns)
+
     def seal(self, status: Status) -> Record:
         """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
         return seal(self.identity, self.accounts.frontier_ns, status)
@@ -219,17 +223,30 @@ class Meter:
 
 def seal(identity: Identity, at_ns: int, status: Status) -> Record:
     """The record that ends a boot's chain."""
-    return Record(kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity))
+    return Record(
+        kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity)
+    )
 
 
-def _common(identity: Identity) -> dict[str, str | int]:
-    return {
-        "worker_uid": identity.worker_uid,
-        "boot_id": identity.boot_id,
-        "seq": 0,  # given by the store
-        "service": identity.service,
-        "model": identity.model,
-        "gpu_uuid": identity.gpu_uuid,
-        "gpu_class": identity.gpu_class,
-        "clock": identity.clock,
-    }
+class _Common(TypedDict):
+    worker_uid: str
+    boot_id: str
+    seq: int
+    service: str
+    model: str
+    gpu_uuid: str
+    gpu_class: str
+    clock: str
+
+
+def _common(identity: Identity) -> _Common:
+    return _Common(
+        worker_uid=identity.worker_uid,
+        boot_id=identity.boot_id,
+        seq=0,  # given by the store
+        service=identity.service,
+        model=identity.model,
+        gpu_uuid=identity.gpu_uuid,
+        gpu_class=identity.gpu_class,
+        clock=identity.clock,
+    )

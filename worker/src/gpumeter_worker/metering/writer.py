@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,7 +66,7 @@ class JournalWriter:
                 flush, closing = self._waiting[0]
                 began_ns = time.monotonic_ns()
                 try:
-                    self.head = await self._write(lambda f=flush, c=closing: journal.append(f, c))
+                    self.head = await self._write(partial(journal.append, flush, closing))
                 except JournalUnusable as error:
                     self._fail(error)
                     return False

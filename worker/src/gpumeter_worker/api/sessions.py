@@ -1,0 +1,93 @@
+"""The sessions of this worker: who waits for which tokens, and which ids were used.
+
+Owns each session's line of tokens from the engine to its response. Does not know what a token costs.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from gpumeter_usage.record import Status
+from gpumeter_worker.engine.sequence import Finish
+from gpumeter_worker.metering.meter import Totals
+
+_REMEMBERED = 100_000
+"""Ended ids are remembered, so that a hop token that is sent twice is not metered as one session."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a session ended and what it used; final."""
+
+    finish: Finish
+    status: Status
+    totals: Totals
+    message: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One request in flight."""
+
+    session_id: str
+    tenant: str
+    prompt: list[int]
+    begun_ns: int = field(default_factory=time.monotonic_ns)
+    outcome: Status | None = None
+    """What the API process decided when it took the session back: finished (a stop string), cancelled or failed."""
+    stepped: bool = False
+    last_token_ns: int = 0
+    line: "asyncio.Queue[int | End]" = field(default_factory=asyncio.Queue)
+    end: End | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its usage is final."""
+        return self.end is not None
+
+
+class Sessions:
+    """Every session in flight, by id."""
+
+    def __init__(self) -> None:
+        self._in_flight: dict[str, Session] = {}
+        self._used: OrderedDict[str, None] = OrderedDict()
+        self.emptied = asyncio.Event()
+        self.emptied.set()
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that no step has held yet."""
+        return sum(not session.stepped for session in self._in_flight.values())
+
+    def known(self, session_id: str) -> bool:
+        """Whether this id is or was in use here."""
+        return session_id in self._in_flight or session_id in self._used
+
+    def add(self, session: Session) -> None:
+        """A session was admitted."""
+        self._in_flight[session.session_id] = session
+        self.emptied.clear()
+
+    def get(self, session_id: str) -> Session | None:
+        """A session in flight."""
+        return self._in_flight.get(session_id)
+
+    def all(self) -> list[Session]:
+        """Those in flight, oldest first."""
+        return list(self._in_flight.values())
+
+    def finish(self, session: Session, end: End) -> None:
+        """The session's usage is final; its response is told."""
+        del self._in_flight[session.session_id]
+        self._used[session.session_id] = None
+        if len(self._used) > _REMEMBERED:
+            self._used.popitem(last=False)
+        session.end = end
+        session.line.put_nowait(end)
+        if not self._in_flight:
+            self.emptied.set()

@@ -1,0 +1,58 @@
+"""Whether this worker may take work, and why not.
+
+Pure. Owns the order of reasons: the first that holds is the one that is told. Does not know how anything is repaired.
+"""
+
+from dataclasses import dataclass
+
+from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.metering.lease import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """The answer of /readyz, unchanged in refusals, log and metrics."""
+
+    ready: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What readiness depends on."""
+
+    phase: Phase
+    draining: bool
+    engine_ready: bool
+    engine_problem: str
+    journal_open: bool
+    journal_problem: str
+    journal_full: str
+    lease: Lease
+
+
+_STARTING = {
+    Phase.INIT: ("Starting", "the engine process is starting"),
+    Phase.LOAD: ("Loading", "the model is being loaded"),
+    Phase.WARMUP: ("WarmingUp", "the engine is warming up"),
+}
+
+
+def readiness(condition: Condition) -> Readiness:
+    """The first thing that stands against serving."""
+    if condition.draining:
+        return Readiness(False, "Draining", "the worker is stopping and admits nothing new")
+    if condition.journal_problem:
+        return Readiness(False, "JournalUnusable", condition.journal_problem)
+    if not condition.journal_open:
+        return Readiness(False, "Starting", "the journal is not open yet")
+    if condition.engine_problem:
+        return Readiness(False, "EngineRestarting", condition.engine_problem)
+    if not condition.engine_ready:
+        return Readiness(False, *_STARTING.get(condition.phase, ("Starting", "the engine is starting")))
+    if condition.journal_full:
+        return Readiness(False, "JournalFull", condition.journal_full)
+    if not condition.lease.held:
+        return Readiness(False, "LeaseExpired", condition.lease.message)
+    return Readiness(True, "Ready", "")

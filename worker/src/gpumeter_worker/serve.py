@@ -1,0 +1,110 @@
+"""Runs a worker: two HTTP servers, the signals, and the way out.
+
+Owns the process: sockets, SIGTERM, exit codes. Everything in between is the worker's.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from gpumeter_worker import diagnosis
+from gpumeter_worker.api.app import api_app
+from gpumeter_worker.api.usage import usage_app
+from gpumeter_worker.settings import Settings
+from gpumeter_worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_LAST_RESPONSES_S = 5
+
+
+def serve(settings: Settings, path: Path | None, started_ns: int, stop_wanted: list[int]) -> int:
+    """Serve until SIGTERM; returns the exit code. `stop_wanted` holds the signals that came before the loop ran."""
+    try:
+        return asyncio.run(_serve(settings, path, started_ns, stop_wanted))
+    except diagnosis.StartupFailed as failure:
+        return diagnosis.report(failure)
+
+
+async def _serve(settings: Settings, path: Path | None, started_ns: int, stop_wanted: list[int]) -> int:
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def wanted() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, wanted)
+    if stop_wanted:
+        stop.set()
+    worker = Worker(settings, started_ns)
+    servers = [
+        (_Server(api_app(worker)), _listen(settings.http_host, settings.http_port)),
+        (_Server(usage_app(worker)), _listen(settings.http_host, settings.usage_port)),
+    ]
+    for name, (_, listening) in zip(("http", "usage"), servers, strict=True):
+        log.info("%s on port %d", name, listening.getsockname()[1])
+    serving = [asyncio.create_task(server.serve([listening])) for server, listening in servers]
+    running = asyncio.create_task(worker.run(path))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            await worker.abandon()
+            running.result()  # raises what went wrong
+        await worker.drain(stop_now)
+        return 0
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, diagnosis.StartupFailed):
+            await running
+        for server, _ in servers:
+            server.should_exit = True
+        await asyncio.gather(*serving, return_exceptions=True)
+        await worker.journal.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own idea of signals: a worker drains, seals and then leaves."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                lifespan="off",
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=75,  # longer than the gateway keeps a connection idle
+                timeout_graceful_shutdown=_LAST_RESPONSES_S,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave them to the worker."""
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        listening = socket.create_server((host, port), backlog=_BACKLOG)
+    except OSError as error:
+        raise diagnosis.StartupFailed(
+            diagnosis.SETTINGS_INVALID,
+            f"port {port} on {host} cannot be opened ({os.strerror(error.errno or 0)}); choose another by "
+            "GPUMETER_HTTP_PORT or GPUMETER_USAGE_PORT",
+        ) from None
+    listening.setblocking(False)
+    return listening
