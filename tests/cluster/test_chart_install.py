@@ -55,6 +55,10 @@ def test_install_upgrade_uninstall_and_install_again(bare_kubectl: Run, bare_hel
 
     bare_helm("upgrade", "gpumeter", str(CHART), "-n", NAMESPACE, *sets(*IMAGES, *WITH_PLAN, "billing.period=1m"))
     assert key(bare_kubectl) == made
+    assert "helm show crds CHART | kubectl apply" in bare_helm("get", "notes", "gpumeter", "-n", NAMESPACE).stdout
+    shown = bare_helm("show", "crds", str(CHART)).stdout
+    applied = bare_kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=shown).stdout
+    assert len(applied.splitlines()) == len(CRDS)
     collector = json.loads(bare_kubectl("get", "deployment/gpumeter-collector", "-n", NAMESPACE, "-o", "json").stdout)
     env = {each["name"]: each.get("value") for each in collector["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env["GPUMETER_PERIOD"] == "1m"

@@ -30,9 +30,8 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("", "pods"): READ,
         (GPUMETER, "inferenceservices"): READ,
         (GPUMETER, "priceplans"): READ,
-        (GPUMETER, "usagereports"): (*READ, *WRITE, "delete"),
+        (GPUMETER, "usagereports"): ("get", "list", *WRITE),
         (GPUMETER, "usagereports/status"): ("patch",),
-        ("", "events"): WRITE,
     },
     "gpumeter-gateway": {
         (GPUMETER, "inferenceservices"): READ,
@@ -59,6 +58,7 @@ MAY_NOT = [
     ("gpumeter-collector", "patch", "inferenceservices.gpumeter.io", ELSEWHERE),
     ("gpumeter-collector", "patch", "priceplans.gpumeter.io", ELSEWHERE),
     ("gpumeter-collector", "delete", "pods", ELSEWHERE),
+    ("gpumeter-collector", "delete", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-gateway", "get", "secrets", ELSEWHERE),
     ("gpumeter-gateway", "create", "secrets", NAMESPACE),
     ("gpumeter-gateway", "get", "usagereports.gpumeter.io", ELSEWHERE),

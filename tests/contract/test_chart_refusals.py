@@ -35,7 +35,7 @@ REFUSALS = {
     ),
     "a grace period without a unit": (
         ("billing.closeGrace=5 minutes",),
-        'billing.closeGrace is "5 minutes"; write a duration from 5s to 24h, for example 5m.',
+        'billing.closeGrace is "5 minutes"; write a duration from 10s to 24h, for example 10m.',
     ),
     "collecting too seldom": (
         ("collector.pullInterval=1m",),
