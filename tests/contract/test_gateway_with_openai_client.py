@@ -3,13 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from aiohttp import web
 
-from rigs.gateway import Rig, ScriptedWorker, begin_stream, chunk, event, gateway_rig, serving
+from gpumeter_operator.decide.credentials import derive
+from gpumeter_worker.api.errors import Refused
+from gpumeter_worker.api.identity import caller
+from gpumeter_worker.settings import Settings as WorkerSettings
+from gpumeter_worker.settings import from_environment
+from rigs.gateway import MASTER_KEY, Rig, ScriptedWorker, begin_stream, chunk, event, gateway_rig, serving
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 
@@ -215,3 +221,33 @@ async def test_a_stream_that_ends_early_without_a_word_is_an_error_too(rig: Rig)
         async with client(rig) as api:
             async for _ in await api.chat.completions.create(model="smollm2", messages=MESSAGES, stream=True):
                 pass
+
+
+async def test_a_worker_that_does_not_know_the_gateway_is_not_the_clients_fault(rig: Rig) -> None:
+    rig.worker.uid = "another"
+    with pytest.raises(openai.InternalServerError, match="does not accept this gateway") as refused:
+        await ask(rig)
+    assert (refused.value.status_code, refused.value.code) == (502, "hop_refused")
+
+
+async def test_the_workers_own_check_accepts_the_token_and_only_for_its_own_service(rig: Rig, tmp_path: Path) -> None:
+    await ask(rig, key="key-of-bolt")
+    (seen,) = rig.worker.seen
+    hop_key = derive(MASTER_KEY, "hop-key", rig.worker.uid)
+    (tmp_path / "hop-key").write_text(hop_key)
+    (tmp_path / "usage-token").write_text(derive(MASTER_KEY, "usage-token", rig.worker.uid))
+
+    def worker_of(uid: str) -> WorkerSettings:
+        environment = {
+            "GPUMETER_SERVICE": "team-a/smollm2",
+            "GPUMETER_SERVICE_UID": uid,
+            "GPUMETER_WORKER_UID": "pod-1",
+            "GPUMETER_MODEL_URI": "file:///m",
+            "GPUMETER_CREDENTIALS_DIR": str(tmp_path),
+        }
+        return from_environment(environment)
+
+    called = caller(seen.headers["Authorization"], worker_of(rig.worker.uid))
+    assert (called.tenant, called.session_id) == ("bolt", seen.claims["session"])
+    with pytest.raises(Refused):
+        caller(seen.headers["Authorization"], worker_of("another-uid"))

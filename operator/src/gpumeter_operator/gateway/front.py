@@ -191,6 +191,12 @@ class Front:
         )
 
     async def _pass_on(self, request: web.Request, trip: Trip, answer: Answer) -> web.StreamResponse:
+        if answer.response.status == 401:  # the client's own key was right: this is between gateway and worker
+            logger.error(
+                "%s refuses hop tokens: %s", trip.service, (await answer.whole())[:300].decode(errors="replace")
+            )
+            message = f"The worker of {trip.service} does not accept this gateway; its operator must look at both."
+            raise Refusal(502, "hop_refused", message)
         headers = hop.headers_to_client(answer.response.headers) | trip.headers()
         if not answer.is_stream:
             whole = await answer.whole()
