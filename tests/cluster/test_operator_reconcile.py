@@ -17,6 +17,7 @@ from gpumeter_operator.adapters.kubernetes import (
     DEPLOYMENTS,
     EVENTS,
     INFERENCE_SERVICES,
+    NAMESPACES,
     POD_DISRUPTION_BUDGETS,
     PODS,
     SECRETS,
@@ -217,7 +218,7 @@ async def test_a_deleted_secret_comes_back_when_pods_wait_for_it(cluster: Cluste
     async def back() -> bool:
         return await cluster.get(SECRETS, f"{NAME}-usage", namespace) is not None
 
-    await eventually(back, timeout_s=90)
+    await eventually(back, timeout_s=45)
 
 
 async def test_a_change_by_hand_is_put_right_and_a_users_own_label_survives(
@@ -384,6 +385,51 @@ async def test_a_deleted_service_stays_until_its_last_worker_has_ended(
         return await cluster.get(INFERENCE_SERVICES, NAME, namespace) is None
 
     await eventually(gone, timeout_s=10)
+
+
+async def test_a_deletion_that_the_operator_slept_through_is_finished_after_its_return(
+    operator: OperatorProcess, cluster: Cluster, namespace: str, show: Show
+) -> None:
+    await show()
+    [pod] = await pods(cluster, namespace, 1)
+    await bind(cluster, pod)
+    await say(cluster, pod, **READY)
+    await becomes(cluster, namespace, "Serving")
+    await cluster.delete(INFERENCE_SERVICES, NAME, namespace)
+    await becomes(cluster, namespace, "Deleting")
+    operator.stop(signal.SIGKILL)
+    await end_pod(cluster, pod)
+    assert await cluster.get(INFERENCE_SERVICES, NAME, namespace) is not None
+    operator.start()
+
+    async def gone() -> bool:
+        return await cluster.get(INFERENCE_SERVICES, NAME, namespace) is None
+
+    await eventually(gone)
+
+
+async def test_a_namespace_that_is_deleted_takes_its_service_with_it(
+    cluster: Cluster, namespace: str, show: Show
+) -> None:
+    await show()
+    [pod] = await pods(cluster, namespace, 1)
+    await bind(cluster, pod)
+    await say(cluster, pod, **READY)
+    await becomes(cluster, namespace, "Serving")
+    await cluster.delete(NAMESPACES, namespace)
+
+    async def drains() -> bool:
+        found = await cluster.get(PODS, pod["metadata"]["name"], namespace) or {}
+        return "deletionTimestamp" in found.get("metadata", {})
+
+    await eventually(drains)
+    assert await cluster.get(INFERENCE_SERVICES, NAME, namespace) is not None, "the collector still needs it"
+    await end_pod(cluster, pod)
+
+    async def gone() -> bool:
+        return await cluster.get(NAMESPACES, namespace) is None
+
+    await eventually(gone, timeout_s=60)
 
 
 async def bind(cluster: Cluster, pod: Manifest) -> None:

@@ -5,29 +5,19 @@ not decide what the manifests are.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused, Resource
+from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused
 from gpumeter_operator.decide.drift import covers
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
 from gpumeter_operator.decide.workload import APPLIED_ANNOTATION, CREDENTIALS_ANNOTATION, Workload
+from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
 
 FIELD_MANAGER = "gpumeter-operator"
-SECRET_AGAIN_NS = 60_000_000_000  # between two writes of a Secret whose pods are stuck; the kubelet retries as slowly
+SECRET_AGAIN_NS = (
+    20_000_000_000  # between two writes of a Secret whose pods are stuck: a user should see it cured in 30 s
+)
 _TRY_AGAIN = (409, 429, 500, 502, 503, 504)
-
-
-class Writer(Protocol):
-    """What this module needs of a cluster."""
-
-    async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
-        """One object or None."""
-        ...
-
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
-        """Server-side apply."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +31,7 @@ class Applied:
 class Children:
     """Applies workloads; remembers which observed versions were found settled, so that looking again costs nothing."""
 
-    def __init__(self, cluster: Writer, fleet: Fleet) -> None:
+    def __init__(self, cluster: Api, fleet: Fleet) -> None:
         self._cluster = cluster
         self._fleet = fleet
         self._settled: dict[tuple[str, str, str], tuple[str, str]] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Cluster, Manifest, Refused
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
@@ -20,6 +20,7 @@ from gpumeter_operator.decide.events import event
 from gpumeter_operator.decide.pods import belongs, describe, exists
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.workload import Installation, Workload, build
+from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.children import FIELD_MANAGER, Children
 from gpumeter_operator.flow.fleet import Fleet
 
@@ -45,7 +46,7 @@ class Reconciler:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Api,
         fleet: Fleet,
         installation: Installation,
         master_key: bytes,
@@ -136,7 +137,7 @@ class Reconciler:
             self._metrics.services.labels(ready=value).set(ready.count(value))
 
 
-async def write_status(cluster: Cluster, service: Manifest, status: dict[str, Any]) -> bool:
+async def write_status(cluster: Api, service: Manifest, status: dict[str, Any]) -> bool:
     """Patch what differs from the status that was read; False when nothing did, or when someone was faster.
 
     The resource version travels along: a status decided from an outdated object is refused and decided again from the
@@ -156,7 +157,7 @@ async def write_status(cluster: Cluster, service: Manifest, status: dict[str, An
     return patched is not None
 
 
-async def announce(cluster: Cluster, service: Manifest, former: Manifest, ready: dict[str, Any], now: datetime) -> None:
+async def announce(cluster: Api, service: Manifest, former: Manifest, ready: dict[str, Any], now: datetime) -> None:
     """Log and event, when Ready got another status or reason: the same words as in the condition."""
     before: Manifest = next((one for one in former.get("conditions") or [] if one["type"] == "Ready"), {})
     if (before.get("status"), before.get("reason")) == (ready["status"], ready["reason"]):
@@ -164,7 +165,7 @@ async def announce(cluster: Cluster, service: Manifest, former: Manifest, ready:
     await publish(cluster, service, Problem(ready["reason"], ready["message"]), is_normal(ready), now)
 
 
-async def publish(cluster: Cluster, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
+async def publish(cluster: Api, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
     """One log line and one event. An event that is refused (a namespace that ends) is no reason to fail."""
     metadata = service["metadata"]
     level = logging.INFO if normal else logging.WARNING

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Cluster, Manifest
+from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Manifest
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.pods import belongs, exists
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.status import changes, decide_leaving
 from gpumeter_operator.decide.workload import SERVICE_LABEL
+from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
 from gpumeter_operator.flow.reconcile import announce, publish, write_status
 
@@ -29,7 +30,7 @@ class Releaser:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Api,
         fleet: Fleet,
         margin: timedelta,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),

@@ -1,0 +1,342 @@
+"""The flow of one service against an API server in memory: what is written, when, and what a refusal becomes."""
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Manifest, Refused, Resource
+from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.decide.workload import Installation
+from gpumeter_operator.flow import children
+from gpumeter_operator.flow.fleet import Fleet
+from gpumeter_operator.flow.reconcile import Reconciler
+from gpumeter_operator.flow.release import Releaser
+
+INSTALLATION = Installation("worker:1", "IfNotPresent", "http://gateway")
+KEY = b"k" * 32
+DELETED_AT = datetime(2026, 11, 21, 10, 0, 0, tzinfo=UTC)
+
+
+class ApiInMemory:
+    """Keeps objects, hands out versions and tells watches, as far as the flows can see the difference."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str, str], Manifest] = {}
+        self.writes: list[str] = []
+        self.refusals: dict[str, Refused] = {}
+        self.unseen_pods: list[Manifest] = []
+        self._version = 100
+        self._watches: dict[str, list[asyncio.Queue[tuple[str, Manifest]]]] = {}
+
+    async def list_at(
+        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+    ) -> tuple[list[Manifest], str]:
+        found = [copy.deepcopy(one) for (kind, _, _), one in self.objects.items() if kind == resource.kind]
+        return found, str(self._version)
+
+    async def watch(
+        self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
+    ) -> AsyncIterator[tuple[str, Manifest]]:
+        queue: asyncio.Queue[tuple[str, Manifest]] = asyncio.Queue()
+        self._watches.setdefault(resource.kind, []).append(queue)
+        while True:
+            yield await queue.get()
+
+    async def list(
+        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+    ) -> list[Manifest]:
+        return (await self.list_at(resource))[0] + (self.unseen_pods if resource.kind == "Pod" else [])
+
+    async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
+        return copy.deepcopy(self.objects.get((resource.kind, namespace or "", name)))
+
+    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+        if manifest["kind"] in self.refusals:
+            raise self.refusals[manifest["kind"]]
+        self.writes.append(manifest["kind"])
+        return self.put(manifest)
+
+    async def patch_status(
+        self, resource: Resource, name: str, namespace: str | None, patch: Manifest
+    ) -> Manifest | None:
+        found = self.objects[resource.kind, namespace or "", name]
+        if patch["metadata"]["resourceVersion"] != found["metadata"]["resourceVersion"]:
+            raise Refused(409, "Conflict", "the object has been modified")
+        self.writes.append("status")
+        return self.put({**found, "status": {**found.get("status", {}), **patch["status"]}})
+
+    async def delete(
+        self, resource: Resource, name: str, namespace: str | None = None, *, uid: str | None = None
+    ) -> None:
+        self.remove(resource.kind, namespace or "", name)
+
+    def put(self, manifest: Manifest) -> Manifest:
+        self._version += 1
+        item = copy.deepcopy(manifest)
+        key = item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"]
+        item["metadata"]["resourceVersion"] = str(self._version)
+        item["metadata"].setdefault("uid", f"uid-{self._version}")
+        self.objects[key] = item
+        self._tell("MODIFIED", item)
+        return copy.deepcopy(item)
+
+    def remove(self, kind: str, namespace: str, name: str) -> None:
+        item = self.objects.pop((kind, namespace, name), None)
+        if item is not None:
+            self._tell("DELETED", item)
+
+    def _tell(self, change: str, item: Manifest) -> None:
+        for queue in self._watches.get(item["kind"], []):
+            queue.put_nowait((change, copy.deepcopy(item)))
+
+
+class World:
+    """An API in memory with one service, and a fresh operator on top whenever a test asks for one."""
+
+    def __init__(self) -> None:
+        self.api = ApiInMemory()
+        self.fleet = Fleet(self.api)
+        self.now = DELETED_AT
+        self.reconciler = self._reconciler()
+
+    def _reconciler(self, key: bytes = KEY) -> Reconciler:
+        metrics = OperatorMetrics()
+        return Reconciler(self.api, self.fleet, INSTALLATION, key, metrics, clock=lambda: self.now)
+
+    def restart(self, key: bytes = KEY) -> None:
+        self.reconciler = self._reconciler(key)
+
+    def service(self) -> Manifest:
+        return copy.deepcopy(self.api.objects["InferenceService", "team-a", "smollm2"])
+
+    async def look(self) -> list[str]:
+        """Reconcile once; the kinds that were written."""
+        await asyncio.sleep(0.01)  # the watches of the mirrors have their turn
+        before = len(self.api.writes)
+        await self.reconciler.reconcile(self.service())
+        return self.api.writes[before:]
+
+    def ready(self) -> dict[str, Any]:
+        one: dict[str, Any] = self.service()["status"]["conditions"][0]
+        return one
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    one = World()
+    one.api.put(
+        {
+            "apiVersion": "gpumeter.io/v1alpha1",
+            "kind": "InferenceService",
+            "metadata": {"namespace": "team-a", "name": "smollm2", "uid": "u-1", "generation": 1},
+            "spec": {"model": {"uri": "hf://o/n"}},
+        }
+    )
+    await one.fleet.start()
+    yield one
+    await one.fleet.stop()
+
+
+def worker(name: str = "smollm2-1", **more: Any) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "namespace": "team-a",
+            "name": name,
+            "labels": {"gpumeter.io/inferenceservice": "smollm2"},
+            "annotations": {"gpumeter.io/service-uid": "u-1"},
+            "creationTimestamp": "2026-11-21T09:59:00Z",
+        },
+        "spec": {"terminationGracePeriodSeconds": 150},
+        "status": {"phase": "Running"},
+        **more,
+    }
+
+
+ALL = ["Secret", "ServiceAccount", "Service", "Service", "PodDisruptionBudget", "Deployment", "status", "Event"]
+
+
+async def test_the_first_look_writes_everything_in_order_and_the_second_nothing(world: World) -> None:
+    assert await world.look() == ALL
+    assert await world.look() == []
+
+
+async def test_a_restarted_operator_finds_everything_settled(world: World) -> None:
+    await world.look()
+    world.restart()
+    assert await world.look() == []
+
+
+async def test_an_edit_writes_only_what_it_changes(world: World) -> None:
+    await world.look()
+    edited = world.service()
+    edited["metadata"]["generation"] = 2
+    edited["spec"]["replicas"] = 3
+    world.api.put(edited)
+    assert await world.look() == ["Deployment", "status"]
+    assert world.service()["status"]["observedGeneration"] == 2
+
+
+async def test_a_value_that_the_server_writes_in_a_form_of_its_own_is_applied_once(world: World) -> None:
+    await world.look()
+    stored = world.api.objects["Deployment", "team-a", "smollm2"]
+    stored["spec"]["template"]["spec"]["containers"][0]["imagePullPolicy"] = "another form"
+    world.api.put(stored)
+    assert await world.look() == ["Deployment"]
+    world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["paused"] = True
+    assert await world.look() == []
+
+
+async def test_a_status_that_someone_changed_meanwhile_is_decided_again_and_not_announced_twice(world: World) -> None:
+    old = world.service()
+    world.api.put(world.service())
+    await asyncio.sleep(0.01)
+    await world.reconciler.reconcile(old)
+    assert "status" not in world.api.writes
+    assert "Event" not in world.api.writes
+    assert await world.look() == ["status", "Event"]
+
+
+async def test_a_new_master_key_reaches_secret_and_workers(world: World) -> None:
+    await world.look()
+    before = world.api.objects["Secret", "team-a", "smollm2-usage"]["data"]
+    world.restart(b"another key of the release, long enough")
+    assert await world.look() == ["Secret", "Deployment"]
+    assert world.api.objects["Secret", "team-a", "smollm2-usage"]["data"] != before
+
+
+async def test_the_secret_is_written_again_when_pods_wait_for_it_but_not_at_every_look(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.look()
+    world.now = DELETED_AT + timedelta(seconds=60)
+    waiting = {"name": "main", "state": {"waiting": {"reason": "ContainerCreating"}}}
+    world.api.put(worker(status={"phase": "Pending", "containerStatuses": [waiting]}))
+    assert "Secret" not in await world.look(), "it was written a moment ago"
+    monkeypatch.setattr(children, "SECRET_AGAIN_NS", 0)
+    assert "Secret" in await world.look()
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+async def test_what_the_api_server_refuses_for_good_becomes_a_condition(world: World, status: int) -> None:
+    world.api.refusals["Deployment"] = Refused(
+        status, "Invalid", "spec.template.spec.containers[1].image: Required value"
+    )
+    await world.look()
+    assert (world.ready()["status"], world.ready()["reason"]) == ("False", "WorkloadRefused")
+    assert "spec.template.spec.containers[1].image: Required value." in world.ready()["message"]
+    del world.api.refusals["Deployment"]
+    assert "Deployment" in await world.look()
+    assert world.ready()["reason"] == "PodsStarting"
+
+
+@pytest.mark.parametrize("status", [409, 429, 500, 503])
+async def test_what_may_go_well_later_is_raised_and_told_to_nobody(world: World, status: int) -> None:
+    world.api.refusals["Deployment"] = Refused(status, "Later", "try again")
+    with pytest.raises(Refused):
+        await world.look()
+    assert "status" not in world.api.writes
+
+
+async def test_an_event_that_is_refused_is_no_failure(world: World) -> None:
+    world.api.refusals["Event"] = Refused(403, "Forbidden", "the namespace is being terminated")
+    assert "status" in await world.look()
+
+
+async def test_an_orphan_of_ours_is_adopted_and_a_namesakes_child_waited_for(world: World) -> None:
+    await world.look()
+    orphan = world.api.objects["Service", "team-a", "smollm2"]
+    orphan["metadata"]["ownerReferences"] = []
+    world.api.put(orphan)
+    assert await world.look() == ["Service"]
+    other = copy.deepcopy(world.api.objects["Service", "team-a", "smollm2"])
+    other["metadata"]["ownerReferences"] = [{"uid": "u-0", "controller": True}]
+    world.api.put(other)
+    assert "Service" not in await world.look()
+    assert world.ready()["reason"] == "NameTaken"
+
+
+async def test_a_frozen_loop_is_told_by_the_age_of_its_last_look(world: World) -> None:
+    await world.look()
+    assert world.reconciler.overdue(60) is None
+    assert world.reconciler.overdue(-1) == "1 services were not looked at for more than -1 s."
+    world.reconciler.forget(world.service())
+    assert world.reconciler.overdue(-1) is None
+
+
+def releaser(world: World) -> Releaser:
+    return Releaser(world.api, world.fleet, timedelta(seconds=60), clock=lambda: world.now)
+
+
+def deleted(world: World) -> Manifest:
+    service = world.service()
+    service["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
+    return world.api.put(service)
+
+
+async def test_a_release_waits_for_the_last_pod_and_deletes_the_deployment_first(world: World) -> None:
+    await world.look()
+    world.api.put(worker())
+    await world.look()
+    task = asyncio.create_task(releaser(world).release(deleted(world)))
+    done, _ = await asyncio.wait([task], timeout=1)
+    assert not done
+    assert world.ready()["reason"] == "Deleting"
+    assert ("Deployment", "team-a", "smollm2") not in world.api.objects
+    world.api.remove("Pod", "team-a", "smollm2-1")
+    async with asyncio.timeout(10):
+        await task
+    assert not [one for one in told(world) if one["reason"] == "ReleaseForced"]
+
+
+async def test_a_pod_that_the_mirror_has_not_seen_yet_keeps_the_service(world: World) -> None:
+    world.api.unseen_pods = [worker()]
+    task = asyncio.create_task(releaser(world).release(deleted(world)))
+    done, _ = await asyncio.wait([task], timeout=1)
+    assert not done
+    world.api.unseen_pods = []
+    async with asyncio.timeout(10):
+        await task
+
+
+async def test_a_release_is_forced_after_the_longest_grace_period_and_a_minute_and_says_so(world: World) -> None:
+    world.api.put(worker(spec={"terminationGracePeriodSeconds": 300}))
+    service = deleted(world)
+    await asyncio.sleep(0.01)
+    world.now = DELETED_AT + timedelta(seconds=300 + 59)
+    task = asyncio.create_task(releaser(world).release(service))
+    done, _ = await asyncio.wait([task], timeout=1)
+    assert not done, "the limit is the pod's own grace period and a minute"
+    world.now = DELETED_AT + timedelta(seconds=300 + 60)
+    async with asyncio.timeout(10):
+        await task
+    [event] = [one for one in told(world) if one["reason"] == "ReleaseForced"]
+    assert event["type"] == "Warning"
+    assert "smollm2-1 had not ended" in event["message"]
+    assert "booked as unaccounted" in event["message"]
+
+
+def told(world: World) -> list[Manifest]:
+    return [one for (kind, _, _), one in world.api.objects.items() if kind == "Event"]
+
+
+async def test_the_key_of_an_event_is_what_it_says() -> None:
+    from gpumeter_operator.decide.events import event
+
+    service = {"metadata": {"namespace": "team-a", "name": "smollm2", "uid": "u-1"}}
+    one = event(service, "Warning", "OOMKilled", "More memory.", DELETED_AT)
+    again = event(service, "Warning", "OOMKilled", "More memory.", DELETED_AT + timedelta(hours=1))
+    other = event(service, "Warning", "OOMKilled", "Much more memory.", DELETED_AT)
+    assert one["metadata"]["name"] == again["metadata"]["name"] != other["metadata"]["name"]
+    assert len(event(service, "Warning", "X", "long " * 1_000, DELETED_AT)["message"]) == 1_024
+
+
+def test_the_resource_that_the_operator_serves_is_the_crds() -> None:
+    from gpumeter_operator.main import SERVICES
+
+    assert (INFERENCE_SERVICES.group, INFERENCE_SERVICES.version, INFERENCE_SERVICES.plural) == SERVICES

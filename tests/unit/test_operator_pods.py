@@ -1,0 +1,154 @@
+"""What a pod's status means, in words that a user can act on."""
+
+from typing import Any
+
+import pytest
+
+from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
+
+GPU = "nvidia.com/gpu"
+
+
+def pod(*, main: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
+    metadata = {"name": "smollm2-1", "namespace": "team-a", "annotations": {"gpumeter.io/service-uid": "u-1"}}
+    if main is not None:
+        status["containerStatuses"] = [{"name": "sidecar", "state": {"running": {}}}, {"name": "main", **main}]
+    return {"metadata": metadata, "status": status}
+
+
+def unschedulable(message: str, reason: str = "Unschedulable") -> dict[str, Any]:
+    condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
+    return pod(phase="Pending", conditions=[condition])
+
+
+def ended(**terminated: Any) -> dict[str, Any]:
+    waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s"}}
+    return pod(main={"state": waiting, "lastState": {"terminated": terminated}, "restartCount": 2})
+
+
+def described(one: dict[str, Any]) -> PodState:
+    return describe(one, GPU)
+
+
+@pytest.mark.parametrize(
+    ("one", "reason", "parts"),
+    [
+        (
+            unschedulable("0/1 nodes are available: 1 Insufficient nvidia.com/gpu."),
+            "InsufficientCapacity",
+            ["0/1 nodes are available: 1 Insufficient nvidia.com/gpu.", "nodes that offer nvidia.com/gpu"],
+        ),
+        (
+            unschedulable("0/2 nodes are available: 2 Insufficient memory."),
+            "InsufficientCapacity",
+            ["2 Insufficient memory.", "ask for less in spec.resources"],
+        ),
+        (
+            unschedulable("0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector."),
+            "Unschedulable",
+            ["didn't match Pod's node affinity/selector.", "Check spec.template"],
+        ),
+        (
+            unschedulable('persistentvolumeclaim "models" not found'),
+            "Unschedulable",
+            ['persistentvolumeclaim "models" not found.', "volume claims"],
+        ),
+        (
+            pod(main={"state": {"waiting": {"reason": "ErrImagePull", "message": "not found: worker:9"}}}),
+            "ImagePullFailed",
+            ["not found: worker:9", "spec.engine.image"],
+        ),
+        (
+            pod(
+                main={"state": {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "x" not found'}}}
+            ),
+            "CreateContainerConfigError",
+            ['secret "x" not found.', "kubectl describe pod -n team-a smollm2-1"],
+        ),
+        (
+            ended(exitCode=137, reason="OOMKilled", finishedAt="2026-11-21T10:00:00Z"),
+            "OOMKilled",
+            ["raise spec.resources.memory"],
+        ),
+        (
+            ended(exitCode=1, reason="Error", message="Traceback\nValueError: boom", finishedAt="2026-11-21T10:00:00Z"),
+            "WorkerCrashed",
+            ["exit code 1", "restarts: 2", "ValueError: boom.", "kubectl logs -n team-a smollm2-1 --previous"],
+        ),
+    ],
+)
+def test_every_way_to_fail_has_its_reason_and_says_what_to_do(
+    one: dict[str, Any], reason: str, parts: list[str]
+) -> None:
+    problem = described(one).problem
+    assert problem is not None
+    assert problem.reason == reason
+    for part in parts:
+        assert part in problem.message
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        pod(phase="Pending"),
+        unschedulable("gated", reason="SchedulingGated"),
+        pod(main={"state": {"waiting": {"reason": "ContainerCreating"}}}),
+        pod(main={"state": {"running": {}}}),
+        pod(main={"state": {"running": {}}, "lastState": {"terminated": {"exitCode": 0, "reason": "Completed"}}}),
+    ],
+)
+def test_a_pod_that_simply_starts_has_no_problem(one: dict[str, Any]) -> None:
+    assert described(one).problem is None
+    assert described(one).failure is None
+
+
+def test_a_workers_last_words_are_taken_unchanged() -> None:
+    state = described(ended(exitCode=3, message="GpuNotFound: No GPU; ask for one: set count.\n", finishedAt="t"))
+    assert state.failure is not None
+    assert state.problem == state.failure.problem
+    assert (state.failure.problem.reason, state.failure.problem.message) == (
+        "GpuNotFound",
+        "No GPU; ask for one: set count.",
+    )
+    assert state.failure.finished_at == "t"
+
+
+def test_only_exit_code_3_speaks_in_the_workers_own_reasons() -> None:
+    problem = described(ended(exitCode=1, message="ValueError: boom")).problem
+    assert problem is not None
+    assert problem.reason == "WorkerCrashed"
+
+
+def test_the_memory_limit_is_named_when_kubernetes_states_it() -> None:
+    main = {"state": {}, "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}}
+    problem = described(pod(main={**main, "resources": {"limits": {"memory": "4Gi"}}})).problem
+    assert problem is not None
+    assert "spec.resources.memory (4Gi)" in problem.message
+
+
+def test_a_ready_pod_has_no_problem_but_remembers_its_last_failure() -> None:
+    one = ended(exitCode=3, message="OutOfMemory: The model does not fit.")
+    one["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
+    state = described(one)
+    assert state.ready
+    assert state.problem is None
+    assert state.failure is not None
+
+
+def test_a_terminating_pod_is_not_ready_whatever_it_says() -> None:
+    one = pod(conditions=[{"type": "Ready", "status": "True"}])
+    one["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
+    state = described(one)
+    assert (state.ready, state.terminating) == (False, True)
+
+
+def test_pods_of_a_former_namesake_do_not_belong() -> None:
+    assert belongs(pod(), "u-1")
+    assert not belongs(pod(), "u-2")
+
+
+@pytest.mark.parametrize(
+    ("phase", "there"), [("Pending", True), ("Running", True), ("Failed", False), ("Succeeded", False)]
+)
+def test_a_pod_that_ended_for_good_no_longer_counts(phase: str, there: bool) -> None:
+    assert exists(pod(phase=phase)) is there

@@ -1,0 +1,78 @@
+"""The operator's environment: defaults, and every wrong variable in a sentence of its own."""
+
+import logging
+from pathlib import Path
+
+import kopf
+import pytest
+
+from gpumeter_operator.decide.credentials import credentials_of, derive
+from gpumeter_operator.settings import SettingsInvalid, configure_kopf, read_settings
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    path = tmp_path / "master-key"
+    path.write_bytes(b"k" * 32)
+    return str(path)
+
+
+def test_only_image_and_key_are_needed(key: str) -> None:
+    settings = read_settings({"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key})
+    assert settings.installation.worker_image == "worker:1"
+    assert settings.installation.worker_image_pull_policy == "IfNotPresent"
+    assert (settings.status_interval_ms, settings.deletion_margin_ms) == (3_000, 60_000)
+    assert (settings.http_port, settings.log_level) == (8080, logging.INFO)
+    assert settings.master_key == b"k" * 32
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    short.write_bytes(b"k" * 31)
+    with pytest.raises(SettingsInvalid) as invalid:
+        read_settings(
+            {
+                "GPUMETER_MASTER_KEY_FILE": str(short),
+                "GPUMETER_STATUS_INTERVAL_MS": "fast",
+                "GPUMETER_HTTP_PORT": "0",
+                "GPUMETER_LOG_LEVEL": "LOUD",
+                "GPUMETER_WORKER_IMAGE_PULL_POLICY": "Sometimes",
+            }
+        )
+    told = "\n".join(invalid.value.problems)
+    assert len(invalid.value.problems) == 6
+    for part in (
+        "GPUMETER_WORKER_IMAGE is not set",
+        "holds 31 bytes; a master key has at least 32",
+        "GPUMETER_STATUS_INTERVAL_MS is 'fast'; set a whole number from 200 to 60000",
+        "GPUMETER_HTTP_PORT is '0'",
+        "GPUMETER_LOG_LEVEL is 'LOUD'; set one of DEBUG, INFO, WARNING, ERROR",
+        "GPUMETER_WORKER_IMAGE_PULL_POLICY is 'Sometimes'",
+    ):
+        assert part in told
+
+
+def test_a_missing_key_file_is_named() -> None:
+    with pytest.raises(SettingsInvalid, match="/no/such/key, which cannot be read: No such file"):
+        read_settings({"GPUMETER_WORKER_IMAGE": "x", "GPUMETER_MASTER_KEY_FILE": "/no/such/key"})
+
+
+def test_kopf_gets_our_finalizer_and_hides_none_of_a_users_annotations() -> None:
+    settings = kopf.OperatorSettings()
+    configure_kopf(settings)
+    assert settings.persistence.finalizer == "gpumeter.io/usage"
+    assert settings.networking.request_timeout == 10
+    body = kopf.Body(
+        {"metadata": {"annotations": {"gpumeter.io/stop": "true", "operator.gpumeter.io/kopf-managed": "yes"}}}
+    )
+    essence = settings.persistence.diffbase_storage.build(body=body)
+    assert essence["metadata"]["annotations"] == {"gpumeter.io/stop": "true"}, "an edit of it is an update"
+
+
+def test_credentials_are_derived_per_purpose_and_per_service() -> None:
+    # Reckoned with: printf 'usage-token:u-1' | openssl dgst -sha256 -hmac kkkkkkkkkkkkkkkkkkkkkkkkkkkkkkkk
+    known = "0d49ee0caec6cb7f6124c4dc18bbe9b3317df8950aa0923c421a115555bbcb22"
+    assert derive(b"k" * 32, "usage-token", "u-1") == known
+    values = {derive(b"k" * 32, purpose, uid) for purpose in ("usage-token", "hop-key") for uid in ("u-1", "u-2")}
+    assert len(values) == 4
+    assert credentials_of(b"k" * 32, "u-1").fingerprint != credentials_of(b"j" * 32, "u-1").fingerprint

@@ -1,0 +1,100 @@
+"""Reading an InferenceService: defaults, and every problem in a sentence, all at once."""
+
+from typing import Any
+
+import pytest
+
+from gpumeter_operator.decide.spec import duration_ms, read
+
+
+def service(spec: dict[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
+    whole = {"namespace": "team-a", "name": "smollm2", "uid": "u-1", "generation": 3, **metadata}
+    return {"metadata": whole, "spec": {"model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"}, **(spec or {})}}
+
+
+def test_defaults_that_depend_on_other_fields_are_filled_in() -> None:
+    spec, problems = read(service())
+    assert problems == ()
+    assert (spec.model_name, spec.model_revision, spec.gpu_class) == ("smollm2", "main", "gpu")
+    assert (spec.wanted_replicas, spec.replicas, spec.scaling) == (1, None, None)
+    assert spec.reference == "team-a/smollm2"
+
+
+def test_a_service_without_gpus_is_of_class_cpu_whatever_it_says() -> None:
+    spec, problems = read(service({"resources": {"gpu": {"count": 0, "class": "h100"}}}))
+    assert (spec.gpu_class, problems) == ("cpu", ())
+
+
+@pytest.mark.parametrize(
+    ("spec", "stopped", "wanted"),
+    [
+        ({}, False, 1),
+        ({"replicas": 0}, False, 0),
+        ({"replicas": 3}, False, 3),
+        ({"replicas": 3}, True, 0),
+        ({"scaling": {"minReplicas": 0, "maxReplicas": 4}}, False, 1),
+        ({"scaling": {"minReplicas": 2, "maxReplicas": 4}}, False, 2),
+        ({"scaling": {"maxReplicas": 4}}, True, 0),
+    ],
+)
+def test_the_number_of_wanted_workers(spec: dict[str, Any], stopped: bool, wanted: int) -> None:
+    annotations = {"gpumeter.io/stop": "true"} if stopped else {}
+    assert read(service(spec, annotations=annotations))[0].wanted_replicas == wanted
+
+
+@pytest.mark.parametrize(("value", "stopped"), [("true", True), ("True", True), ("false", False), ("", False)])
+def test_only_true_stops(value: str, stopped: bool) -> None:
+    assert read(service(annotations={"gpumeter.io/stop": value}))[0].stopped is stopped
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"model": {"uri": "s3://models/x"}}, "this version cannot fetch from s3://; use hf://"),
+        ({"model": {"uri": "oci://registry/x:1"}}, "this version cannot fetch from oci://; use hf://"),
+        ({"engine": {"type": "vllm"}}, "spec.engine.type is vllm, but this version has only the engine transformers"),
+        ({"engine": {"compile": True}}, "this version does not compile models"),
+        (
+            {"parallelism": {"tensor": 2}, "resources": {"gpu": {"count": 2}}},
+            "spec.resources.gpu.count is 2, but in this version a worker runs on one GPU",
+        ),
+        ({"resources": {"gpu": {"resourceName": "nvidia.com/gpu.shared"}}}, "the time of its steps cannot be measured"),
+        ({"metering": {"billingMode": "standardRate"}}, "this version bills measured GPU time only"),
+    ],
+)
+def test_what_this_version_cannot_do_is_said_with_what_to_do(spec: dict[str, Any], sentence: str) -> None:
+    [problem] = read(service(spec))[1]
+    assert problem.reason == "NotSupported"
+    assert sentence in problem.message
+    assert problem.message.endswith(".")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    _, problems = read(
+        service(
+            {
+                "model": {"uri": "s3://models/x"},
+                "engine": {"type": "vllm"},
+                "template": {"spec": {"restartPolicy": "Never"}},
+            }
+        )
+    )
+    assert [problem.reason for problem in problems] == ["NotSupported", "NotSupported", "TemplateInvalid"]
+
+
+@pytest.mark.parametrize(
+    ("text", "milliseconds"), [("120s", 120_000), ("500ms", 500), ("1h30m", 5_400_000), ("1m", 60_000), ("0s", 0)]
+)
+def test_durations(text: str, milliseconds: int) -> None:
+    assert duration_ms(text) == milliseconds
+
+
+@pytest.mark.parametrize("text", ["", "12", "2 minutes", "1.5h", "s", "-1s", "1d"])
+def test_what_is_no_duration_raises(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a duration"):
+        duration_ms(text)
+
+
+def test_a_worker_gets_its_drain_timeout_and_time_to_hand_over_its_records() -> None:
+    assert read(service({"drain": {"timeout": "1500ms"}}))[0].termination_grace_s == 2 + 30
+    assert read(service())[0].termination_grace_s == 150

@@ -1,0 +1,180 @@
+"""From pods to what the user reads: conditions, their reasons and their times."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from gpumeter_operator.decide.pods import Failure, PodState
+from gpumeter_operator.decide.spec import Problem, read
+from gpumeter_operator.decide.status import Seen, changes, decide_leaving, decide_status
+
+NOW = datetime(2026, 11, 21, 10, 0, 30, tzinfo=UTC)
+LATER = datetime(2026, 11, 21, 11, 0, 0, tzinfo=UTC)
+CAPACITY = Problem("InsufficientCapacity", "No node has a free GPU.")
+LOST_MODEL = Problem("ModelNotFound", "There is no model at file:///x; check spec.model.uri.")
+
+
+def worker(name: str = "w-1", **state: Any) -> PodState:
+    defaults: dict[str, Any] = {
+        "template_hash": "now", "ready": False, "terminating": False, "started": False,
+        "waiting": "", "problem": None, "failure": None,
+    }  # fmt: skip
+    return PodState(name=name, **{**defaults, **state})
+
+
+def ready(name: str = "w-1", **state: Any) -> PodState:
+    return worker(name, ready=True, started=True, **state)
+
+
+def status(
+    *pods: PodState,
+    spec: dict[str, Any] | None = None,
+    problems: tuple[Problem, ...] = (),
+    deployment: dict[str, Any] | None = None,
+    former: dict[str, Any] | None = None,
+    stopped: bool = False,
+    now: datetime = NOW,
+) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"namespace": "team-a", "name": "smollm2", "uid": "u", "generation": 4}
+    if stopped:
+        metadata["annotations"] = {"gpumeter.io/stop": "true"}
+    read_spec, _ = read({"metadata": metadata, "spec": {"model": {"uri": "hf://o/n"}, **(spec or {})}})
+    seen = Seen(read_spec, problems, "" if problems else "now", deployment, pods)
+    return decide_status(seen, former or {}, now)
+
+
+def told(one: dict[str, Any], kind: str = "Ready") -> tuple[str, str, str]:
+    [condition] = [condition for condition in one["conditions"] if condition["type"] == kind]
+    return condition["status"], condition["reason"], condition["message"]
+
+
+FAILED = worker(started=True, problem=LOST_MODEL, failure=Failure(LOST_MODEL, "2026-11-21T10:00:00Z"))
+
+
+@pytest.mark.parametrize(
+    ("pods", "spec", "expected", "state"),
+    [
+        ([], {}, ("False", "PodsStarting"), "Pending"),
+        ([worker()], {}, ("False", "PodsStarting"), "Pending"),
+        ([worker(started=True)], {}, ("False", "ModelLoading"), "Loading"),
+        ([worker(problem=CAPACITY)], {}, ("False", "InsufficientCapacity"), "Pending"),
+        ([FAILED], {}, ("False", "ModelNotFound"), "FailedToLoad"),
+        ([ready()], {}, ("True", "Serving"), "Loaded"),
+        ([ready(), worker("w-2", problem=CAPACITY)], {"replicas": 2}, ("True", "InsufficientCapacity"), "Loaded"),
+        ([ready(), worker("w-2")], {"replicas": 2}, ("True", "PodsStarting"), "Loaded"),
+        ([ready(), ready("w-2")], {"replicas": 1}, ("True", "Serving"), "Loaded"),
+        ([], {"replicas": 0}, ("False", "ScaledToZero"), "Standby"),
+        ([ready(template_hash="old")], {}, ("True", "PodsStarting"), "Loaded"),
+        ([ready(template_hash="old"), FAILED], {}, ("True", "ModelNotFound"), "Loaded"),
+        ([worker(problem=CAPACITY), FAILED], {"replicas": 2}, ("False", "ModelNotFound"), "FailedToLoad"),
+    ],
+)
+def test_ready_says_whether_requests_are_answered_and_its_reason_what_is_wrong(
+    pods: list[PodState], spec: dict[str, Any], expected: tuple[str, str], state: str
+) -> None:
+    one = status(*pods, spec=spec)
+    assert told(one)[:2] == expected
+    assert one["modelStatus"]["state"] == state
+
+
+def test_the_words_of_a_problem_are_not_changed_on_their_way() -> None:
+    one = status(FAILED)
+    assert told(one)[2] == LOST_MODEL.message
+    assert told(one, "WorkloadsReady") == ("False", LOST_MODEL.reason, LOST_MODEL.message)
+    assert one["modelStatus"]["lastFailureInfo"] == {
+        "reason": LOST_MODEL.reason,
+        "message": LOST_MODEL.message,
+        "time": "2026-11-21T10:00:00Z",
+    }
+
+
+def test_a_broken_rollout_says_that_the_former_workers_go_on() -> None:
+    message = told(status(ready("w-0", template_hash="old"), FAILED))[2]
+    assert message == f"1 of 1 worker: {LOST_MODEL.message} The former workers go on serving."
+
+
+def test_problems_of_the_spec_are_all_in_ready() -> None:
+    problems = (Problem("NotSupported", "One."), Problem("TemplateInvalid", "Two."))
+    assert told(status(problems=problems)) == ("False", "SpecInvalid", "One. Two.")
+    assert told(status(problems=problems[:1])) == ("False", "NotSupported", "One.")
+    assert told(status(ready(template_hash="old"), problems=problems[:1]))[2] == "One. 1 former worker still running."
+
+
+def test_pods_that_cannot_be_created_are_told_from_the_deployment() -> None:
+    message = 'pods "smollm2-x" is forbidden: exceeded quota: gpus, requested: 1, used: 4, limited: 4'
+    condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+    one = status(deployment={"status": {"conditions": [condition]}})
+    assert told(one)[:2] == ("False", "QuotaExceeded")
+    assert message in told(one)[2]
+
+
+def test_a_stopped_service_says_so_and_does_not_scale() -> None:
+    one = status(stopped=True, spec={"replicas": 3})
+    assert told(one)[:2] == ("False", "Stopped")
+    assert told(one, "Stopped")[0] == "True"
+    assert told(one, "ScalingReady")[:2] == ("False", "Stopped")
+    assert one["modelStatus"]["state"] == "Standby"
+
+
+def test_scaling_is_said_to_be_missing_and_fixed_replicas_to_be_fixed() -> None:
+    one = status(spec={"scaling": {"minReplicas": 0, "maxReplicas": 4}})
+    assert told(one, "ScalingReady")[:2] == ("False", "NotSupported")
+    assert "it runs 1 worker " in told(one, "ScalingReady")[2]
+    assert told(status(spec={"replicas": 2}), "ScalingReady")[:2] == ("True", "FixedReplicas")
+
+
+def test_metering_is_known_only_of_ready_workers() -> None:
+    assert told(status(), "MeteringReady")[:2] == ("Unknown", "NoWorkerReady")
+    assert told(status(ready()), "MeteringReady")[0] == "True"
+    broken = Problem("JournalUnusable", "The journal cannot be written; free space on the node.")
+    assert told(status(worker(problem=broken)), "MeteringReady") == ("False", broken.reason, broken.message)
+
+
+def test_terminating_pods_do_not_count() -> None:
+    one = status(worker("w-0", terminating=True), ready())
+    assert (one["replicas"], one["readyReplicas"]) == (1, 1)
+
+
+def test_url_and_selector_are_for_the_clients_and_the_scale_subresource() -> None:
+    one = status()
+    assert one["url"] == "http://smollm2.team-a.svc:8000/v1"
+    assert one["selector"] == "gpumeter.io/inferenceservice=smollm2"
+    assert one["observedGeneration"] == 4
+
+
+def test_a_condition_keeps_its_time_while_its_status_stays_even_if_the_reason_changes() -> None:
+    first = status()
+    second = status(FAILED, former=first, now=LATER)
+    assert [one["lastTransitionTime"] for one in second["conditions"]] == ["2026-11-21T10:00:30Z"] * 5
+    third = status(ready(), former=second, now=LATER)
+    times = {one["type"]: one["lastTransitionTime"] for one in third["conditions"]}
+    assert times["Ready"] == times["MeteringReady"] == "2026-11-21T11:00:00Z"
+    assert times["Stopped"] == "2026-11-21T10:00:30Z"
+
+
+def test_deciding_again_with_nothing_new_changes_nothing() -> None:
+    for pods in ([], [FAILED], [ready()]):
+        first = status(*pods)
+        stored = {**first, "modelStatus": {key: one for key, one in first["modelStatus"].items() if one is not None}}
+        assert changes(stored, status(*pods, former=stored, now=LATER)) == {}
+
+
+def test_a_patch_holds_only_what_differs_and_removes_what_is_over() -> None:
+    former = {
+        "replicas": 1,
+        "queueLength": 7,
+        "modelStatus": {"state": "FailedToLoad", "lastFailureInfo": {"reason": "X"}},
+    }
+    wanted = {"replicas": 1, "modelStatus": {"state": "Loaded", "lastFailureInfo": None}}
+    assert changes(former, wanted) == {"modelStatus": {"state": "Loaded", "lastFailureInfo": None}}
+    assert changes({}, wanted) == {"replicas": 1, "modelStatus": {"state": "Loaded"}}
+
+
+def test_a_leaving_service_counts_its_workers_and_names_the_limit() -> None:
+    former = status(ready())
+    leaving = decide_leaving(former, 5, 2, "2026-11-21T10:05:00Z", LATER)
+    assert told(leaving)[:2] == ("False", "Deleting")
+    assert "2 workers finish" in told(leaving)[2]
+    assert "2026-11-21T10:05:00Z" in told(leaving)[2]
+    assert [one["type"] for one in leaving["conditions"]] == [one["type"] for one in former["conditions"]]
