@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from devcluster import pki, tools
+from devcluster import packages, pki, tools
 from devcluster.apiclient import Api, open_api
 from devcluster.components import (
     SERVICE_API,
@@ -85,8 +85,9 @@ def answers(paths: ClusterPaths) -> bool:
 
 def launch(paths: ClusterPaths, progress: Progress, processes: dict[str, Process], *, dies_with_parent: bool) -> None:
     """Start everything and wait for it; `processes` fills as they start, so that the caller can end what began."""
-    programs = tools.ensure(tools.FOR_CONTROL_PLANE, progress)
     paths.logs.mkdir(parents=True, exist_ok=True)
+    packages.ensure(packages.FOR_CONTROL_PLANE, progress, paths.logs)
+    programs = tools.ensure(tools.FOR_CONTROL_PLANE, progress)
     first = choose_port(None, FIRST_PORT)
     second = choose_port(None, first + 1)
     third = choose_port(None, second + 1)
