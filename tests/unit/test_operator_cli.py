@@ -33,7 +33,9 @@ def test_an_unknown_command_is_said_to_be_unknown() -> None:
 def test_the_operator_tells_every_wrong_setting_and_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GPUMETER_WORKER_IMAGE", "GPUMETER_MASTER_KEY_FILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPUMETER_LOG_LEVEL", "loud")
     done = CliRunner().invoke(main, ["operator"])
     assert done.exit_code == 2
+    assert "GPUMETER_LOG_LEVEL is 'loud'; set one of debug, info, warning, error." in done.output
     assert "GPUMETER_WORKER_IMAGE is not set; name the image that workers run." in done.output
     assert "GPUMETER_MASTER_KEY_FILE is not set; name the file that holds the release's master key." in done.output

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> None:
     """Run the operator until it is told to stop."""
-    _configure_logs(settings.log_level)
+    _quiet_kopf()
     interval_s = settings.status_interval_ms / 1_000
     operation = Operation(
         Cluster.connect(),
@@ -90,10 +90,8 @@ async def _look(operation: Operation, body: Any) -> None:
         log.warning("%s/%s %s", service["metadata"]["namespace"], service["metadata"]["name"], sentence)
 
 
-def _configure_logs(level: int) -> None:
-    kopf.configure(debug=level <= logging.DEBUG)
-    logging.getLogger().setLevel(level)
-    if level > logging.DEBUG:
-        # kopf tells of every handled event and every tick of a timer, httpx of every request: not at INFO.
-        for chatty in ("kopf.objects", "kopf.activities", "httpx2", "httpcore2"):
+def _quiet_kopf() -> None:
+    """Kopf tells of every handled event and of every tick of a timer at INFO; with DEBUG a developer sees them."""
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        for chatty in ("kopf.objects", "kopf.activities", "kopf._core.engines.activities"):
             logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -32,7 +32,6 @@ class Settings:
     deletion_margin_ms: int
     http_host: str
     http_port: int
-    log_level: int
 
 
 class SettingsInvalid(Exception):
@@ -78,7 +77,6 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         deletion_margin_ms=number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
         http_host=environment.get("GPUMETER_HTTP_HOST", "") or "0.0.0.0",  # noqa: S104 - probes come from the node
         http_port=number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
-        log_level=getattr(logging, choice("GPUMETER_LOG_LEVEL", "INFO", ("DEBUG", "INFO", "WARNING", "ERROR")), 0),
     )
     if problems:
         raise SettingsInvalid(problems)
