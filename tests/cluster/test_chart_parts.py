@@ -1,0 +1,155 @@
+"""Operator, collector and gateway, started with the chart's environment and each with its own account's rights.
+
+What the chart gives must be enough: whoever is forbidden something says so in its log.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from apiserver import Run, Server, eventually, merged, rule_file
+from charts import environment, pod_specs, rendered
+
+PARTS = ("operator", "collector", "gateway")
+SMALL = merged(rule_file("inferenceservices")["base"], {"spec": {"resources": {"gpu": {"count": 0}}}})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One running part: its process, where it listens and what it says."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    def get(self, path: str, **headers: str) -> tuple[int, str]:
+        """Status and text; status 0 while nobody listens."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as refusal:
+            return refusal.code, refusal.read().decode()
+        except OSError:
+            return 0, ""
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        return self.get("/readyz")[0] == 200
+
+
+@pytest.fixture(scope="module")
+def parts(
+    release: str, plane: Path, kubectl: Run, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Part]]:
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "master-key").write_text("k" * 64)
+    pods = pod_specs(rendered())
+    started: dict[str, Part] = {}
+    try:
+        for name in PARTS:
+            token = kubectl("create", "token", f"gpumeter-{name}", "-n", release).stdout.strip()
+            port = free_port()
+            own = {
+                "KUBECONFIG": str(kubeconfig_of(token, plane, folder / f"{name}.kubeconfig")),
+                "GPUMETER_NAMESPACE": release,
+                "GPUMETER_MASTER_KEY_FILE": str(folder / "master-key"),
+                "GPUMETER_LEDGER_URL": f"sqlite:///{folder / 'ledger.db'}",
+                **dict.fromkeys(("GPUMETER_HTTP_PORT", "GPUMETER_GATEWAY_PORT"), str(port)),
+                **dict.fromkeys(("GPUMETER_HTTP_HOST", "GPUMETER_GATEWAY_HOST"), "127.0.0.1"),
+            }
+            [container] = pods[f"gpumeter-{name}"]["containers"]
+            log = folder / f"{name}.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [Path(sys.executable).parent / "gpumeter", *container["args"]],
+                    env={"PATH": os.environ["PATH"], **environment(pods[f"gpumeter-{name}"]), **own},
+                    stdout=output,
+                    stderr=output,
+                )
+            started[name] = Part(process, port, log)
+        for name, part in started.items():
+            eventually(part.is_ready, f"the {name} is ready", timeout_s=60)
+        yield started
+    finally:
+        for part in started.values():
+            part.process.terminate()
+        for part in started.values():
+            part.process.wait(timeout=60)
+
+
+def kubeconfig_of(token: str, admin: Path, target: Path) -> Path:
+    """A kubeconfig that reaches the same API server with an account's token and no other right."""
+    config = json.loads(admin.read_text())
+    config["users"] = [{"name": each["name"], "user": {"token": token}} for each in config["users"]]
+    target.write_text(json.dumps(config))
+    return target
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port: int = held.getsockname()[1]
+        return port
+
+
+def test_the_operator_makes_a_workload_tells_its_state_and_lets_it_go(
+    parts: dict[str, Part], server: Server, namespace: str, kubectl: Run
+) -> None:
+    assert server.create(namespace, "inferenceservices", SMALL).code == 201
+    wanted = {
+        "deployment.apps/smollm2",
+        "service/smollm2",
+        "service/smollm2-usage",
+        "serviceaccount/smollm2",
+        "secret/smollm2-usage",
+        "poddisruptionbudget.policy/smollm2",
+    }
+
+    def owned() -> set[str]:
+        kinds = "deployment,service,serviceaccount,secret,poddisruptionbudget"
+        return set(kubectl("get", kinds, "-n", namespace, "-o", "name").stdout.split())
+
+    eventually(lambda: wanted <= owned(), "the workload is there")
+    ready = "{.status.conditions[?(@.type=='Ready')].status}"
+    eventually(
+        lambda: kubectl("get", "misvc/smollm2", "-n", namespace, "-o", f"jsonpath={ready}").stdout == "False",
+        "the service tells that it is not ready",
+    )
+    kubectl("delete", "misvc/smollm2", "-n", namespace, "--timeout=60s")
+
+
+def test_the_gateway_knows_keys_and_models(
+    parts: dict[str, Part], server: Server, namespace: str, release: str
+) -> None:
+    key = "gm-for-this-test"
+    labels = {"gpumeter.io/api-key": "true", "gpumeter.io/tenant": "acme"}
+    secret = {
+        "metadata": {"name": "api-key-of-a-test", "labels": labels},
+        "stringData": {"sha256": hashlib.sha256(key.encode()).hexdigest()},
+    }
+    assert server.call("POST", f"/api/v1/namespaces/{release}/secrets", secret).code == 201
+    assert server.create(namespace, "inferenceservices", SMALL).code == 201
+    gateway = parts["gateway"]
+    eventually(
+        lambda: "smollm2" in gateway.get("/v1/models", Authorization=f"Bearer {key}")[1],
+        "the model is listed for the key",
+    )
+    assert gateway.get("/v1/models", Authorization="Bearer gm-of-nobody")[0] == 401
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_nobody_is_forbidden_what_it_needs(parts: dict[str, Part], part: str) -> None:
+    assert parts[part].is_ready()
+    said = parts[part].log.read_text()
+    assert 'is forbidden: User "system:serviceaccount:' not in said
+    assert "Not enough permissions" not in said
