@@ -52,13 +52,9 @@ def test_a_control_plane_ends_with_a_process_that_is_killed(tmp_path: Path) -> N
     if shutil.which("setpriv") is None:
         pytest.skip("setpriv (util-linux) binds the control plane's life to its process, and is not here")
     package = str(Path(controlplane.__file__).parents[1])
-    child = subprocess.Popen(
-        ["python3", "-c", HOLDER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": package},
-    )
+    environment = {**os.environ, "PYTHONPATH": package}
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(["python3", "-c", HOLDER], stdin=pipe, stdout=pipe, text=True, env=environment)
     assert child.stdout is not None
     folder = Path(child.stdout.readline().strip()).parent
     try:

@@ -3,6 +3,7 @@
 Owns its life, from the command line and for a test session. Does not know what is tested with it.
 """
 
+import random
 import shutil
 import tempfile
 import time
@@ -26,7 +27,9 @@ from devcluster.processes import Process, choose_port, is_alive, kill, start
 from devcluster.progress import Progress
 from devcluster.state import State, locked, read_state, write_state
 
-FIRST_PORT = 21443
+PORTS = range(20000, 29990)
+TRIES = 3
+TAKEN = "address already in use"
 READY_TIMEOUT_S = 60
 DEFAULT_ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
 
@@ -38,7 +41,7 @@ def control_plane(name: str = "test", progress: Progress | None = None) -> Itera
     paths = ClusterPaths(name, folder, folder / "lock", folder)
     processes: dict[str, Process] = {}
     try:
-        launch(paths, progress or Progress(quiet=True), processes, dies_with_parent=True)
+        launch_somewhere(paths, progress or Progress(quiet=True), processes, dies_with_parent=True)
         yield paths.kubeconfig
     finally:
         kill(list(processes.values()))
@@ -56,7 +59,7 @@ def up(name: str, progress: Progress) -> ClusterPaths:
         remove(paths)
         processes: dict[str, Process] = {}
         try:
-            launch(paths, progress, processes, dies_with_parent=False)
+            launch_somewhere(paths, progress, processes, dies_with_parent=False)
         except BaseException:
             kill(list(processes.values()))
             raise
@@ -83,12 +86,29 @@ def answers(paths: ClusterPaths) -> bool:
     return paths.kubeconfig.exists() and open_api(paths.kubeconfig, timeout_s=3).is_ready()
 
 
+def launch_somewhere(
+    paths: ClusterPaths, progress: Progress, processes: dict[str, Process], *, dies_with_parent: bool
+) -> None:
+    """Launch, and once more at other ports where somebody else took one between its choice and its use."""
+    for left in reversed(range(TRIES)):
+        try:
+            return launch(paths, progress, processes, dies_with_parent=dies_with_parent)
+        except ClusterError as problem:
+            if not left or problem.log is None or TAKEN not in problem.log.read_text(errors="replace"):
+                raise
+            progress.say("a port was taken by another program meanwhile: once more at others")
+            kill(list(processes.values()))
+            processes.clear()
+            for folder in (paths.logs, paths.root / "etcd"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def launch(paths: ClusterPaths, progress: Progress, processes: dict[str, Process], *, dies_with_parent: bool) -> None:
     """Start everything and wait for it; `processes` fills as they start, so that the caller can end what began."""
     paths.logs.mkdir(parents=True, exist_ok=True)
     packages.ensure(packages.FOR_CONTROL_PLANE, progress, paths.logs)
     programs = tools.ensure(tools.FOR_CONTROL_PLANE, progress)
-    first = choose_port(None, FIRST_PORT)
+    first = choose_port(None, random.choice(PORTS))
     second = choose_port(None, first + 1)
     third = choose_port(None, second + 1)
     plane = ControlPlane(programs, paths.pki, paths.root, "127.0.0.1", first, second, third)

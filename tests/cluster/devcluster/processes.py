@@ -59,13 +59,16 @@ def wrapped(argv: Sequence[str], *, dies_with_parent: bool, cgroups: Sequence[Pa
 
 
 def identify(pid: int) -> Process | None:
-    """Return the running process with this pid; None when there is none or it is a zombie."""
+    """Return the running process with this pid; None when there is none or it is a zombie.
+
+    A process whose first thread is a zombie still holds its ports until its last thread has ended.
+    """
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        state, start_ticks = parse_stat(Path(f"/proc/{pid}/stat").read_text())
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
     except OSError:
         return None
-    state, start_ticks = parse_stat(text)
-    return None if state in "ZX" else Process(pid, start_ticks)
+    return None if state in "ZX" and threads <= 1 else Process(pid, start_ticks)
 
 
 def parse_stat(text: str) -> tuple[str, int]:
