@@ -11,9 +11,10 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,3 +154,48 @@ def test_nobody_is_forbidden_what_it_needs(parts: dict[str, Part], part: str) ->
     said = parts[part].log.read_text()
     assert 'is forbidden: User "system:serviceaccount:' not in said
     assert "Not enough permissions" not in said
+
+
+@pytest.fixture
+def uninstall_check(
+    release: str, plane: Path, kubectl: Run, tmp_path: Path
+) -> Iterator[Callable[[], subprocess.CompletedProcess[str]]]:
+    """The chart's hook as Helm would run it, with its own account and role."""
+    hooks = [each for each in rendered() if "helm.sh/hook" in each["metadata"].get("annotations", {})]
+    rights = [each for each in hooks if each["kind"] != "Job"]
+    manifest = json.dumps({"apiVersion": "v1", "kind": "List", "items": rights})
+    kubectl("apply", "-n", release, "-f", "-", stdin=manifest)
+    token = kubectl("create", "token", "gpumeter-uninstall-check", "-n", release).stdout.strip()
+    config = kubeconfig_of(token, plane, tmp_path / "kubeconfig")
+    arguments = pod_specs(hooks)["gpumeter-uninstall-check"]["containers"][0]["args"]
+
+    def check() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [Path(sys.executable).parent / "gpumeter", *arguments],
+            env={"PATH": os.environ["PATH"], "KUBECONFIG": str(config)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    yield check
+    kubectl("delete", "-n", release, "-f", "-", stdin=manifest)
+
+
+def test_the_uninstall_check_refuses_while_a_service_exists(
+    parts: dict[str, Part], server: Server, release: str, kubectl: Run, uninstall_check: Callable[[], Any]
+) -> None:
+    # The operator is needed here too: it lets go what other tests have left.
+    assert parts["operator"].is_ready()
+    kubectl("delete", "misvc", "--all", "--all-namespaces", "--timeout=60s")
+    assert uninstall_check().returncode == 0
+    assert server.create(release, "inferenceservices", SMALL).code == 201
+    refused = uninstall_check()
+    kubectl("delete", "misvc", "--all", "-n", release, "--timeout=60s")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        f"1 InferenceService exists: {release}/smollm2. Delete them first (kubectl delete "
+        "inferenceservices.gpumeter.io --all --all-namespaces), because only a running operator and collector can "
+        "collect their last usage and let them go; then run helm uninstall again.\n"
+    )
