@@ -1,0 +1,266 @@
+"""What happens to the service while it is watched: traffic, a killed worker, a killed collector, a deletion.
+
+Owns the order of events and the evidence that they leave; judges nothing. The tests read the evidence.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from demo import manifests, steps
+from demo.kube import Kube
+from demo.manifests import RELEASE, RELEASE_NAMESPACE
+from e2e.audit import nanoseconds
+from traffic.asks import Ask, Kind
+from traffic.client import Options, run
+from traffic.exchange import Exchange, exchange
+from traffic.summary import table
+
+TEAM = "team-bill"
+SERVICE = "smollm2"
+REPLICAS = 2
+TRAFFIC_S = 75
+WORKERS = "gpumeter.io/inferenceservice"
+WATCH = ("--watch", "--output-watch-events", "-o", "json")
+
+# What runs inside a container to hand out a consistent copy of a SQLite file that is being written.
+_BACKUP = (
+    "import sqlite3,sys,tempfile;"
+    "copy=tempfile.NamedTemporaryFile(dir='/tmp');"
+    "source=sqlite3.connect('file:{path}?mode=ro',uri=True);target=sqlite3.connect(copy.name);"
+    "source.backup(target);target.close();sys.stdout.buffer.write(open(copy.name,'rb').read())"
+)
+
+
+@dataclass
+class Evidence:
+    """Everything that the tests judge."""
+
+    exchanges: list[Exchange] = field(default_factory=list)
+    farewell: Exchange | None = None
+    pods_seen: list[dict[str, Any]] = field(default_factory=list)
+    killed_pod_uid: str = ""
+    killed_at_ns: int = 0
+    deletion_s: float = 0.0
+    acknowledged: dict[tuple[str, str], int] = field(default_factory=dict)  # (worker, boot) -> seq, as the worker says
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    accounts: str = ""
+    ledger: Path = Path()
+
+
+class PodWatch:
+    """Every state in which the workers' pods were, the last one too: the test's own witness of `allocated`.
+
+    A watch and no polling, because a pod is gone from the API milliseconds after it told when its container ended.
+    """
+
+    def __init__(self, kube: Kube, namespace: str) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            [
+                kube.kubectl,
+                "-n",
+                namespace,
+                "get",
+                "pods",
+                "-l",
+                WORKERS,
+                "--watch",
+                "--output-watch-events",
+                "-o",
+                "json",
+            ],
+            env=os.environ | {"KUBECONFIG": str(kube.kubeconfig)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> "PodWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._thread.join()
+
+    def check(self) -> None:
+        """A watch that ended early has seen too little to judge by."""
+        assert self._process.poll() is None, "the watch of the pods ended early"
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        text = ""
+        for line in self._process.stdout:
+            text += line
+            if line == "}\n":  # kubectl indents, so only the end of an event stands at the margin
+                self.seen.append(json.loads(text)["object"])
+                text = ""
+
+
+def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
+    """From a running release to a deleted service whose last period is Final."""
+    evidence, kube = Evidence(), demo.kube
+    with PodWatch(kube, TEAM) as watch:
+        kube.apply(manifests.namespace(TEAM))
+        kube.apply(manifests.model_claim() | {"metadata": {"name": manifests.MODEL_CLAIM, "namespace": TEAM}})
+        kube.apply(service(demo))
+        with demo.progress.step(f"{REPLICAS} workers load their model", lambda: ready_reason(kube, TEAM, SERVICE)):
+            until(
+                lambda: ready_reason(kube, TEAM, SERVICE).startswith("Serving") and len(ready_pods(kube)) == REPLICAS,
+                240,
+            )
+        with kube.forwarded(RELEASE_NAMESPACE, f"{RELEASE}-gateway", 80) as port:
+            _traffic_with_deaths(demo, keys, port, evidence)
+            with demo.progress.step("both workers serve again"):
+                until(lambda: len(ready_pods(kube)) == REPLICAS, 120)
+            for pod in ready_pods(kube):
+                uid = pod["metadata"]["uid"]
+                journal = copy_out(
+                    kube, TEAM, pod["metadata"]["name"], "/var/lib/gpumeter/journal.sqlite", folder / uid
+                )
+                evidence.acknowledged |= {(uid, boot): seq for boot, seq in _acknowledged(journal)}
+            # The last request ends, and at once the service is deleted: its usage has been in the journal for no time.
+            tenant = next(iter(keys))
+            evidence.farewell = exchange("127.0.0.1", port, tenant, keys[tenant], _last_ask(), timeout_s=60)
+            started = time.monotonic()
+            with demo.progress.step("the service is deleted"):
+                kube.run("-n", TEAM, "delete", f"inferenceservices.gpumeter.io/{SERVICE}", "--timeout=100s")
+            evidence.deletion_s = time.monotonic() - started
+        watch.check()
+    evidence.pods_seen = watch.seen
+    ended_ns = time.time_ns()
+    with demo.progress.step("the last period becomes Final"):
+        until(lambda: _final_until_ns(kube) >= ended_ns, 150)
+    evidence.reports = kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
+    collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
+    evidence.accounts = kube.run(*collector, "gpumeter", "accounts", "--check", "--namespace", TEAM)
+    evidence.ledger = copy_out(
+        kube, RELEASE_NAMESPACE, f"deployment/{RELEASE}-collector", "/var/lib/gpumeter/ledger.db", folder / "ledger.db"
+    )
+    return evidence
+
+
+def service(demo: steps.Demo) -> dict[str, Any]:
+    """Two workers of the demo's service, in a namespace of its own."""
+    manifest = manifests.inference_service(demo.model_uri, demo.image_version)
+    manifest["metadata"] = {"name": SERVICE, "namespace": TEAM}
+    manifest["spec"] |= {"replicas": REPLICAS, "drain": {"timeout": "20s"}}
+    return manifest
+
+
+def _traffic_with_deaths(demo: steps.Demo, keys: dict[str, str], port: int, evidence: Evidence) -> None:
+    """Chat traffic; one worker's container dies in the middle of it, and later the collector's pod."""
+    options = Options(base_url=f"http://127.0.0.1:{port}", keys=keys, model=SERVICE, seconds=TRAFFIC_S, seed=7)
+    failures: list[BaseException] = []
+
+    def chat() -> None:
+        try:
+            evidence.exchanges = run(options)
+        except BaseException as failure:
+            failures.append(failure)
+            raise
+
+    thread = threading.Thread(target=chat, daemon=True)
+    thread.start()
+    thread.join(20)
+    victim = ready_pods(demo.kube)[0]
+    demo.progress.say(f"kill -9 to the container of {victim['metadata']['name']}")
+    evidence.killed_pod_uid, evidence.killed_at_ns = victim["metadata"]["uid"], time.time_ns()
+    kill_container(victim)
+    thread.join(15)
+    demo.progress.say("the collector's pod is deleted without grace")
+    selector = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=collector"
+    demo.kube.run("-n", RELEASE_NAMESPACE, "delete", "pod", "-l", selector, "--grace-period=0", "--force")
+    thread.join()
+    if failures:
+        raise failures[0]
+    print(f"\n{table(evidence.exchanges)}\n")
+
+
+def kill_container(pod: dict[str, Any]) -> None:
+    """SIGKILL to every process of the pod's container, found by the container's id among the cgroups of this machine.
+
+    Only a container of the cluster that this test made has that id.
+    """
+    container_id = pod["status"]["containerStatuses"][0]["containerID"].rpartition("//")[2]
+    victims = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                groups = (folder / "cgroup").read_text()
+            except OSError:
+                continue
+            if container_id in groups:
+                victims.append(int(folder.name))
+    assert victims, f"no process of container {container_id} on this machine"
+    for pid in victims:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def copy_out(kube: Kube, namespace: str, where: str, path: str, target: Path) -> Path:
+    """A consistent copy of a SQLite file from inside a container."""
+    command = [kube.kubectl, "-n", namespace, "exec", where, "--", "python3", "-c", _BACKUP.format(path=path)]
+    done = subprocess.run(
+        command, env=os.environ | {"KUBECONFIG": str(kube.kubeconfig)}, capture_output=True, check=True
+    )
+    target.write_bytes(done.stdout)
+    return target
+
+
+def ready_reason(kube: Kube, namespace: str, name: str) -> str:
+    """`Reason: message` of the Ready condition."""
+    status = kube.get("-n", namespace, f"inferenceservices.gpumeter.io/{name}").get("status", {})
+    for condition in status.get("conditions", []):
+        if condition["type"] == "Ready":
+            return f"{condition['reason']}: {condition['message']}"
+    return "not seen by the operator yet"
+
+
+def ready_pods(kube: Kube) -> list[dict[str, Any]]:
+    """The service's pods that are Ready and not on their way out."""
+    return [
+        pod
+        for pod in kube.get("-n", TEAM, "pods", "-l", f"{WORKERS}={SERVICE}")["items"]
+        if not pod["metadata"].get("deletionTimestamp")
+        and any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
+    ]
+
+
+def until(true: Callable[[], bool], within_s: float) -> None:
+    """Poll until it holds."""
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, f"it did not happen within {within_s:.0f} s"
+        time.sleep(0.3)
+
+
+def _acknowledged(journal: Path) -> list[tuple[str, int]]:
+    with sqlite3.connect(journal) as connection:
+        return connection.execute("SELECT boot_id, acknowledged_seq FROM boots").fetchall()
+
+
+def _final_until_ns(kube: Kube) -> int:
+    """The end of the latest Final report of the platform; periods close in their order."""
+    ends = [
+        nanoseconds(report["spec"]["period"]["end"])
+        for report in kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
+        if report["spec"]["tenant"] == "_platform" and report.get("status", {}).get("phase") == "Final"
+    ]
+    return max(ends, default=0)
+
+
+def _last_ask() -> Ask:
+    body = {"model": SERVICE, "messages": [{"role": "user", "content": "Say goodbye."}], "max_tokens": 24}
+    return Ask(number=0, kind=Kind.PLAIN, body=body)
