@@ -33,7 +33,7 @@ class Wish:
 def up(wish: Wish, progress: Progress) -> ClusterPaths:
     """Bring the cluster to where everything in the wish holds; changes nothing that holds already."""
     paths = cluster_paths(wish.name)
-    with locked(paths.lock):
+    with locked(paths.lock, progress):
         old = read_state(paths.state)
         gpus = wish.gpus if wish.gpus is not None else old.gpus if old else DEFAULT_GPUS
         if old and old.ready and old.backend == backends.LOCAL and wish.port not in (None, old.port):
@@ -50,9 +50,9 @@ def up(wish: Wish, progress: Progress) -> ClusterPaths:
             models = model.ensure(progress) if wish.with_model else model.converted()
             fill(paths, state, models, progress)
         write_state(paths.state, replace(state, ready=True, gpus=gpus))
-    where = f"at 127.0.0.1:{state.port}" if state.port else "of your current context"
+    where = f" at 127.0.0.1:{state.port}" if state.port else ", as your current context has it"
     verb = "runs already" if existed else "is ready"
-    progress.say(f"cluster '{wish.name}' ({backend}) {verb} {where}; KUBECONFIG={paths.kubeconfig}")
+    progress.say(f"cluster '{wish.name}' ({backend}) {verb}{where}; KUBECONFIG={paths.kubeconfig}")
     return paths
 
 
@@ -114,8 +114,8 @@ def status(name: str, progress: Progress) -> int:
     found = problems(paths, state)
     print(f"cluster {name}: {'running' if not found else 'NOT WELL'}")
     print(f"  backend     {state.backend}")
-    print(f"  api         127.0.0.1:{state.port}" if state.port else "  api         of your current context")
-    print(f"  kubeconfig  {paths.kubeconfig} (context gpumeter-{name})")
+    print(f"  api         {f'127.0.0.1:{state.port}' if state.port else 'as your current context has it'}")
+    print(f"  kubeconfig  {paths.kubeconfig}")
     print(f"  logs        {paths.logs}")
     for process, identity in sorted(state.processes.items()):
         print(f"  {process:<11} pid {identity.pid}, {'alive' if is_alive(identity) else 'ended'}")
@@ -127,7 +127,7 @@ def status(name: str, progress: Progress) -> int:
 def down(name: str, progress: Progress, *, keep_data: bool) -> None:
     """End the cluster. Its data (etcd, images, volumes) goes with it unless it is kept for the next `up`."""
     paths = cluster_paths(name)
-    with locked(paths.lock):
+    with locked(paths.lock, progress):
         state = read_state(paths.state)
         if state is None and not paths.root.exists():
             progress.say(f"no cluster '{name}' here")
@@ -141,6 +141,8 @@ def down(name: str, progress: Progress, *, keep_data: bool) -> None:
             progress.say(f"cluster '{name}' is stopped; its data waits in {paths.root}")
         elif paths.root.exists():
             shutil.rmtree(paths.root)
-            progress.say(f"cluster '{name}' and its data are gone")
+            yours = state is not None and state.backend == backends.CURRENT
+            done = "is forgotten here; nothing in it was touched" if yours else "and its data are gone"
+            progress.say(f"cluster '{name}' {done}")
     if not keep_data:
         paths.lock.unlink(missing_ok=True)

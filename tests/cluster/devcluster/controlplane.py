@@ -51,7 +51,7 @@ def control_plane(name: str = "test", progress: Progress | None = None) -> Itera
 def up(name: str, progress: Progress) -> ClusterPaths:
     """Start a control plane that stays until `down`; says so when it runs already."""
     paths = control_plane_paths(name)
-    with locked(paths.lock):
+    with locked(paths.lock, progress):
         state = read_state(paths.state)
         if state and state.ready and all(map(is_alive, state.processes.values())) and answers(paths):
             progress.say(f"control plane '{name}' runs already at 127.0.0.1:{state.port}")
@@ -68,7 +68,7 @@ def up(name: str, progress: Progress) -> ClusterPaths:
 
 def down(name: str, progress: Progress) -> None:
     paths = control_plane_paths(name)
-    with locked(paths.lock):
+    with locked(paths.lock, progress):
         existed = paths.root.exists()
         remove(paths)
     paths.lock.unlink(missing_ok=True)

@@ -39,7 +39,7 @@ def build_and_load(wish: Wish, progress: Progress) -> None:
     state = read_state(paths.state)
     with_docker = (state.backend == backends.KIND) if state else backends.docker_works()
     chosen = [image for image in IMAGES if not wish.only or image.distribution in wish.only]
-    with locked(cache_root() / "images" / ".lock"):
+    with locked(cache_root() / "images" / ".lock", progress):
         for image in chosen:
             if with_docker:
                 build_with_docker(image, wish.bases.get(image.distribution, image.official_base), progress)

@@ -93,13 +93,17 @@ def start_node(paths: ClusterPaths, old: State | None, gpus: int, port: int | No
     settings_file.write_text(json.dumps(asdict(settings), indent=1))
     state = State("local", chosen, gpus)
     begun = datetime.now(UTC)
-    with progress.step("control plane, containerd and CoreDNS running in namespaces of their own"):
-        state = launch(paths, settings_file, state)
-        state = forward(paths, state, chosen)
-        wait_for_report(paths, state)
-    with progress.step("node Ready"):
-        import_image(paths, "localhost/pause:3", programs)
-        wait_ready(paths, open_api(paths.kubeconfig), begun)
+    try:
+        with progress.step("control plane, containerd and CoreDNS running in namespaces of their own"):
+            state = launch(paths, settings_file, state)
+            state = forward(paths, state, chosen)
+            wait_for_report(paths, state)
+        with progress.step("node Ready"):
+            import_image(paths, node.PAUSE_IMAGE, programs)
+            wait_ready(paths, open_api(paths.kubeconfig), begun)
+    except BaseException:
+        clear(paths, read_state(paths.state))  # half a node helps nobody; its logs stay
+        raise
     return state
 
 

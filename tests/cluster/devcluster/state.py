@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from devcluster.processes import Process
+from devcluster.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,13 @@ def write_state(path: Path, state: State) -> None:
 
 
 @contextmanager
-def locked(lock: Path) -> Iterator[None]:
+def locked(lock: Path, progress: Progress) -> Iterator[None]:
     """Hold the cluster's lock. It lies beside the cluster's folder, because `down` removes that folder."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with progress.step("waiting for another command that works on the same"):
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
