@@ -164,3 +164,21 @@ def test_names_and_types_are_checked_by_the_schema(setting: str, words: str) -> 
     refused = template(setting)
     assert refused.returncode != 0
     assert words in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "accepted", "refused"),
+    [
+        ("billing.closeGrace", ("10s", "24h"), ("9s", "25h")),
+        ("collector.pullInterval", ("100ms", "4s"), ("99ms", "4001ms")),
+        ("gateway.terminationGracePeriod", ("20s", "1h"), ("19s", "61m")),
+        ("gateway.podDisruptionBudget.maxUnavailable", ("1", "1%", "100%"), ("0%", "101%", "one")),
+        ("collector.persistence.size", ("1Mi", "2Ti"), ("0Gi", "5", "5GB")),
+        ("billing.period", ("1m", "5m", "15m", "1h"), ("60m", "1M")),
+    ],
+)
+def test_bounds_are_where_the_sentence_says(value: str, accepted: tuple[str, ...], refused: tuple[str, ...]) -> None:
+    for setting in accepted:
+        assert template(f"{value}={setting}").returncode == 0, setting
+    for setting in refused:
+        assert template(f"{value}={setting}").returncode != 0, setting
