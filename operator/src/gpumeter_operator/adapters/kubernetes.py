@@ -378,6 +378,8 @@ def _translated() -> Iterator[None]:
         raise Refused(error.response.status_code, error.response.reason_phrase or "Unknown", str(error)) from error
     except TimeoutError as error:
         raise Unreachable(f"nothing was heard for {SILENCE_TIMEOUT_S:.0f} s") from error
+    except httpx2.TimeoutException as error:
+        raise Unreachable(f"no answer within {REQUEST_TIMEOUT_S:.0f} s ({type(error).__name__})") from error
     except httpx2.HTTPError as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
     except (msgspec.DecodeError, KeyError) as error:  # KeyError: an answer without Content-Type

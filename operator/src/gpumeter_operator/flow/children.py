@@ -4,7 +4,7 @@ Owns the comparison before writing, the check that a name is free or ours, and w
 not decide what the manifests are.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused
 from gpumeter_operator.decide.drift import covers
@@ -20,46 +20,44 @@ SECRET_AGAIN_NS = (
 _TRY_AGAIN = (409, 429, 500, 502, 503, 504)
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What came of one pass over the children of a service."""
-
-    kinds: tuple[str, ...]  # what was written
-    problems: tuple[Problem, ...]  # why something could not be
-
-
 class Children:
     """Applies workloads; remembers which observed versions were found settled, so that looking again costs nothing."""
 
-    def __init__(self, cluster: Api, fleet: Fleet) -> None:
+    def __init__(self, cluster: Api, fleet: Fleet, on_write: Callable[[str], None]) -> None:
         self._cluster = cluster
+        self._on_write = on_write
         self._fleet = fleet
         self._settled: dict[tuple[str, str, str], tuple[str, str]] = {}
         self._secret_written_ns: dict[str, int] = {}
 
-    async def bring(self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int) -> Applied:
-        """Write whatever differs. `stuck` says that pods wait for something that may be a deleted Secret."""
-        written: list[str] = []
+    async def bring(
+        self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int
+    ) -> tuple[bool, tuple[Problem, ...]]:
+        """Write whatever differs: whether anything was written, and why something could not be.
+
+        `stuck` says that pods wait for something that may be a deleted Secret.
+        """
+        written = False
         try:
             if self._secret_due(spec, workload, stuck=stuck, now_ns=now_ns):
-                await self._cluster.apply(workload.secret, field_manager=FIELD_MANAGER)
+                await self._write(workload.secret)
                 self._secret_written_ns[spec.uid] = now_ns
-                written.append("Secret")
+                written = True
             for manifest in workload.others:
                 observed = self._fleet.owned(manifest)
                 if observed is not None and self._is_settled(observed, manifest):
                     continue
                 if (problem := await self._name_taken(spec, manifest, observed)) is not None:
-                    return Applied(tuple(written), (problem,))
-                applied = await self._cluster.apply(manifest, field_manager=FIELD_MANAGER)
+                    return written, (problem,)
+                applied = await self._write(manifest)
                 self._remember(applied, manifest)
                 self._fleet.learn(applied)
-                written.append(manifest["kind"])
+                written = True
         except Refused as refusal:
             if refusal.status in _TRY_AGAIN or "because it is being terminated" in refusal.message:
                 raise
-            return Applied(tuple(written), (_refusal(refusal),))
-        return Applied(tuple(written), ())
+            return written, (_refusal(refusal),)
+        return written, ()
 
     def forget(self, spec: ServiceSpec) -> None:
         """Drop what is remembered of a service that goes."""
@@ -67,6 +65,11 @@ class Children:
         names = (spec.name, f"{spec.name}-usage")
         for key in [key for key in self._settled if key[1] == spec.namespace and key[2] in names]:
             del self._settled[key]
+
+    async def _write(self, manifest: Manifest) -> Manifest:
+        applied = await self._cluster.apply(manifest, field_manager=FIELD_MANAGER)
+        self._on_write(manifest["kind"])
+        return applied
 
     def _secret_due(self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int) -> bool:
         # The operator may not read Secrets. A Deployment that names these credentials was written after their Secret,

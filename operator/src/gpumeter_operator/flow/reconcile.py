@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # Container states that a missing Secret produces; the pod's status does not say which volume it waits for.
 _STUCK_REASONS = ("ContainerCreating", "CreateContainerConfigError")
 _STUCK_AFTER_S = 20
+# Looks at the same time. A thousand services created at once would queue in the API server, where each request's
+# timeout runs; here they wait without one.
+_PARALLEL_LOOKS = 16
 
 
 @dataclass(slots=True)
@@ -60,13 +63,14 @@ class Reconciler:
         self._master_key = master_key
         self._metrics = metrics
         self._clock = clock
-        self._children = Children(cluster, fleet)
+        self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self._known: dict[str, Known] = {}
+        self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
 
     async def reconcile(self, service: Manifest) -> None:
         """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
         known = self._known.setdefault(service["metadata"]["uid"], Known())
-        async with known.lock:
+        async with known.lock, self._turn:
             result = "failed"
             try:
                 with self._metrics.reconcile_seconds.time():
@@ -99,10 +103,7 @@ class Reconciler:
             workload = self._workload(spec, service, known)
             template_hash = workload.template_hash
             stuck = any(_is_stuck(pod, state.waiting, now) for pod, state in zip(pods, described, strict=True))
-            applied = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
-            for kind in applied.kinds:
-                self._metrics.writes.labels(kind=kind).inc()
-            written, problems = bool(applied.kinds), applied.problems
+            written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
         seen = decide.Seen(
             spec=spec,
             problems=problems,
