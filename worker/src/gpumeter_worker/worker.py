@@ -310,8 +310,10 @@ class Worker:
     async def _flush_often(self) -> None:
         checkpoint_s = self.settings.checkpoint_interval_ms / 1000
         while True:
+            # Not wait_for: Python 3.11's may swallow a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._flush_wanted.wait(), _RETRY_S if self.journal.problem else checkpoint_s)
+                async with asyncio.timeout(_RETRY_S if self.journal.problem else checkpoint_s):
+                    await self._flush_wanted.wait()
             if self._flush_wanted.is_set():
                 await asyncio.sleep(_RETRY_S if self.journal.problem else _GROUP_COMMIT_S)
             self._flush_wanted.clear()

@@ -63,7 +63,8 @@ class EngineLink:
         """Ask the engine to leave after its step; kill it if it does not."""
         self._outgoing.put(Shutdown())
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._process.wait), _SHUTDOWN_S)
+            async with asyncio.timeout(_SHUTDOWN_S):
+                await asyncio.to_thread(self._process.wait)
         except TimeoutError:
             self.kill()
 

@@ -1,0 +1,234 @@
+"""The journal: what it refuses, what survives, and what it forgets only when it may."""
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpumeter_usage.chain import GENESIS, verify
+from gpumeter_usage.page import Acknowledgement
+from gpumeter_usage.record import Account, Kind, Status, parse
+from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.metering.attribution import Rule, uncalibrated
+from gpumeter_worker.metering.journal import (
+    FILE_NAME,
+    AcknowledgementRefused,
+    FlushRefused,
+    Journal,
+    JournalUnusable,
+    Reader,
+    RecordsGone,
+    check_directory,
+)
+from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+
+START = 10**18
+
+
+class Boot:
+    """One boot that works with a real file."""
+
+    def __init__(self, folder: Path, name: str, at_ns: int = START) -> None:
+        identity = Identity("worker", name, "team/model", "model", "cpu", "host")
+        self.meter = Meter(identity, uncalibrated(Rule.KNEE, "host"), at_ns)
+        self.journal = Journal(folder, identity, at_ns)
+        self.now = at_ns
+        self.meter.enter(Phase.SERVING, at_ns)
+
+    def used(self, session: str, gpu_ns: int = 1000) -> Flush:
+        """A flush that holds a whole session."""
+        self.meter.begin(session, "acme", self.now)
+        self.meter.step(self.now, self.now + gpu_ns, gpu_ns, [Part(session, 1, 0, True, 1)])
+        self.now += gpu_ns
+        self.meter.end(session, Status.FINISHED, self.now)
+        flush = self.meter.cut(self.now)
+        assert flush is not None
+        return flush
+
+
+def test_a_flush_whose_slices_do_not_sum_to_the_change_of_attributed_is_refused(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    flush = boot.used("one")
+    cheat = tuple(
+        replace(record, gpu_ns=record.gpu_ns + 1, prefill_ns=record.prefill_ns + 1)
+        if record.kind is Kind.SESSION
+        else record
+        for record in flush.records
+    )
+    with pytest.raises(FlushRefused, match="slices sum to 1001 ns, the account attributed changed by 1000 ns"):
+        boot.journal.append(replace(flush, records=cheat))
+    assert boot.journal.append(flush).seq == len(flush.records)
+
+
+def test_a_flush_whose_accounts_do_not_cover_the_time_is_refused(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    flush = boot.used("one")
+    with pytest.raises(FlushRefused, match="the time since the last one is 1001 ns"):
+        boot.journal.append(replace(flush, frontier_ns=flush.frontier_ns + 1))
+
+
+def test_the_same_flush_cannot_be_stored_twice(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    flush = boot.used("one")
+    boot.journal.append(flush)
+    with pytest.raises(FlushRefused):
+        boot.journal.append(flush)
+
+
+def test_a_chain_continues_over_flushes_and_verifies(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.journal.append(boot.used("one"))
+    head = boot.journal.append(boot.used("two"))
+    page = Reader(tmp_path, "worker", "team/model").page("a", 0, 100)
+    assert page is not None
+    assert verify(GENESIS, page.links) == head.hash
+    assert [parse(link.body).seq for link in page.links] == list(range(1, head.seq + 1))
+    assert page.watermark_ns == boot.now
+
+
+def test_a_boot_that_crashed_is_sealed_at_its_last_frontier_by_the_next(tmp_path: Path) -> None:
+    first = Boot(tmp_path, "a")
+    first.journal.append(first.used("one"))
+    frontier = first.now
+    Boot(tmp_path, "b", START + 10**9)
+    page = Reader(tmp_path, "worker", "team/model").page("a", 0, 100)
+    assert page is not None
+    verify(GENESIS, page.links)
+    last = parse(page.links[-1].body)
+    assert (last.kind, last.status, last.ended_at, last.boot_id) == (Kind.SEAL, Status.RECOVERED, frontier, "a")
+    status = Reader(tmp_path, "worker", "team/model").status()
+    assert [(boot.boot_id, boot.sealed) for boot in status.boots] == [("a", True), ("b", False)]
+
+
+def test_nothing_follows_a_seal(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.journal.append(boot.used("one"), closing=boot.meter.seal(Status.DRAINED))
+    with pytest.raises(FlushRefused, match="sealed"):
+        boot.journal.append(boot.used("two"))
+
+
+def test_a_drained_boot_is_not_sealed_again(tmp_path: Path) -> None:
+    first = Boot(tmp_path, "a")
+    head = first.journal.append(first.used("one"), closing=first.meter.seal(Status.DRAINED))
+    Boot(tmp_path, "b", START + 10**9)
+    page = Reader(tmp_path, "worker", "team/model").page("a", 0, 100)
+    assert page is not None
+    assert len(page.links) == head.seq
+    assert parse(page.links[-1].body).status is Status.DRAINED
+
+
+def test_records_are_trimmed_only_below_the_acknowledgement(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.journal.append(boot.used("one"))
+    reader = Reader(tmp_path, "worker", "team/model")
+    page = reader.page("a", 0, 100)
+    assert page is not None
+    second = Acknowledgement("a", 2, page.links[1].hash)
+    boot.journal.acknowledge(second)
+    boot.journal.acknowledge(second)  # the answer was lost and the collector says it again
+    rest = reader.page("a", 2, 100)
+    assert rest is not None
+    assert rest.links == page.links[2:]
+    with pytest.raises(RecordsGone):
+        reader.page("a", 0, 100)
+
+
+def test_an_acknowledgement_of_another_chain_trims_nothing(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    head = boot.journal.append(boot.used("one"))
+    for seq, digest in ((head.seq, "f" * 64), (head.seq + 1, head.hash)):
+        with pytest.raises(AcknowledgementRefused):
+            boot.journal.acknowledge(Acknowledgement("a", seq, digest))
+    with pytest.raises(AcknowledgementRefused, match="no boot"):
+        boot.journal.acknowledge(Acknowledgement("nobody", 1, head.hash))
+    assert boot.journal.head().acknowledged_seq == 0
+
+
+def test_a_sealed_boot_is_forgotten_once_it_is_acknowledged_whole(tmp_path: Path) -> None:
+    first = Boot(tmp_path, "a")
+    first.journal.append(first.used("one"))
+    second = Boot(tmp_path, "b", START + 10**9)
+    reader = Reader(tmp_path, "worker", "team/model")
+    page = reader.page("a", 0, 100)
+    assert page is not None
+    second.journal.acknowledge(Acknowledgement("a", len(page.links), page.links[-1].hash))
+    assert [boot.boot_id for boot in reader.status().boots] == ["b"]
+    assert reader.page("a", 0, 100) is None
+
+
+def test_a_page_holds_no_more_than_was_asked_for(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    for number in range(5):
+        boot.journal.append(boot.used(f"s{number}"))
+    page = Reader(tmp_path, "worker", "team/model").page("a", 3, 4)
+    assert page is not None
+    assert [parse(link.body).seq for link in page.links] == [4, 5, 6, 7]
+
+
+def test_another_workers_journal_is_refused(tmp_path: Path) -> None:
+    Boot(tmp_path, "a").journal.close()
+    stranger = Identity("other", "b", "team/model", "model", "cpu", "host")
+    with pytest.raises(JournalUnusable, match="a journal directory of its own"):
+        Journal(tmp_path, stranger, START)
+
+
+def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"this was never a database" * 100)
+    with pytest.raises(JournalUnusable, match="cannot be used"):
+        Boot(tmp_path, "a")
+    assert (tmp_path / FILE_NAME).read_bytes().startswith(b"this was never")
+
+
+def test_a_damaged_journal_refuses_to_go_on_and_what_is_readable_is_served(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    for number in range(200):
+        boot.journal.append(boot.used(f"s{number}"))
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    boot.journal.close()
+    data = bytearray((tmp_path / FILE_NAME).read_bytes())
+    middle = len(data) // 2 // 4096 * 4096
+    data[middle : middle + 4096] = b"\xff" * 4096
+    (tmp_path / FILE_NAME).write_bytes(data)
+    with pytest.raises(JournalUnusable, match="damaged"):
+        Boot(tmp_path, "b", START + 10**12)
+    reader = Reader(tmp_path, "worker", "team/model")
+    assert [one.boot_id for one in reader.status().boots] == ["a"]
+    page = reader.page("a", 0, 10)
+    assert page is not None
+    assert len(page.links) == 10
+
+
+def test_a_full_disk_loses_nothing_and_the_flush_is_taken_when_there_is_room(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    database = boot.journal._database
+    database.execute(f"PRAGMA max_page_count = {database.execute('PRAGMA page_count').fetchone()[0]}")
+    before, flush = boot.journal.head(), boot.used("s0")
+    with pytest.raises(JournalUnusable, match="full"):
+        for number in range(1, 1000):  # until the pages that are there already are used up
+            boot.journal.append(flush)
+            before, flush = boot.journal.head(), boot.used(f"s{number}")
+    assert boot.journal.head() == before
+    database.execute("PRAGMA max_page_count = 100000")
+    assert boot.journal.append(flush).seq == before.seq + len(flush.records)
+
+
+def test_a_directory_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(JournalUnusable, match=str(blocked)):
+        check_directory(blocked / "journal")
+
+
+def test_accounts_survive_in_the_journal_by_name(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.now += 500
+    boot.meter.accounts.catch_up(boot.now)
+    boot.journal.append(boot.used("one"))
+    page = Reader(tmp_path, "worker", "team/model").page("a", 0, 100)
+    assert page is not None
+    records = [parse(link.body) for link in page.links]
+    sums = {record.account: record.gpu_ns for record in records if record.kind is Kind.ACCOUNT}
+    assert sums == {Account.IDLE: 500, Account.ATTRIBUTED: 1000}

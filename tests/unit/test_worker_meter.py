@@ -1,0 +1,182 @@
+"""Accounts and meter: one owner for every nanosecond, and slices that never cross a minute."""
+
+import pytest
+
+from gpumeter_usage.period import MINUTE_NS
+from gpumeter_usage.record import Account, Kind, Record, Status, canonical, parse
+from gpumeter_worker.metering.accounts import Accounts, Phase
+from gpumeter_worker.metering.attribution import Rule, uncalibrated
+from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+
+START = 1_000_000 * MINUTE_NS + 5
+IDENTITY = Identity("worker", "boot", "team/model", "model", "cpu", "host")
+
+
+def new_meter() -> Meter:
+    meter = Meter(IDENTITY, uncalibrated(Rule.KNEE, "host"), START)
+    meter.enter(Phase.SERVING, START)
+    return meter
+
+
+def decode(session: str, context: int = 10) -> Part:
+    return Part(session, 1, context, prefill=False, sampled=1)
+
+
+def prefill(session: str, tokens: int) -> Part:
+    return Part(session, tokens, 0, prefill=True, sampled=1)
+
+
+def of_session(flush: Flush | None, session: str) -> list[Record]:
+    assert flush is not None
+    return [record for record in flush.records if record.session_id == session]
+
+
+def account_sums(flush: Flush | None) -> dict[str, int]:
+    assert flush is not None
+    sums: dict[str, int] = {}
+    for record in flush.records:
+        if record.kind is Kind.ACCOUNT:
+            sums[record.account] = sums.get(record.account, 0) + record.gpu_ns
+    return sums
+
+
+def test_start_up_is_booked_to_init_load_and_warmup_and_never_to_a_session() -> None:
+    accounts = Accounts(START)
+    accounts.enter(Phase.LOAD, START + 100)
+    accounts.enter(Phase.WARMUP, START + 250)
+    accounts.enter(Phase.SERVING, START + 300)
+    accounts.catch_up(START + 310)
+    booked = {account: total for account, total in accounts.totals_ns.items() if total}
+    assert booked == {Account.INIT: 100, Account.LOAD: 150, Account.WARMUP: 50, Account.IDLE: 10}
+
+
+def test_waiting_in_the_queue_costs_nothing() -> None:
+    meter = new_meter()
+    meter.begin("waits", "acme", START + 10)
+    totals = meter.end("waits", Status.CANCELLED, START + 10**9)
+    assert totals.gpu_ns == 0
+    (record,) = of_session(meter.cut(START + 10**9), "waits")
+    assert (record.gpu_ns, record.status, record.steps) == (0, Status.CANCELLED, 0)
+
+
+def test_time_that_an_unreported_step_may_own_is_not_booked() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START + 10)
+    assert meter.cut(START + 500) is not None  # the idle time before the session
+    assert meter.cut(START + 900) is None
+    meter.step(START + 100, START + 800, 700, [decode("one")])
+    assert account_sums(meter.cut(START + 900)) == {Account.HOST_GAP: 90, Account.ATTRIBUTED: 700}
+
+
+def test_a_cancelled_session_keeps_the_step_in_flight() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.step(START + 10, START + 110, 100, [prefill("one", 5)])
+    meter.step(START + 120, START + 150, 30, [decode("one")])  # launched before the cancel arrived
+    totals = meter.end("one", Status.CANCELLED, START + 155)
+    assert totals.gpu_ns == 130
+    (record,) = of_session(meter.cut(START + 200), "one")
+    assert (record.gpu_ns, record.prefill_ns, record.decode_ns) == (130, 100, 30)
+    assert (record.prompt_tokens, record.completion_tokens, record.steps) == (5, 2, 2)
+    assert record.status is Status.CANCELLED
+
+
+def test_a_step_belongs_to_the_minute_of_its_end() -> None:
+    meter = new_meter()
+    edge = START - 5 + MINUTE_NS
+    meter.begin("one", "acme", START)
+    meter.step(START, edge - 100, edge - 100 - START, [prefill("one", 5)])
+    meter.step(edge - 50, edge + 70, 120, [decode("one")])
+    before, after = of_session(meter.cut(edge + 80), "one")
+    assert (before.gpu_ns, before.ended_at) == (edge - 100 - START, edge - 100)
+    assert (after.gpu_ns, after.started_at, after.ended_at) == (120, edge, edge + 70)
+
+
+def test_what_ends_exactly_on_an_edge_belongs_to_the_minute_that_it_ends() -> None:
+    meter = new_meter()
+    edge = START - 5 + MINUTE_NS
+    meter.begin("one", "acme", START)
+    meter.step(START, edge, edge - START, [decode("one")])
+    meter.end("one", Status.FINISHED, edge)
+    (record,) = of_session(meter.cut(edge), "one")
+    assert (record.started_at, record.ended_at) == (START, edge)
+
+
+def test_a_long_idle_night_is_cut_at_every_minute() -> None:
+    meter = new_meter()
+    flush = meter.cut(START + 10 * MINUTE_NS)
+    assert flush is not None
+    assert len(flush.records) == 11
+    for record in flush.records:
+        assert (record.ended_at - 1) // MINUTE_NS == record.started_at // MINUTE_NS
+    assert account_sums(flush) == {Account.IDLE: 10 * MINUTE_NS}
+
+
+def test_drain_counts_what_no_session_owns_after_sigterm() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.enter(Phase.DRAIN, START + 50)
+    meter.step(START + 20, START + 40, 20, [decode("one")])
+    meter.step(START + 60, START + 90, 30, [decode("one")])
+    meter.end("one", Status.FINISHED, START + 95)
+    sums = account_sums(meter.cut(START + 200))
+    # From the first step's end to SIGTERM it is a gap; from SIGTERM on it is drain, but for the second step.
+    assert sums == {Account.HOST_GAP: 30, Account.ATTRIBUTED: 50, Account.DRAIN: 10 + 110}
+
+
+def test_no_second_is_sold_twice_when_two_clocks_disagree() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    (share,) = meter.step(START, START + 1000, 1003, [decode("one")])
+    assert share == 1000
+    assert meter.accounts.frontier_ns == START + 1000
+
+
+def test_gpu_time_that_no_session_owns_is_the_platforms() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.step(START, START + 100, 100, [decode("one"), decode("stranger")])
+    meter.end("one", Status.FINISHED, START + 100)
+    assert account_sums(meter.cut(START + 100)) == {Account.ATTRIBUTED: 50, Account.NONBILLABLE: 50}
+    assert meter.unknown_steps == 1
+
+
+def test_a_running_session_is_stated_by_open_slices_and_ends_once() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.step(START, START + 100, 100, [prefill("one", 3)])
+    first = of_session(meter.cut(START + 110), "one")
+    meter.end("one", Status.FINISHED, START + 150)
+    last = of_session(meter.cut(START + 160), "one")
+    assert [record.status for record in first + last] == [Status.OPEN, Status.FINISHED]
+    assert [record.gpu_ns for record in first + last] == [100, 0]
+    assert meter.cut(START + 160) is None
+
+
+def test_mean_batch_size_can_be_read_from_a_slice() -> None:
+    meter = new_meter()
+    for name in ("one", "two"):
+        meter.begin(name, "acme", START)
+    meter.step(START, START + 100, 100, [decode("one"), decode("two")])
+    (record,) = [r for r in of_session(meter.cut(START + 100), "one")]
+    assert record.batch_ns == 2 * record.gpu_ns
+
+
+def test_every_record_is_one_that_a_ledger_accepts() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.step(START, START + 90 * 10**9, 90 * 10**9, [prefill("one", 3)])
+    meter.end("one", Status.FAILED, START + 91 * 10**9)
+    flush = meter.cut(START + 200 * 10**9)
+    assert flush is not None
+    from dataclasses import replace
+
+    for seq, record in enumerate([*flush.records, meter.seal(Status.DRAINED)], start=1):
+        assert parse(canonical(replace(record, seq=seq))).seq == seq
+
+
+def test_a_session_cannot_begin_twice() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    with pytest.raises(ValueError, match="in flight already"):
+        meter.begin("one", "other", START)
