@@ -51,10 +51,10 @@ def play(given: argparse.Namespace, progress: Progress) -> None:
     )
     steps.install(demo)
     keys = steps.apply(demo)
-    steps.wait_until_serving(demo)
+    settled_ns = steps.wait_until_serving(demo)
     with demo.kube.forwarded(RELEASE_NAMESPACE, f"{RELEASE}-gateway", 80) as port:
         exchanges = steps.chat(demo, keys, port, given.seconds, Path(paths.root / "demo-traffic.json"))
-    lines = steps.wait_for_final(demo, exchanges)
+    lines = steps.wait_for_final(demo, exchanges, settled_ns)
     steps.show(demo, lines)
     steps.farewell(demo, keys)
 

@@ -62,7 +62,7 @@ def model_claim() -> dict[str, Any]:
 
 
 def inference_service(model_uri: str, image_version: str) -> dict[str, Any]:
-    """One worker on the CPU; leave resources.gpu out for one GPU."""
+    """One worker on the CPU; leave resources.gpu out for one GPU. A rollout needs room for two on two cores."""
     return {
         "apiVersion": "gpumeter.io/v1alpha1",
         "kind": "InferenceService",
@@ -70,7 +70,7 @@ def inference_service(model_uri: str, image_version: str) -> dict[str, Any]:
         "spec": {
             "model": {"uri": model_uri, "maxModelLen": 2048},
             "engine": {"maxBatchSize": 8},
-            "resources": {"gpu": {"count": 0}, "cpu": "1", "memory": "3Gi"},
+            "resources": {"gpu": {"count": 0}, "cpu": "500m", "memory": "3Gi"},
             "replicas": 1,
             "template": {"metadata": {"annotations": {"demo-image": image_version}}},
         },

@@ -27,6 +27,9 @@ POLL_S = 0.5
 WORKERS = f"gpumeter.io/inferenceservice={SERVICE}"
 # Reasons that no waiting cures: the worker said so in so many words, or the spec cannot be run.
 FATAL = ("GpuNotFound", "ModelNotFound", "ModelInvalid", "ModelSourceUnsupported", "SettingsInvalid", "JournalUnusable")
+LONGEST_ANSWER_TOKENS = 16  # on two busy cores a token may take a second, and the demo has four minutes
+CRASHED = "WorkerCrashed"
+CRASHING_FOR_S = 60  # one crash may heal; a minute of them does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +91,17 @@ def kept_keys(file: Path) -> dict[str, str]:
     return {tenant: keys[tenant] for tenant in TENANTS}
 
 
-def wait_until_serving(demo: Demo) -> None:
-    """Until the service is Ready and only pods of its newest generation exist."""
-    said = ""
+def wait_until_serving(demo: Demo) -> int:
+    """Until the service is Ready and one pod alone serves it.
+
+    Returns the time from which on the pods that are there tell the whole story: 0 when no other pod was seen, otherwise
+    now, because a pod that is gone can no longer be asked how long it ran.
+    """
+    seen: set[str] = set()
+    said, crashing_since_s = "", 0.0
 
     def ready() -> bool:
-        nonlocal said
+        nonlocal said, crashing_since_s
         service = demo.kube.get("-n", TEAM, f"inferenceservices.gpumeter.io/{SERVICE}")
         status = service.get("status", {})
         condition: dict[str, Any] = next((one for one in status.get("conditions", ()) if one["type"] == "Ready"), {})
@@ -106,14 +114,18 @@ def wait_until_serving(demo: Demo) -> None:
         if words != said:
             demo.progress.say(f"  Ready={condition.get('status', 'Unknown')} {words}")
             said = words
-        if current and condition.get("reason") in FATAL:
+        crashing_since_s = crashing_since_s or time.monotonic() if condition.get("reason") == CRASHED else 0.0
+        hopeless = crashing_since_s and time.monotonic() - crashing_since_s > CRASHING_FOR_S
+        if (current and condition.get("reason") in FATAL) or hopeless:
             raise DemoFailed(f"{TEAM}/{SERVICE} cannot start. {words}", service_evidence(demo))
         pods = demo.kube.get("-n", TEAM, "pods", "-l", WORKERS)["items"]
+        seen.update(pod["metadata"]["uid"] for pod in pods)
         alone = len(pods) == 1 and not pods[0]["metadata"].get("deletionTimestamp")
         return current and condition.get("status") == "True" and alone
 
     with demo.progress.step(f"{TEAM}/{SERVICE} loads its model", lambda: said):
         _until(ready, READY_WITHIN_S, f"{TEAM}/{SERVICE} did not become Ready", lambda: service_evidence(demo))
+    return time.time_ns() if len(seen) > 1 else 0
 
 
 def chat(demo: Demo, keys: dict[str, str], port: int, seconds: float, output: Path) -> list[Exchange]:
@@ -121,7 +133,13 @@ def chat(demo: Demo, keys: dict[str, str], port: int, seconds: float, output: Pa
     with demo.progress.step(f"chat traffic of {' and '.join(keys)} for {seconds:.0f} s"):
         exchanges = run(
             Options(
-                base_url=f"http://127.0.0.1:{port}", keys=keys, model=SERVICE, seconds=seconds, seed=int(time.time())
+                base_url=f"http://127.0.0.1:{port}",
+                keys=keys,
+                model=SERVICE,
+                seconds=seconds,
+                seed=int(time.time()),
+                concurrency=2,
+                longest=LONGEST_ANSWER_TOKENS,
             )
         )
     output.write_text(as_json(exchanges))
@@ -137,8 +155,8 @@ def chat(demo: Demo, keys: dict[str, str], port: int, seconds: float, output: Pa
     return exchanges
 
 
-def wait_for_final(demo: Demo, exchanges: list[Exchange]) -> list[audit.Line]:
-    """Until every period that the traffic touched is Final."""
+def wait_for_final(demo: Demo, exchanges: list[Exchange], settled_ns: int) -> list[audit.Line]:
+    """Until every period that the traffic touched is Final; returns those that can be audited from outside."""
     first_ns, last_ns = exchanges[0].started_at_ns, max(one.ended_at_ns for one in exchanges)
     lines: list[audit.Line] = []
 
@@ -154,7 +172,7 @@ def wait_for_final(demo: Demo, exchanges: list[Exchange]) -> list[audit.Line]:
 
     with demo.progress.step("usage reports become Final", detail):
         _until(closed, FINAL_WITHIN_S, "The periods of the traffic did not become Final", lambda: bill_evidence(demo))
-    return lines
+    return [line for line in lines if line.start_ns >= settled_ns]
 
 
 def show(demo: Demo, lines: list[audit.Line]) -> None:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from traffic.asks import LONGEST_TOKENS
 from traffic.client import AddressRefused, Options, run
 from traffic.summary import as_json, surprises, table
 
@@ -19,6 +20,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="no new requests after this time (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="the same seed asks the same (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=3, help="requests at a time for each tenant (%(default)s)")
+    parser.add_argument(
+        "--longest", type=int, default=LONGEST_TOKENS, help="tokens of the longest answer (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, help="write every exchange as JSON into this file")
     parser.add_argument("--any-address", action="store_true", help="allow another machine than this one")
     parser.add_argument("--tolerate", action="store_true", help="exit with 0 even when requests failed")
@@ -30,6 +34,7 @@ def main() -> int:
         seconds=given.seconds,
         seed=given.seed,
         concurrency=given.concurrency,
+        longest=given.longest,
         any_address=given.any_address,
     )
     try:

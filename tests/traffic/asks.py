@@ -21,6 +21,7 @@ WEIGHTS = {Kind.PLAIN: 4, Kind.STREAMED: 5, Kind.ABORTED: 2, Kind.BAD_PARAMETER:
 SUBJECTS = ("a ledger", "the sea", "a kilowatt-hour", "an honest scale", "a night train", "bread", "prime numbers")
 QUESTIONS = ("What is {}?", "Tell me a short story about {}.", "Give me three facts about {}.", "Write a haiku on {}.")
 TOKENS = (4, 8, 16, 24, 40)
+LONGEST_TOKENS = max(TOKENS)
 FAR_TOO_LONG_WORDS = 60_000
 
 
@@ -34,7 +35,7 @@ class Ask:
     leave_after: int = 0
 
 
-def asks(seed: int, tenant: str, model: str) -> Iterator[Ask]:
+def asks(seed: int, tenant: str, model: str, longest: int = LONGEST_TOKENS) -> Iterator[Ask]:
     """The same seed and tenant give the same requests. The first five are one of each kind, so none is ever missing."""
     dice = random.Random(f"{seed}:{tenant}")
     first = list(Kind)
@@ -42,17 +43,17 @@ def asks(seed: int, tenant: str, model: str) -> Iterator[Ask]:
     number = 0
     while True:
         kind = first[number] if number < len(first) else dice.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        yield _ask(dice, number, kind, model)
+        yield _ask(dice, number, kind, model, longest)
         number += 1
 
 
-def _ask(dice: random.Random, number: int, kind: Kind, model: str) -> Ask:
+def _ask(dice: random.Random, number: int, kind: Kind, model: str, longest: int) -> Ask:
     question = dice.choice(QUESTIONS).format(dice.choice(SUBJECTS))
     padding = " ".join(["Please think of all that you know."] * dice.choice((0, 0, 1, 5, 20)))
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": f"{question} {padding}".strip()}],
-        "max_tokens": dice.choice(TOKENS),
+        "max_tokens": min(dice.choice(TOKENS), longest),
         "temperature": dice.choice((0, 0.7, 1)),
         "seed": dice.randrange(1_000_000),
     }

@@ -9,11 +9,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from traffic.asks import Ask, asks
+from traffic.asks import LONGEST_TOKENS, Ask, asks
 from traffic.exchange import Exchange, Outcome, exchange
 
 PROGRESS_EVERY_S = 5.0
@@ -34,6 +34,7 @@ class Options:
     seconds: float
     seed: int = 1
     concurrency: int = 3  # for each tenant
+    longest: int = LONGEST_TOKENS  # tokens of the longest answer that is asked for
     timeout_s: float = 180.0
     any_address: bool = False
     quiet: bool = False
@@ -58,7 +59,7 @@ def run(options: Options) -> list[Exchange]:
     threads = [
         threading.Thread(target=client, args=(tenant, source), daemon=True)
         for tenant in options.keys
-        for source in [_Shared(options.seed, tenant, options.model)]
+        for source in [_Shared(asks(options.seed, tenant, options.model, options.longest))]
         for _ in range(options.concurrency)
     ]
     for thread in threads:
@@ -86,9 +87,9 @@ def target(options: Options) -> tuple[str, int]:
 class _Shared:
     """One tenant's list of requests, drawn from by several threads."""
 
-    def __init__(self, seed: int, tenant: str, model: str) -> None:
+    def __init__(self, source: Iterator[Ask]) -> None:
         self._lock = threading.Lock()
-        self._asks = asks(seed, tenant, model)
+        self._asks = source
 
     def next(self) -> Ask:
         with self._lock:
