@@ -4,6 +4,7 @@ Owns the pooled connections to workers and the translation of the HTTP client's 
 second attempt is made, routing decides. Does not know who the client is.
 """
 
+import io
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from gpumeter_operator.gateway.telemetry import Telemetry
 
 # Below the five seconds after which uvicorn closes an idle connection: a closing connection must not get a request.
 _KEEP_IDLE_S = 4.0
+_LARGE_BODY_BYTES = 1 << 20
 _PLAIN_BYTES_MAX = 64 << 20  # a plain answer is read whole, so that it is never passed on cut off
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 
@@ -143,7 +145,8 @@ class Relay:
         try:
             response = await self._session.post(
                 endpoint.origin + errand.path,
-                data=errand.body,
+                # A large body as a file goes out in pieces; as bytes it would hold up everybody else's.
+                data=errand.body if len(errand.body) < _LARGE_BODY_BYTES else io.BytesIO(errand.body),
                 headers=errand.headers,
                 allow_redirects=False,  # a redirect would carry the token to another address
                 trace_request_ctx=notes,
