@@ -134,21 +134,21 @@ async def test_a_mirror_follows_creation_change_and_removal(cluster: Cluster, na
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_mirror_lists_anew_when_its_version_is_too_old(cluster: Cluster, namespace: str) -> None:
-    class Forgetful:
-        """A cluster whose first list claims a version that the API server forgot long ago."""
+async def test_a_mirror_whose_watch_is_refused_lists_anew(cluster: Cluster, namespace: str) -> None:
+    class Confused:
+        """A cluster whose first list claims a version from which the API server refuses to watch."""
 
         lists = 0
 
         async def list_at(self, *arguments: object) -> tuple[list[Manifest], str]:
             self.lists += 1
             items, version = await cluster.list_at(*arguments)  # type: ignore[arg-type]
-            return items, "1" if self.lists == 1 else version
+            return items, "no version" if self.lists == 1 else version
 
         def watch(self, *arguments: object) -> AsyncIterator[tuple[str, Manifest]]:
             return cluster.watch(*arguments)  # type: ignore[arg-type]
 
-    source = Forgetful()
+    source = Confused()
     mirror = Mirror(source, CONFIG_MAPS, namespace=namespace)  # type: ignore[arg-type]
     task = asyncio.create_task(mirror.run())
     await cluster.apply(config_map(namespace, "one"), field_manager=MANAGER)

@@ -368,7 +368,7 @@ async def test_a_deleted_service_stays_until_its_last_worker_has_ended(
     await cluster.delete(INFERENCE_SERVICES, NAME, namespace)
 
     ready = condition(await becomes(cluster, namespace, "Deleting"))
-    assert "1 worker finishes running requests and hand over the last usage records" in ready["message"]
+    assert "1 worker finishes running requests and hands over the last usage records" in ready["message"]
 
     async def drains() -> Manifest | None:
         found = await cluster.get(PODS, pod["metadata"]["name"], namespace) or {}

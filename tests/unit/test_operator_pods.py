@@ -1,5 +1,6 @@
 """What a pod's status means, in words that a user can act on."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -7,10 +8,13 @@ import pytest
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
 
 GPU = "nvidia.com/gpu"
+SOON = datetime(2026, 11, 21, 10, 0, 20, tzinfo=UTC)
 
 
 def pod(*, main: dict[str, Any] | None = None, **status: Any) -> dict[str, Any]:
-    metadata = {"name": "smollm2-1", "namespace": "team-a", "annotations": {"gpumeter.io/service-uid": "u-1"}}
+    annotations = {"gpumeter.io/service-uid": "u-1"}
+    metadata: dict[str, Any] = {"name": "smollm2-1", "namespace": "team-a", "annotations": annotations}
+    metadata["creationTimestamp"] = "2026-11-21T10:00:00Z"
     if main is not None:
         status["containerStatuses"] = [{"name": "sidecar", "state": {"running": {}}}, {"name": "main", **main}]
     return {"metadata": metadata, "status": status}
@@ -27,7 +31,7 @@ def ended(**terminated: Any) -> dict[str, Any]:
 
 
 def described(one: dict[str, Any]) -> PodState:
-    return describe(one, GPU)
+    return describe(one, GPU, SOON)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,24 @@ def test_every_way_to_fail_has_its_reason_and_says_what_to_do(
 def test_a_pod_that_simply_starts_has_no_problem(one: dict[str, Any]) -> None:
     assert described(one).problem is None
     assert described(one).failure is None
+
+
+def test_a_container_that_waits_long_says_where_to_look() -> None:
+    one = pod(main={"state": {"waiting": {"reason": "ContainerCreating"}}})
+    state = describe(one, GPU, SOON + timedelta(seconds=1))
+    assert state.stuck
+    assert state.problem is not None
+    assert state.problem.reason == "ContainerCreating"
+    assert "kubectl describe pod -n team-a smollm2-1" in state.problem.message
+
+
+@pytest.mark.parametrize("where", ["initContainerStatuses", "containerStatuses"])
+def test_a_container_of_the_template_that_does_not_run_is_named(where: str) -> None:
+    one = pod(**{where: [{"name": "fetch", "state": {"waiting": {"reason": "ErrImagePull", "message": "not found"}}}]})
+    problem = described(one).problem
+    assert problem is not None
+    assert problem.reason == "CompanionFailed"
+    assert "The container fetch of spec.template does not run (ErrImagePull: not found.)" in problem.message
 
 
 def test_a_workers_last_words_are_taken_unchanged() -> None:

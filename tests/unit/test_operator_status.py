@@ -18,7 +18,7 @@ LOST_MODEL = Problem("ModelNotFound", "There is no model at file:///x; check spe
 def worker(name: str = "w-1", **state: Any) -> PodState:
     defaults: dict[str, Any] = {
         "template_hash": "now", "ready": False, "terminating": False, "started": False,
-        "waiting": "", "problem": None, "failure": None,
+        "stuck": False, "problem": None, "failure": None,
     }  # fmt: skip
     return PodState(name=name, **{**defaults, **state})
 
@@ -177,4 +177,6 @@ def test_a_leaving_service_counts_its_workers_and_names_the_limit() -> None:
     assert told(leaving)[:2] == ("False", "Deleting")
     assert "2 workers finish" in told(leaving)[2]
     assert "2026-11-21T10:05:00Z" in told(leaving)[2]
+    assert "1 worker finishes running requests and hands over" in told(decide_leaving(former, 5, 1, "", LATER))[2]
+    assert told(decide_leaving(former, 5, 0, "", LATER))[2].startswith("No worker runs any more")
     assert [one["type"] for one in leaving["conditions"]] == [one["type"] for one in former["conditions"]]

@@ -8,6 +8,7 @@ many pods there should be.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from gpumeter_operator.decide.spec import Problem
@@ -18,6 +19,7 @@ from gpumeter_operator.decide.workload import SERVICE_UID_ANNOTATION, TEMPLATE_A
 _LAST_WORDS = re.compile(r"^([A-Z][A-Za-z0-9]*): (\S.*)$", re.DOTALL)
 _IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _CONTAINER_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+STUCK_AFTER_S = 20  # a container that waits longer waits for something: a volume, a Secret, a large image
 _MESSAGE_MAX = 600  # characters of a crash's last words; the log has the rest
 
 
@@ -38,7 +40,7 @@ class PodState:
     ready: bool
     terminating: bool
     started: bool  # a container of it ran or runs
-    waiting: str  # the reason why its container waits, or ""
+    stuck: bool  # its container waits for longer than usual, and the pod's status does not say for what
     problem: Problem | None
     failure: Failure | None
 
@@ -54,7 +56,7 @@ def exists(pod: Mapping[str, Any]) -> bool:
     return (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed")
 
 
-def describe(pod: Mapping[str, Any], gpu_resource_name: str) -> PodState:
+def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> PodState:
     """Read one pod."""
     status = pod.get("status") or {}
     main: Mapping[str, Any] = next(
@@ -63,23 +65,25 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str) -> PodState:
     state = main.get("state") or {}
     ready = any(one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or [])
     failure = _failure(main, pod["metadata"]["name"], pod["metadata"].get("namespace", ""))
+    stuck = _is_stuck(pod, (state.get("waiting") or {}).get("reason", ""), now)
     return PodState(
         name=pod["metadata"]["name"],
         template_hash=(pod["metadata"].get("annotations") or {}).get(TEMPLATE_ANNOTATION, ""),
         ready=ready and "deletionTimestamp" not in pod["metadata"],
         terminating="deletionTimestamp" in pod["metadata"],
         started="running" in state or bool(main.get("lastState")) or "terminated" in state,
-        waiting=(state.get("waiting") or {}).get("reason", ""),
-        problem=None if ready else _problem(pod, state, failure, gpu_resource_name),
+        stuck=stuck,
+        problem=None if ready else _problem(pod, state, failure, gpu_resource_name, stuck=stuck),
         failure=failure,
     )
 
 
 def _problem(
-    pod: Mapping[str, Any], state: Mapping[str, Any], failure: Failure | None, gpu_resource_name: str
+    pod: Mapping[str, Any], state: Mapping[str, Any], failure: Failure | None, gpu_resource_name: str, *, stuck: bool
 ) -> Problem | None:
     if failure is not None:
         return failure.problem
+    describe_it = f"See kubectl describe pod -n {pod['metadata'].get('namespace', '')} {pod['metadata']['name']}."
     waiting = state.get("waiting") or {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _IMAGE_REASONS:
@@ -91,10 +95,39 @@ def _problem(
     if reason in _CONTAINER_REASONS:
         return Problem(
             reason,
-            f"The worker's container cannot be made: {_ended(message or 'no details')} "
-            f"See kubectl describe pod -n {pod['metadata'].get('namespace', '')} {pod['metadata']['name']}.",
+            f"The worker's container cannot be made: {_ended(message or 'no details')} {describe_it}",
+        )
+    if (companion := _companion(pod)) is not None:
+        return Problem("CompanionFailed", f"{companion} {describe_it}")
+    if stuck:
+        return Problem(
+            "ContainerCreating",
+            "The worker's container waits for its image or its volumes; a large image takes minutes to pull. "
+            f"{describe_it}",
         )
     return _unschedulable(pod, gpu_resource_name)
+
+
+def _companion(pod: Mapping[str, Any]) -> str | None:
+    """What keeps a container of spec.template from running, without which the worker does not start or get ready."""
+    status = pod.get("status") or {}
+    for one in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+        waiting = (one.get("state") or {}).get("waiting") or {}
+        if one["name"] != MAIN_CONTAINER and waiting.get("reason") in (
+            *_IMAGE_REASONS,
+            *_CONTAINER_REASONS,
+            "CrashLoopBackOff",
+        ):
+            message = _ended(waiting.get("message") or "no details")
+            return f"The container {one['name']} of spec.template does not run ({waiting['reason']}: {message})"
+    return None
+
+
+def _is_stuck(pod: Mapping[str, Any], waiting_reason: str, now: datetime) -> bool:
+    if waiting_reason not in ("ContainerCreating", "CreateContainerConfigError"):
+        return False
+    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
+    return (now - created).total_seconds() > STUCK_AFTER_S
 
 
 def _unschedulable(pod: Mapping[str, Any], gpu_resource_name: str) -> Problem | None:

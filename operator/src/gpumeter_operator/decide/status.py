@@ -55,10 +55,15 @@ def decide_leaving(
     former: Mapping[str, Any], generation: int, pods_left: int, deadline: str, now: datetime
 ) -> dict[str, Any]:
     """The status of a service that is being deleted while its workers hand over their last records."""
-    message = (
-        f"{_count(pods_left, 'worker')} {'finishes' if pods_left == 1 else 'finish'} running requests and hand over "
-        f"the last usage records before the service goes, at the latest at {deadline}."
-    )
+    if pods_left:
+        one = pods_left == 1
+        message = (
+            f"{_count(pods_left, 'worker')} {'finishes' if one else 'finish'} running requests and "
+            f"{'hands' if one else 'hand'} over the last usage records before the service goes, "
+            f"at the latest at {deadline}."
+        )
+    else:
+        message = "No worker runs any more; the service goes in a moment."
     ready = Condition("Ready", "False", "Deleting", message)
     others = [
         Condition(one["type"], one["status"], one["reason"], one["message"])

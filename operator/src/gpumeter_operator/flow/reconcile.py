@@ -26,9 +26,6 @@ from gpumeter_operator.flow.fleet import Fleet
 
 log = logging.getLogger(__name__)
 
-# Container states that a missing Secret produces; the pod's status does not say which volume it waits for.
-_STUCK_REASONS = ("ContainerCreating", "CreateContainerConfigError")
-_STUCK_AFTER_S = 20
 # Looks at the same time. A thousand services created at once would queue in the API server, where each request's
 # timeout runs; here they wait without one.
 _PARALLEL_LOOKS = 16
@@ -97,12 +94,12 @@ class Reconciler:
         spec, problems = read(service)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
-        described = tuple(describe(pod, spec.gpu_resource_name) for pod in pods)
+        described = tuple(describe(pod, spec.gpu_resource_name, now) for pod in pods)
         template_hash, written = "", False
         if not problems:
             workload = self._workload(spec, service, known)
             template_hash = workload.template_hash
-            stuck = any(_is_stuck(pod, state.waiting, now) for pod, state in zip(pods, described, strict=True))
+            stuck = any(pod.stuck for pod in described)  # a deleted Secret is one of the things that pods wait for
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
         seen = decide.Seen(
             spec=spec,
@@ -180,12 +177,14 @@ async def publish(cluster: Api, service: Manifest, told: Problem, normal: bool, 
 
 def is_normal(ready: dict[str, Any]) -> bool:
     """Whether a Ready condition is part of an ordinary life, so that no one need be warned."""
-    ordinary = ("Serving", "PodsStarting", "PodsLeaving", "ModelLoading", "Stopped", "ScaledToZero", "Deleting")
+    ordinary = (
+        "Serving",
+        "PodsStarting",
+        "PodsLeaving",
+        "ModelLoading",
+        "ContainerCreating",
+        "Stopped",
+        "ScaledToZero",
+        "Deleting",
+    )
     return ready["reason"] in ordinary
-
-
-def _is_stuck(pod: Manifest, waiting: str, now: datetime) -> bool:
-    if waiting not in _STUCK_REASONS:
-        return False
-    created = datetime.fromisoformat(pod["metadata"]["creationTimestamp"])
-    return (now - created).total_seconds() > _STUCK_AFTER_S
