@@ -94,6 +94,13 @@ def test_a_broken_rollout_says_that_the_former_workers_go_on() -> None:
     assert message == f"1 of 1 worker: {LOST_MODEL.message} The former workers go on serving."
 
 
+def test_a_rollout_under_way_says_so_too() -> None:
+    old = ready("w-0", template_hash="old")
+    loading = "0 of 1 worker ready; 1 loading the model. The former workers go on serving."
+    assert told(status(old, worker(started=True))) == ("True", "ModelLoading", loading)
+    assert told(status(old))[2] == "0 of 1 worker ready; the others are starting. The former workers go on serving."
+
+
 def test_problems_of_the_spec_are_all_in_ready() -> None:
     problems = (Problem("NotSupported", "One."), Problem("TemplateInvalid", "Two."))
     assert told(status(problems=problems)) == ("False", "SpecInvalid", "One. Two.")

@@ -97,6 +97,7 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
     ready = sum(pod.ready for pod in alive)
     current = [pod for pod in alive if pod.template_hash == seen.template_hash]
     current_ready = sum(pod.ready for pod in current)
+    former = " The former workers go on serving." if ready > current_ready else ""
 
     def not_ready(problem: Problem) -> Condition:
         return Condition("WorkloadsReady", "False", problem.reason, problem.message)
@@ -108,7 +109,6 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
     if (problem := _main_problem(current)) is not None:
         affected = sum(pod.problem is not None and pod.problem.reason == problem.reason for pod in current)
         if ready:
-            former = " The former workers go on serving." if ready > current_ready else ""
             return not_ready(
                 Problem(problem.reason, f"{affected} of {_count(wanted, 'worker')}: {problem.message}{former}")
             )
@@ -119,11 +119,14 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
             return not_ready(
                 Problem(
                     "ModelLoading",
-                    f"{current_ready} of {_count(wanted, 'worker')} ready; {loading} loading the model.",
+                    f"{current_ready} of {_count(wanted, 'worker')} ready; {loading} loading the model.{former}",
                 )
             )
         return not_ready(
-            Problem("PodsStarting", f"{current_ready} of {_count(wanted, 'worker')} ready; the others are starting.")
+            Problem(
+                "PodsStarting",
+                f"{current_ready} of {_count(wanted, 'worker')} ready; the others are starting.{former}",
+            )
         )
     if len(alive) > wanted:
         return not_ready(
