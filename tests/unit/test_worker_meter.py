@@ -158,7 +158,7 @@ def test_mean_batch_size_can_be_read_from_a_slice() -> None:
     for name in ("one", "two"):
         meter.begin(name, "acme", START)
     meter.step(START, START + 100, 100, [decode("one"), decode("two")])
-    (record,) = [r for r in of_session(meter.cut(START + 100), "one")]
+    (record,) = of_session(meter.cut(START + 100), "one")
     assert record.batch_ns == 2 * record.gpu_ns
 
 

@@ -23,6 +23,10 @@ from gpumeter_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_DISCARD_BYTES = 32 * 2**20
+"""How much of a body that is too large is read and thrown away, because a client that is still sending when its
+connection closes sees a reset instead of the reason."""
+
 
 def api_app(worker: Worker) -> FastAPI:
     """The application of port 8000."""
@@ -108,15 +112,20 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The request's body; what is too large is refused before it is in memory. Raises Refused (413)."""
     too_large = Refused(413, "body_too_large", f"the body is larger than {limit} bytes")
     announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
+    if announced.isdigit() and int(announced) > limit + _DISCARD_BYTES:
         raise too_large
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > limit:
+        if size > limit + _DISCARD_BYTES:
             raise too_large
-        chunks.append(chunk)
+        if size > limit:
+            chunks.clear()
+        else:
+            chunks.append(chunk)
+    if size > limit:
+        raise too_large
     return b"".join(chunks)
 
 

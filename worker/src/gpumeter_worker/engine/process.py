@@ -27,7 +27,7 @@ from gpumeter_worker.log import configure_logging
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.clock import step_clock
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("gpumeter_worker.engine.process")
 
 _POLL_S = 0.0005
 """How soon a launched step is looked at again when there is nothing else to launch."""

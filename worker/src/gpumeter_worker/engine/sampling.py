@@ -14,22 +14,30 @@ from gpumeter_worker.engine.sequence import Sampling
 def choose(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
     """logits [rows, vocabulary] -> tokens [rows]; -1 in a row whose logits are no numbers: only that row fails."""
     best, tokens = logits.max(-1)  # a NaN anywhere in the row is its maximum
-    drawing = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if drawing:
-        rows = torch.tensor(drawing, device=logits.device)
-        drawn = _draw(logits[rows].float(), [samplings[row] for row in drawing], [uniforms[row] for row in drawing])
-        tokens = tokens.index_copy(0, rows, drawn)
+    # Rows that keep the whole vocabulary are drawn in its own order, the others in the order of likelihood: which one
+    # is a row's own matter, so that its neighbours cannot change its token.
+    for cut in (False, True):
+        drawing = [row for row, one in enumerate(samplings) if one.temperature > 0 and _is_cut(one) is cut]
+        if drawing:
+            rows = torch.tensor(drawing, device=logits.device)
+            own = [samplings[row] for row in drawing]
+            drawn = _draw(logits[rows].float(), own, [uniforms[row] for row in drawing], cut=cut)
+            tokens = tokens.index_copy(0, rows, drawn)
     return torch.where(torch.isfinite(best), tokens, -1)
 
 
-def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
+def _is_cut(sampling: Sampling) -> bool:
+    return sampling.top_p < 1 or sampling.top_k > 0
+
+
+def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], *, cut: bool) -> torch.Tensor:
     """Inverse transform: the first token at which the sum of kept probabilities passes the uniform number."""
 
     def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     scaled = (logits - logits.max(-1, keepdim=True).values) / column([one.temperature for one in samplings])
-    if all(one.top_p >= 1 and one.top_k == 0 for one in samplings):
+    if not cut:
         probabilities = scaled.softmax(-1)
         order = None
     else:
