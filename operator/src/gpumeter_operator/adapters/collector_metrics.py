@@ -58,7 +58,7 @@ class CollectorMetrics(Collector):
         yield alarms
         yield GaugeMetricFamily(
             prefix + "lag_seconds_max",
-            "Age of the newest settled usage of the worker furthest behind.",
+            "Age of the newest settled usage of the slowest worker.",
             now.lag_ns_max / 1e9,
         )
         yield GaugeMetricFamily(prefix + "workers", "Workers that are collected from.", now.workers)

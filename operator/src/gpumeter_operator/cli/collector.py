@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -30,6 +30,7 @@ from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.discover import SERVICE_LABEL
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
+from gpumeter_operator.logs import configure_logs
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ FINISH_S = 20.0  # below the pod's grace period of 30 s
 SHARE_OF_TIME = 10  # closing may take a tenth of the time: a slow fold is done less often
 
 T = TypeVar("T")
+Round = Callable[[], Awaitable[None]]
 
 
 @click.command()
@@ -47,11 +49,11 @@ def collector() -> None:
     """Collect usage records and publish UsageReports until SIGTERM. Everything is set by GPUMETER_* variables."""
     try:
         settings = read_settings(os.environ)
-    except SettingsInvalid as invalid:
-        for problem in invalid.problems:
+        configure_logs(os.environ)
+    except (SettingsInvalid, ValueError) as invalid:
+        for problem in getattr(invalid, "problems", [str(invalid)]):
             click.echo(f"SettingsInvalid: {problem}", err=True)
         sys.exit(2)
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         asyncio.run(_run(settings))
@@ -68,9 +70,7 @@ async def _run(settings: Settings) -> None:
     ledger = Ledger(settings.ledger_url)
     from_ns = ledger.set_granularity(settings.granularity, time.time_ns())
     if from_ns > time.time_ns():
-        log.info(
-            "Periods are %s from %s on; until then they stay as they were.", settings.granularity, rfc3339(from_ns)
-        )
+        log.info("Periods change to %s at %s.", settings.granularity, rfc3339(from_ns))
     cluster = Cluster.connect()
     workers = Workers()
     process = Process(settings, ledger, cluster, workers, threads)
@@ -92,10 +92,7 @@ class Process:
     ) -> None:
         self._settings = settings
         self._threads = threads
-        labels = {SERVICE_LABEL: None}
-        self._pods = Mirror(
-            cluster, PODS, labels=labels, on_remove=lambda pod: self._collect.removed(pod, time.time_ns())
-        )
+        self._pods = Mirror(cluster, PODS, labels={SERVICE_LABEL: None}, on_remove=self._pod_removed)
         self._services = Mirror(cluster, INFERENCE_SERVICES)
         self._plans = Mirror(cluster, PRICE_PLANS)
         self._collector = Collector(ledger, workers, self._execute, time.time_ns)
@@ -124,10 +121,10 @@ class Process:
         health = HealthServer(self._alive, self._ready, CollectorMetrics(self._sample).render)
         await health.start(self._settings.http_host, self._settings.http_port)
         background = [asyncio.create_task(mirror.run()) for mirror in mirrors]
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(_until(stop))
         try:
-            synced = asyncio.gather(*(mirror.synced() for mirror in mirrors))
-            await asyncio.wait([synced, stopping], return_when=asyncio.FIRST_COMPLETED)
+            synced = asyncio.create_task(_all_synced(mirrors))
+            await asyncio.wait((synced, stopping), return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 synced.cancel()
                 return
@@ -158,13 +155,14 @@ class Process:
                 log.error("%s", problem)
                 await _pause(1.0, stop)
 
+    def _pod_removed(self, pod: dict[str, Any]) -> None:
+        self._collect.removed(pod, time.time_ns())
+
     async def _collect_once(self) -> None:
         token_of = partial(derive, self._settings.master_key, "usage-token")
         await self._collect.run(token_of, time.time_ns())
 
-    async def _loop(
-        self, name: str, interval_s: float, once: Callable[[], Awaitable[None]], stop: asyncio.Event
-    ) -> None:
+    async def _loop(self, name: str, interval_s: float, once: Round, stop: asyncio.Event) -> None:
         while not stop.is_set():
             begun_ns = time.monotonic_ns()
             try:
@@ -211,6 +209,15 @@ class Process:
             round_age_ns={name: now_ns - ended_ns for name, ended_ns in self._round_ended_ns.items()},
             ledger_usable=not counters.ledger_problem,
         )
+
+
+async def _all_synced(mirrors: Iterable[Mirror]) -> None:
+    for mirror in mirrors:
+        await mirror.synced()
+
+
+async def _until(stop: asyncio.Event) -> None:
+    await stop.wait()
 
 
 async def _pause(seconds: float, stop: asyncio.Event) -> None:

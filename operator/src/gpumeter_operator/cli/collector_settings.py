@@ -3,7 +3,6 @@
 Owns that all problems are told at once, each as a sentence. Does not know what the values do.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ PERIODS = {
     "15m": Granularity.FIFTEEN_MINUTES,
     "1h": Granularity.HOUR,
 }
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 DEFAULT_LEDGER = "sqlite:////var/lib/gpumeter/ledger.db"
 
 
@@ -41,7 +39,6 @@ class Settings:
     master_key: bytes
     http_host: str
     http_port: int
-    log_level: int
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -71,11 +68,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         granularity=PERIODS[choice("GPUMETER_PERIOD", "1h", tuple(PERIODS))],
         pull_interval_ms=number("GPUMETER_PULL_INTERVAL_MS", 2_000, 100, 60_000),
         publish_interval_ms=number("GPUMETER_PUBLISH_INTERVAL_MS", 5_000, 500, 300_000),
-        grace_s=number("GPUMETER_CLOSE_GRACE_S", 600, 10, 86_400),
+        grace_s=number("GPUMETER_CLOSE_GRACE_S", 600, 1, 86_400),
         master_key=_master_key(environment.get("GPUMETER_MASTER_KEY_FILE", ""), problems),
         http_host=environment.get("GPUMETER_HTTP_HOST", "") or "0.0.0.0",  # noqa: S104 - probes come from the node
         http_port=number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
-        log_level=getattr(logging, choice("GPUMETER_LOG_LEVEL", "INFO", LOG_LEVELS)),
     )
     if problems:
         raise SettingsInvalid(problems)

@@ -18,12 +18,12 @@ from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading, upgrade, writing
 from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
-from gpumeter_operator.billing.accept import PageRefused, accept
+from gpumeter_operator.billing.accept import PageRefused, accept, refuse_foreign
 from gpumeter_operator.billing.accounts import NAMES, Accounts
 from gpumeter_operator.billing.facts import BootFacts, Worker
 from gpumeter_operator.billing.report import Manifest
 from gpumeter_operator.billing.schedule import effective_from_ns
-from gpumeter_usage.chain import GENESIS, Link
+from gpumeter_usage.chain import GENESIS, Link, link
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import Granularity, Period
 from gpumeter_usage.record import Status
@@ -63,6 +63,7 @@ class Ledger(Reader):
         What is already there is compared and ignored. Raises PageRefused, with nothing taken: for a page that does not
         continue what is there, and for two different records under one key (both are kept, the second in an alarm).
         """
+        refuse_foreign(worker, page.worker_uid, page.service)  # before anything is compared under its name
         while True:
             boot = self._boot(worker.worker_uid, page.boot_id)
             seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
@@ -206,13 +207,20 @@ class Ledger(Reader):
         )
         with reading(self.engine) as connection:
             ours = connection.execute(query).all()
-        for row, link in zip(ours, known, strict=True):
-            if row.hash != link.hash or row.body != link.body:
+            previous = select(r.hash).where(r.worker_uid == worker.worker_uid, r.boot_id == page.boot_id)
+            previous_hash = connection.scalar(previous.where(r.seq == page.after)) or GENESIS
+        for row, given in zip(ours, known, strict=True):
+            if row.hash != given.hash or row.body != given.body:
                 break
+            previous_hash = row.hash
         else:
             return
+        if link(previous_hash, given.body).hash != given.hash:
+            raise PageRefused(
+                "ChainBroken", f"boot {page.boot_id:.64}: what was sent for seq {row.seq} does not continue its chain"
+            )
         message = (
-            f"boot {page.boot_id} seq {row.seq}: the worker sent {link.hash:.16}… where the ledger has "
+            f"boot {page.boot_id} seq {row.seq}: the worker sent {given.hash:.16}… where the ledger has "
             f"{row.hash:.16}…; both are kept, and the period is held until its grace ends"
         )
         with self._writing() as connection:
@@ -226,8 +234,8 @@ class Ledger(Reader):
                 seq=row.seq,
                 ended_at=row.ended_at,
                 our_hash=row.hash,
-                their_hash=link.hash,
-                their_body=link.body,
+                their_hash=given.hash,
+                their_body=given.body,
             )
         raise PageRefused("ChainForked", message)
 

@@ -1,0 +1,174 @@
+"""The check of a bill from raw bytes: chains, sums and reports, recomputed without anything that was derived before.
+
+Owns the comparison of what the ledger keeps (bodies, frozen accounts, published reports) with itself. Uses no column,
+no fold and no sum of the collector's, so that a fault there is found here. Each difference becomes one sentence.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from gpumeter_operator.billing.accounts import Accounts
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
+from gpumeter_operator.billing.schedule import Schedule
+from gpumeter_usage.period import rfc3339
+
+RawRow = tuple[str, int, str, bytes, int]
+"""(boot_id, seq, hash, body, end of the period in which it is booked), in the order of the keys."""
+
+_OF_RECORDS = ("init", "load", "warmup", "nonbillable", "host_gap")
+
+
+@dataclass(slots=True)
+class Recount:
+    """What the raw records of one pod say, by end of period; filled by `recount`."""
+
+    problems: list[str] = field(default_factory=list)
+    accounts: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    tenants: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+    hashes: dict[int, dict[str, list[tuple[str, int, str]]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+
+
+def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: Iterable[Adjustment]) -> Recount:
+    """Verify every chain of a pod from its first byte and sum its records anew."""
+    found = Recount()
+    name = f"{pod.worker.namespace}/{pod.worker.pod}"
+    moved = {
+        (adjustment.closed_end_ns, adjustment.booked_end_ns)
+        for adjustment in adjustments
+        if adjustment.worker_uid == pod.worker.worker_uid
+    }
+    heads: dict[str, tuple[int, str]] = {}
+    for boot_id, seq, given_hash, body, booked_end_ns in rows:
+        where = f"{name} boot {boot_id} seq {seq}"
+        last_seq, last_hash = heads.get(boot_id, (0, "0" * 64))
+        if seq != last_seq + 1:
+            found.problems.append(f"{where}: follows seq {last_seq}; what is between is not in the ledger")
+        elif sha256(last_hash.encode() + body).hexdigest() != given_hash:
+            found.problems.append(f"{where}: its bytes or those before it were changed; the chain breaks here")
+        heads[boot_id] = (seq, given_hash)
+        record = json.loads(body)
+        if (record["worker_uid"], record["boot_id"], record["seq"]) != (pod.worker.worker_uid, boot_id, seq):
+            found.problems.append(f"{where}: its bytes name another record")
+        of_end_ns = schedule.period_of(record["ended_at"]).end_ns
+        if of_end_ns != booked_end_ns and (of_end_ns, booked_end_ns) not in moved:
+            found.problems.append(f"{where}: is booked in the period until {rfc3339(booked_end_ns)} without a reason")
+        _count(found, record, given_hash, booked_end_ns)
+    found.problems += _heads_that_differ(name, pod.boots, heads)
+    return found
+
+
+def check_accounts(
+    pod: Pod,
+    frozen: Iterable[tuple[int, Accounts]],
+    found: Recount,
+    adjustments: Iterable[Adjustment],
+    final_ns: int,
+) -> list[str]:
+    """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
+    and its container spans."""
+    problems = []
+    name = f"{pod.worker.namespace}/{pod.worker.pod}"
+    allocated_ns = 0
+    for end_ns, accounts in frozen:
+        where = f"{name} in the period that ended {rfc3339(end_ns)}"
+        raw = found.accounts[end_ns]
+        for account in _OF_RECORDS:
+            if getattr(accounts, account) != raw[account]:
+                problems.append(
+                    f"{where}: {account} is {getattr(accounts, account)} ns, its records say {raw[account]} ns"
+                )
+        if accounts.idle != raw["idle"] + raw["host_gap"]:
+            problems.append(f"{where}: idle is {accounts.idle} ns, its records say {raw['idle'] + raw['host_gap']} ns")
+        if accounts.drain < raw["drain"]:
+            problems.append(f"{where}: drain is {accounts.drain} ns, its records alone say {raw['drain']} ns")
+        slices_ns = sum(found.tenants[end_ns].values())
+        if accounts.attributed != slices_ns:
+            problems.append(f"{where}: attributed is {accounts.attributed} ns, its sessions' slices say {slices_ns} ns")
+        if slices_ns != raw["attributed"]:
+            problems.append(f"{where}: sessions' slices sum to {slices_ns} ns, the pod booked {raw['attributed']} ns")
+        if accounts.allocated != accounts.owned + accounts.unaccounted:
+            problems.append(
+                f"{where}: the accounts sum to {accounts.owned + accounts.unaccounted} ns, allocated are "
+                f"{accounts.allocated} ns"
+            )
+        allocated_ns += accounts.allocated
+    spans_ns = pod.worker.devices * sum(
+        max(0, min(final_ns, final_ns if span.ended_ns is None else span.ended_ns) - span.started_ns)
+        for span in pod.spans
+    )
+    # What became known after a period was closed and is booked in one that is still open is not frozen yet.
+    pending_ns = sum(
+        adjustment.allocated_ns
+        for adjustment in adjustments
+        if adjustment.worker_uid == pod.worker.worker_uid and adjustment.booked_end_ns > final_ns
+    )
+    if allocated_ns != spans_ns - pending_ns:
+        problems.append(
+            f"{name}: its Final periods hold {allocated_ns} ns of allocation; its containers ran {spans_ns} ns until "
+            f"{rfc3339(final_ns)}, of which {pending_ns} ns are booked later"
+        )
+    return problems
+
+
+def check_reports(
+    end_ns: int, reports: Mapping[str, Mapping[str, Any]], found: Iterable[Recount], allocated_ns: int
+) -> list[str]:
+    """Compare the Final reports of a service for a period with the raw records of all its pods.
+
+    `allocated_ns` is what was allocated to its pods; the reports, with the platform's, must add up to it.
+    """
+    found = list(found)
+    problems = []
+    when = f"the period that ended {rfc3339(end_ns)}"
+    billed_ns = sum(int(report["status"]["gpuNanoseconds"]) for report in reports.values())
+    if billed_ns != allocated_ns:
+        problems.append(f"{when}: its reports sum to {billed_ns} ns, allocated were {allocated_ns} ns")
+    raw: dict[str, int] = defaultdict(int)
+    hashes: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+    for each in found:
+        for tenant, gpu_ns in each.tenants[end_ns].items():
+            raw[tenant] += gpu_ns
+        for owner, of_owner in each.hashes[end_ns].items():
+            hashes[owner] += of_owner
+    for tenant in sorted(raw.keys() | reports.keys() | hashes.keys()):
+        report = reports.get(tenant)
+        if report is None:
+            problems.append(f"{when}: {tenant} used {raw[tenant]} ns and has no report")
+            continue
+        status = report["status"]
+        if tenant != PLATFORM and int(status["gpuNanoseconds"]) != raw[tenant]:
+            problems.append(
+                f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {raw[tenant]} ns"
+            )
+        if status["recordCount"] != len(hashes[tenant]):
+            problems.append(
+                f"{when}: {tenant}'s report counts {status['recordCount']} records of {len(hashes[tenant])}"
+            )
+        digest = sha256("".join(each for *_, each in hashes[tenant]).encode()).hexdigest()
+        if status["digest"] != digest:
+            problems.append(f"{when}: the digest of {tenant}'s report is not that of its records")
+    return problems
+
+
+def _count(found: Recount, record: Mapping[str, Any], given_hash: str, booked_end_ns: int) -> None:
+    if record["kind"] == "account":
+        found.accounts[booked_end_ns][record["account"]] += record["gpu_ns"]
+    elif record["kind"] == "session" and record["account"] == "attributed":
+        found.tenants[booked_end_ns][record["tenant"]] += record["gpu_ns"]
+    owner = record["tenant"] or PLATFORM
+    found.hashes[booked_end_ns][owner].append((record["boot_id"], record["seq"], given_hash))
+
+
+def _heads_that_differ(name: str, boots: Iterable[BootFacts], heads: Mapping[str, tuple[int, str]]) -> list[str]:
+    return [
+        f"{name} boot {boot.boot_id}: its cursor stands at seq {boot.committed_seq}, its records end at "
+        f"{heads.get(boot.boot_id, (0, ''))[0]} or with another hash"
+        for boot in boots
+        if heads.get(boot.boot_id) != (boot.committed_seq, boot.head_hash)
+    ]

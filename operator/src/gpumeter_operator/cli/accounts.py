@@ -1,0 +1,215 @@
+"""`gpumeter accounts`: the accounts of every pod and period, and the check that they equal what was allocated.
+
+Owns the table and the exit code. Reads the ledger without changing it, beside a running collector too:
+
+    kubectl exec deploy/gpumeter-collector -- gpumeter accounts --check
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import click
+
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.billing.accounts import Accounts, fold, horizon_ns
+from gpumeter_operator.billing.audit import Recount, check_accounts, check_reports, recount
+from gpumeter_operator.billing.close import lived_in
+from gpumeter_operator.billing.facts import Pod
+from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
+
+UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+COLUMNS = ("allocated", "init", "load", "warmup", "attributed", "nonbillable", "idle", "drain", "unaccounted")
+Service = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The accounts of one pod in one period."""
+
+    namespace: str
+    service: str
+    pod: str
+    period: Period
+    final: bool
+    accounts: Accounts
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the accounts equal what was allocated."""
+        return self.accounts.allocated == self.accounts.owned + self.accounts.unaccounted
+
+
+class Since(click.ParamType[int]):
+    """A time (2026-11-21T14:00:00Z) or how long ago (90s, 30m, 2h, 7d); nanoseconds since 1970."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it, or say how to write it."""
+        text = str(value)
+        if ago := re.fullmatch(r"([0-9]{1,6})([smhd])", text):
+            return time.time_ns() - int(ago[1]) * UNITS_S[ago[2]] * SECOND_NS
+        try:
+            return from_rfc3339(text)
+        except ValueError:
+            self.fail(f"{text!r} is no time; write 2026-11-21T14:00:00Z, or 2h for two hours ago.", param, ctx)
+
+
+@click.command()
+@click.option("--namespace", "-n", help="Only services of this namespace.")
+@click.option("--service", "-s", help="Only services of this name.")
+@click.option("--since", type=Since(), default="1970-01-01T00:00:00Z", help="Only periods that end after this time, or this long ago.")
+@click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--check", is_flag=True, help="Recompute everything from the raw records: chains, sums, reports.")
+@click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+def accounts(
+    *, namespace: str | None, service: str | None, since: int, output: str, check: bool, ledger: str | None
+) -> None:
+    """Check that every pod's accounts add up to the GPU time that Kubernetes allocated to it.
+
+    Exit code 0 when they do, 1 when they do not, 2 when the ledger cannot be read.
+    """
+    try:
+        reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
+        services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
+        rows, problems = [], []
+        for each in services:
+            rows += [row for row in rows_of(reader, each, time.time_ns()) if row.period.end_ns > since]
+            problems += audit(reader, each) if check else []
+    except LedgerUnavailable as problem:
+        click.echo(str(problem), err=True)
+        sys.exit(2)
+    problems += [f"{row.namespace}/{row.pod}: the accounts do not add up" for row in rows if not row.adds_up]
+    click.echo(as_json(rows, problems, checked=check) if output == "json" else as_table(rows, problems, checked=check))
+    sys.exit(1 if problems else 0)
+
+
+def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
+    """Frozen accounts for Final periods; for the others, the accounts as far as they are known now."""
+    schedule, final_ns = reader.schedule(), reader.last_final_ns(*service)
+    rows = []
+    for pod in reader.pods(*service, 0):
+        worker = pod.worker
+        for end_ns, frozen in reader.pod_accounts(worker.worker_uid):
+            rows.append(Row(*service, worker.pod, schedule.period_of(end_ns), True, frozen))
+        for period in _open_periods(reader, service, pod, final_ns, now_ns):
+            lines = [line for line in reader.lines(*service, period.end_ns) if line.worker_uid == worker.worker_uid]
+            adjusted_ns = sum(
+                adjustment.allocated_ns
+                for adjustment in reader.adjustments(*service, period.end_ns)
+                if adjustment.worker_uid == worker.worker_uid
+            )
+            until_ns = horizon_ns(pod, period, now_ns, final=False)
+            booked = fold(pod, period, lines, until_ns=until_ns, adjusted_ns=adjusted_ns)
+            if lines or adjusted_ns or lived_in(pod, period):
+                rows.append(Row(*service, worker.pod, period, False, booked.accounts))
+    return sorted(rows, key=lambda row: (row.namespace, row.service, row.period, row.pod))
+
+
+def audit(reader: Reader, service: Service) -> list[str]:
+    """Every difference between the raw records of a service, its pods' accounts and its reports."""
+    schedule, adjustments = reader.schedule(), reader.adjustments(*service)
+    final_ns = reader.last_final_ns(*service)
+    recounts: list[Recount] = []
+    problems: list[str] = []
+    allocated_ns: dict[int, int] = {}
+    for pod in reader.pods(*service, 0):
+        frozen = reader.pod_accounts(pod.worker.worker_uid)
+        found = recount(pod, reader.bodies(pod.worker.worker_uid), schedule, adjustments)
+        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns)
+        recounts.append(found)
+        for end_ns, of_period in frozen:
+            allocated_ns[end_ns] = allocated_ns.get(end_ns, 0) + of_period.allocated
+    reports: dict[int, dict[str, dict[str, object]]] = {}
+    for end_ns, tenant, body in reader.final_reports(*service):
+        reports.setdefault(end_ns, {})[tenant] = json.loads(body)
+    for end_ns in sorted(reports.keys() | allocated_ns.keys()):
+        problems += [
+            f"{service[0]}/{service[1]}: {problem}"
+            for problem in check_reports(end_ns, reports.get(end_ns, {}), recounts, allocated_ns.get(end_ns, 0))
+        ]
+    return problems
+
+
+def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:
+    """One line a pod and period, in seconds, exact to the nanosecond; then the sums and the verdict."""
+    header = ("NAMESPACE", "SERVICE", "POD", "PERIOD", "PHASE", *(name.upper() for name in COLUMNS), "CHECK")
+    cells = [header]
+    for row in rows:
+        figures = (_seconds(getattr(row.accounts, name)) for name in COLUMNS)
+        phase, verdict = "Final" if row.final else "Open", "equal" if row.adds_up else "DIFFERS"
+        cells.append((row.namespace, row.service, row.pod, rfc3339(row.period.start_ns), phase, *figures, verdict))
+    total = sum((row.accounts for row in rows), Accounts())
+    cells.append(("total", "", "", "", "", *(_seconds(getattr(total, name)) for name in COLUMNS), ""))
+    widths = [max(len(line[index]) for line in cells) for index in range(len(header))]
+    lines = [
+        "  ".join(
+            _pad(cell, width, index) for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    lines += [
+        "",
+        "GPU-seconds. allocated = init + load + warmup + attributed + nonbillable + idle + drain + unaccounted",
+    ]
+    residual_ns = sum(abs(row.accounts.unaccounted) for row in rows)
+    share = f" ({100 * residual_ns / total.allocated:.3f} % of allocated)" if total.allocated > 0 else ""
+    lines.append(
+        f"unaccounted: {_seconds(residual_ns)} s{share}. Kubernetes states container times in whole seconds, so "
+        "a start or an end of a container leaves up to one second of each GPU."
+    )
+    what = (
+        "chains, sums and reports recomputed from the raw records" if checked else "--check recomputes from raw records"
+    )
+    lines += [*(f"DIFFERS {problem}" for problem in problems)]
+    lines.append(f"{'accounts = allocated: ' + ('NO' if problems else 'yes')} ({len(rows)} rows; {what})")
+    return "\n".join(lines)
+
+
+def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
+    """The same as data; nanoseconds."""
+    return json.dumps(
+        {
+            "rows": [
+                {
+                    "namespace": row.namespace,
+                    "service": row.service,
+                    "pod": row.pod,
+                    "start": rfc3339(row.period.start_ns),
+                    "end": rfc3339(row.period.end_ns),
+                    "final": row.final,
+                    "accounts": asdict(row.accounts),
+                    "addsUp": row.adds_up,
+                }
+                for row in rows
+            ],
+            "problems": problems,
+            "checkedFromRawRecords": checked,
+            "addsUp": not problems,
+        },
+        indent=2,
+    )
+
+
+def _open_periods(reader: Reader, service: Service, pod: Pod, final_ns: int, now_ns: int) -> list[Period]:
+    schedule = reader.schedule()
+    found = {schedule.period_of(end_ns) for end_ns in reader.booked_ends(*service, final_ns)}
+    for span in pod.spans:
+        end_ns = now_ns if span.ended_ns is None else span.ended_ns
+        found |= set(schedule.between(max(final_ns, span.started_ns), end_ns))
+    return sorted(found)
+
+
+def _seconds(gpu_ns: int) -> str:
+    sign, gpu_ns = ("-", -gpu_ns) if gpu_ns < 0 else ("", gpu_ns)
+    return f"{sign}{gpu_ns // SECOND_NS}.{gpu_ns % SECOND_NS:09d}"
+
+
+def _pad(cell: str, width: int, index: int) -> str:
+    return cell.rjust(width) if 5 <= index < 5 + len(COLUMNS) else cell.ljust(width)
