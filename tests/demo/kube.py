@@ -108,7 +108,7 @@ class Kube:
         except subprocess.TimeoutExpired:
             raise DemoFailed(f"`{shown}` did not end within {timeout_s:.0f} s.") from None
         if done.returncode != 0:
-            raise DemoFailed(f"`{shown}` failed.", (done.stderr or done.stdout).strip())
+            raise DemoFailed(f"`{shown}` failed.", f"{done.stdout}\n{done.stderr}".strip())
         return done.stdout
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,11 @@ def show(demo: Demo, lines: list[audit.Line]) -> None:
     )
     _title("The bill: kubectl get usagereports -A")
     print(demo.kube.run("get", "usagereports.gpumeter.io", "-A", "--sort-by=.spec.period.start"))
-    _title("Accounts = allocated, for every pod: gpumeter accounts, inside the collector")
+    _title("Accounts = allocated, for every pod: gpumeter accounts --check, inside the collector")
     collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
-    print(demo.kube.run(*collector, "gpumeter", "accounts"))
+    since = datetime.fromtimestamp(lines[0].start_ns // audit.SECOND_NS, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    service = ("--namespace", TEAM, "--service", SERVICE, "--since", since)
+    print(demo.kube.run(*collector, "gpumeter", "accounts", "--check", *service))
     _title("The same from outside: reports against the pods' container status, both from kubectl")
     print(audit.table(lines))
     wrong = [line for line in lines if not line.holds]
