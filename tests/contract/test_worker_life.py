@@ -59,7 +59,10 @@ def test_killed_at_any_moment_the_next_boot_continues_and_nothing_is_lost_or_dou
     with worker(tmp_path, {"GPUMETER_DRAIN_TIMEOUT_MS": "3000"}) as second:
         until(lambda: second.reason() not in ("", "Starting") or len(_boots(second)) == 2, "the journal is open")
         second.collect(ledger, limit=3)  # in small pages, with the engine still loading
-        until(lambda: (second.collect(ledger), len(_boots(second)) == 1)[1], "the former boot is collected whole")
+        until(
+            lambda: (second.collect(ledger), len(_boots(second)) == 1 and len(ledger.records) == 2)[1],
+            "the former boot is collected whole, and the first records of this one",
+        )
         former, current = ledger.records.values()
         assert [record.seq for record in former][: len(in_ledger)] == in_ledger
         assert (former[-1].kind, former[-1].status) == (Kind.SEAL, Status.RECOVERED)
@@ -134,6 +137,17 @@ def test_without_an_acknowledgement_the_lease_ends_admission_and_one_brings_it_b
         until(lambda: process.reason() == "LeaseExpired", "the lease ran out", timeout_s=240)
         process.collect(Ledger())
         assert process.reason() == "Ready"
+
+
+def test_a_damaged_journal_keeps_the_worker_up_but_not_ready(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "journal.sqlite").write_bytes(b"this was never a database" * 100)
+    with worker(tmp_path) as process:
+        until(lambda: process.reason() == "JournalUnusable", "it says why")
+        assert process.children() == []  # no engine is started for what could not be billed
+        process.send(signal.SIGTERM)
+        assert process.process.wait(30) == 0
+    assert (tmp_path / "journal" / "journal.sqlite").read_bytes().startswith(b"this was never")
 
 
 def refused(tmp_path: Path, **environment: str) -> tuple[str, float]:

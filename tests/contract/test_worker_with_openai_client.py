@@ -278,7 +278,7 @@ def test_a_full_queue_is_told_at_the_door(served: WorkerProcess, ledger: Ledger)
     try:
         status, document = raw(served, json.dumps(long).encode())
         assert (status, document["error"]["code"]) == (429, "queue_full")
-        assert served.metrics()['vllm:num_requests_waiting{model_name="smollm2"}'] == 4
+        until(lambda: served.metrics()['vllm:num_requests_waiting{model_name="smollm2"}'] == 4, "eight run, four wait")
     finally:
         for stream in streams:
             stream.close()

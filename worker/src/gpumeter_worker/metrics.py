@@ -26,7 +26,7 @@ _BETWEEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 class Observations:
     """Counters and histograms that are fed as things happen."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._step_s = Histogram(
             "gpumeter_step_duration_seconds", "Measured time of a step", registry=self.registry, buckets=_STEP_S
@@ -35,14 +35,27 @@ class Observations:
             "gpumeter_step_sequences", "Sequences that shared a step", registry=self.registry, buckets=_BATCH
         )
         self._sessions = Counter("gpumeter_sessions", "Sessions that ended, by how", ["status"], registry=self.registry)
-        self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens processed", registry=self.registry)
-        self._generated = Counter("vllm:generation_tokens", "Tokens generated", registry=self.registry)
+        model = ["model_name"]
+        self._prompt = Counter("vllm:prompt_tokens", "Prompt tokens processed", model, registry=self.registry).labels(
+            model_name
+        )
+        self._generated = Counter("vllm:generation_tokens", "Tokens generated", model, registry=self.registry).labels(
+            model_name
+        )
         self._first_s = Histogram(
-            "vllm:time_to_first_token_seconds", "Admission to first token", registry=self.registry, buckets=_FIRST_S
-        )
+            "vllm:time_to_first_token_seconds",
+            "Admission to first token",
+            model,
+            registry=self.registry,
+            buckets=_FIRST_S,
+        ).labels(model_name)
         self._between_s = Histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens", registry=self.registry, buckets=_BETWEEN_S
-        )
+            "vllm:inter_token_latency_seconds",
+            "Between two tokens",
+            model,
+            registry=self.registry,
+            buckets=_BETWEEN_S,
+        ).labels(model_name)
         self.engine_restarts = Counter("gpumeter_engine_restarts", "Engines lost", registry=self.registry)
         self.kv_tokens = Gauge("gpumeter_kv_tokens", "Tokens in the cache", registry=self.registry)
         for status in (Status.FINISHED, Status.CANCELLED, Status.FAILED):

@@ -85,7 +85,7 @@ class Worker:
             settings.journal_dir, settings.worker_uid, settings.service, settings.journal_max_bytes
         )
         self.sessions = Sessions()
-        self.observed = Observations()
+        self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
         self.engine: Ready | None = None
         self._link: EngineLink | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from gpumeter_worker.api.errors import Refused, bad_parameter, error_document, error_response
@@ -169,6 +170,10 @@ def translate_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)  # noqa: S101 - what the decorator says
         return error_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it: the client left before its request was whole
 
     @app.exception_handler(HTTPException)
     async def not_routed(_: Request, error: Exception) -> Response:

@@ -174,8 +174,6 @@ async def _pieces(answer: Answer) -> AsyncIterator[str]:
             answer.worker.take_back(session, Status.FINISHED)
     if rest := text.finish():
         yield rest
-        if text.stopped:
-            return
 
 
 async def _while_connected(work: Coroutine[Any, Any, None], receive: Receive, answer: Answer) -> None:
