@@ -198,14 +198,14 @@ def show(demo: Demo, lines: list[audit.Line]) -> None:
         raise DemoFailed(f"{len(wrong)} of {len(lines)} periods do not add up.", bill_evidence(demo))
     print(
         f"\n{len(lines)} periods, {audit.seconds(allocated_ns)} s allocated, every nanosecond has an owner; "
-        f"unaccounted: {audit.seconds(unaccounted_ns)} s."
+        f"unaccounted: {audit.seconds(unaccounted_ns)} s.\n"
+        "A step belongs to the minute of its end: one that crosses the edge leaves a rest here and takes it back there."
     )
 
 
 def farewell(demo: Demo, keys: dict[str, str]) -> None:
     """How to go on, and how to remove everything."""
     tenant, key = next(iter(keys.items()))
-    kubectl = "kubectl" if demo.kube.kubectl.parent == Path("/usr/bin") else str(demo.kube.kubectl)
     _title("The cluster goes on running")
     print(f"""Talk to it:
 
@@ -226,7 +226,7 @@ That is {tenant}'s key; all keys are in {demo.keys_file}. A minute later: kubect
 
 Remove it:
 
-  {Path(kubectl).name} -n {TEAM} delete inferenceservices.gpumeter.io {SERVICE}   # its last usage is collected first
+  kubectl -n {TEAM} delete inferenceservices.gpumeter.io {SERVICE}   # its last usage is collected first
   helm -n {RELEASE_NAMESPACE} uninstall {RELEASE}
   make cluster-down                                            # or all at once: the cluster and everything in it
 """)
