@@ -64,7 +64,12 @@ class Since(click.ParamType[int]):
 @click.command()
 @click.option("--namespace", "-n", help="Only services of this namespace.")
 @click.option("--service", "-s", help="Only services of this name.")
-@click.option("--since", type=Since(), default="1970-01-01T00:00:00Z", help="Only periods that end after this time, or this long ago.")
+@click.option(
+    "--since",
+    type=Since(),
+    default="1970-01-01T00:00:00Z",
+    help="Only periods that end after this time, or this long ago.",
+)
 @click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--check", is_flag=True, help="Recompute everything from the raw records: chains, sums, reports.")
 @click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")

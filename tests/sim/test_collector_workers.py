@@ -1,0 +1,263 @@
+"""Workers that misbehave, over real HTTP: each is an alarm with a sentence, and nobody else is hurt."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from gpumeter_operator.adapters.workers import Target, Workers
+from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.discover import NotAWorker, events_of, events_of_removed, worker_of
+from gpumeter_operator.flow.rounds import CollectRound
+from gpumeter_usage.page import MAX_PAGE_BYTES, Page, decode_acknowledgement, encode_page, encode_status
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.record import Account
+from rigs.ledger import (
+    START_NS,
+    TOKEN,
+    Clock,
+    FakeWorker,
+    ended,
+    finals,
+    gone,
+    inline,
+    open_ledger,
+    pod_manifest,
+    service_manifest,
+    started,
+    worker,
+)
+
+Answer = Callable[[Page], web.StreamResponse]
+NOW_NS = START_NS + 50 * SECOND_NS
+
+
+def honest(page: Page) -> web.Response:
+    return web.Response(body=encode_page(page))
+
+
+@asynccontextmanager
+async def serving(fake: FakeWorker, answer: Answer = honest, token: str = TOKEN) -> AsyncIterator[Target]:
+    """A worker's port on a free port of this machine; `answer` makes the response out of the true page."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.headers.get("Authorization") != f"Bearer {token}":
+            return web.Response(status=401, text="the token is not this worker's")
+        if request.path.endswith("/status"):
+            return web.Response(body=encode_status(fake.status()))
+        if request.path.endswith("/acknowledge"):
+            fake.acknowledge(decode_acknowledgement(await request.read()))
+            return web.Response(status=204)
+        return answer(fake.page(request.query["boot"], int(request.query["after"])))
+
+    app = web.Application()
+    app.router.add_route("*", "/usage/v1/{what}", handle)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield Target("127.0.0.1", TOKEN, runner.addresses[0][1])
+    finally:
+        await runner.cleanup()
+
+
+def a_worker(number: int) -> FakeWorker:
+    fake = FakeWorker(worker(number), START_NS)
+    fake.spend(Account.LOAD, START_NS + 10 * SECOND_NS)
+    fake.serve(f"s-{number}", "acme", START_NS + 30 * SECOND_NS)
+    return fake
+
+
+def cut_short(page: Page) -> web.Response:
+    return web.Response(body=encode_page(page)[:-20])
+
+
+def too_large(_: Page) -> web.Response:
+    return web.Response(body=b" " * (MAX_PAGE_BYTES + 1))
+
+
+def of_another_service(page: Page) -> web.Response:
+    return honest(replace(page, service="team-b/other"))
+
+
+def of_another_worker(page: Page) -> web.Response:
+    return honest(replace(page, worker_uid="pod-uid-7"))
+
+
+def of_another_boot(page: Page) -> web.Response:
+    return honest(replace(page, boot_id="boot-7"))
+
+
+def with_a_gap(page: Page) -> web.Response:
+    return honest(replace(page, after=page.after + 1, links=page.links[1:]))
+
+
+def empty(page: Page) -> web.Response:
+    return honest(replace(page, links=()))
+
+
+def reordered(page: Page) -> web.Response:
+    return honest(replace(page, links=page.links[::-1]))
+
+
+def broken(_: Page) -> web.Response:
+    return web.Response(status=500, text="the journal is damaged")
+
+
+def elsewhere(_: Page) -> web.Response:
+    return web.Response(status=302, headers={"Location": "http://169.254.169.254/latest/meta-data"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "told"),
+    [
+        (cut_short, "PageInvalid", "cut short"),
+        (too_large, "WorkerRefuses", "larger than"),
+        (of_another_service, "ForeignService", "it speaks for the service team-b/other"),
+        (of_another_worker, "ForeignWorker", "it speaks for the worker pod-uid-7"),
+        (of_another_boot, "ForeignBoot", "boot-7 was sent"),
+        (with_a_gap, "SequenceGap", "records 1 to 1 are missing"),
+        (empty, "NothingNew", "nothing after seq 0 was sent"),
+        (reordered, "ChainBroken", "the chain requires"),
+        (broken, "WorkerRefuses", "answered with 500: the journal is damaged"),
+        (elsewhere, "WorkerRefuses", "answered with 302"),
+    ],
+)
+async def test_a_worker_that_misbehaves_is_an_alarm_and_hurts_nobody_else(
+    answer: Answer, reason: str, told: str, tmp_path: Path
+) -> None:
+    ledger, workers = open_ledger(tmp_path / "ledger.db"), Workers()
+    bad, good = a_worker(1), a_worker(2)
+    for fake in (bad, good):
+        ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    collector = Collector(ledger, workers, inline, Clock(NOW_NS))
+    async with serving(bad, answer) as to_bad, serving(good) as to_good:
+        for _ in range(2):  # the same trouble twice is one alarm
+            collector.start_pulls([(bad.identity, to_bad), (good.identity, to_good)])
+            await collector.finish()
+    await workers.close()
+    assert [alarm[:2] for alarm in ledger.alarms()] == [(reason, bad.identity.worker_uid)]
+    assert told in ledger.alarms()[0][2]
+    assert ledger.boots(bad.identity.worker_uid) == ()
+    assert bad.acknowledgements == []
+    assert ledger.boots(good.identity.worker_uid)[0].committed_seq == good.boot.acknowledged_seq == len(good.boot.links)
+    held = next(pod for pod in ledger.pods("team-a", "smollm2", 0) if pod.worker == bad.identity)
+    assert told in held.problem
+
+
+async def test_a_worker_with_anothers_token_is_not_believed(tmp_path: Path) -> None:
+    ledger, workers, fake = open_ledger(tmp_path / "ledger.db"), Workers(), a_worker(1)
+    async with serving(fake, token="another's") as target:
+        assert not await Collector(ledger, workers, inline, Clock(NOW_NS)).pull(fake.identity, target)
+    await workers.close()
+    assert "answered with 401" in ledger.alarms()[0][2]
+
+
+async def test_a_worker_that_is_not_there_is_waited_for_without_an_alarm(tmp_path: Path) -> None:
+    ledger, workers, fake = open_ledger(tmp_path / "ledger.db"), Workers(), a_worker(1)
+    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    async with serving(fake) as target:
+        pass
+    assert not await Collector(ledger, workers, inline, Clock(NOW_NS)).pull(fake.identity, target)
+    await workers.close()
+    assert ledger.alarms() == []
+    assert "cannot be reached" in ledger.pods("team-a", "smollm2", 0)[0].problem
+
+
+async def test_a_slow_worker_delays_only_itself(tmp_path: Path) -> None:
+    ledger, fast, clock = open_ledger(tmp_path / "ledger.db"), a_worker(1), Clock(NOW_NS)
+    slow, released = a_worker(2), asyncio.Event()
+
+    class Slow(Workers):
+        async def status(self, target: Target):  # type: ignore[no-untyped-def]
+            if target == to_slow:
+                await released.wait()
+            return await super().status(target)
+
+    workers = Slow()
+    collector = Collector(ledger, workers, inline, clock)
+    async with serving(fast) as to_fast, serving(slow) as to_slow:
+        fleet = [(slow.identity, to_slow), (fast.identity, to_fast)]
+        for size in (4, 6):
+            fast.spend(Account.IDLE, fast.frontier_ns + SECOND_NS)
+            fast.spend(Account.IDLE, fast.frontier_ns + SECOND_NS)
+            async with asyncio.timeout(10):
+                while fast.boot.acknowledged_seq < len(fast.boot.links):
+                    collector.start_pulls(fleet)
+                    await asyncio.sleep(0)
+            assert fast.boot.acknowledged_seq >= size
+        assert slow.acknowledgements == []
+        released.set()
+        await collector.finish()
+        assert slow.boot.acknowledged_seq == len(slow.boot.links)
+    await workers.close()
+
+
+async def test_pods_that_went_while_nobody_watched_accrue_nothing_more(tmp_path: Path) -> None:
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
+    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
+    ledger.settle(fake.identity.worker_uid, fake.frontier_ns, NOW_NS)
+    later_ns = START_NS + 10 * MINUTE_NS
+    collector = Collector(ledger, Workers(), inline, Clock(later_ns))
+    await CollectRound(ledger, collector, inline, pods=dict, services=dict).recover(later_ns)
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), later_ns)
+    bill = finals(ledger)
+    assert {end for end, _ in bill} == {START_NS + MINUTE_NS}, "a pod that is gone has no further periods"
+    status = bill[START_NS + MINUTE_NS, PLATFORM]["status"]
+    assert (status["accounts"]["allocated"], status["accounts"]["unaccounted"]) == (str(30 * SECOND_NS), "0")
+    assert status["completeness"]["missing"][0]["reason"] == "SealMissing"
+
+
+async def test_the_last_state_of_a_removed_pod_is_kept(tmp_path: Path) -> None:
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
+    of, services = fake.identity, {("team-a", "smollm2"): service_manifest(fake.identity)}
+    pods = {("team-a", of.pod): pod_manifest(of, "10.0.0.1", ("c", START_NS, None))}
+    collector = Collector(ledger, Workers(), inline, Clock(NOW_NS))
+    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services)
+    await round_.run(lambda _: TOKEN, NOW_NS)
+    await collector.finish()
+    pods.clear()
+    round_.removed(pod_manifest(of, "10.0.0.1", ("c", START_NS, START_NS + 45 * SECOND_NS)), NOW_NS)
+    await round_.run(lambda _: TOKEN, NOW_NS)
+    pod = ledger.pods("team-a", "smollm2", 0)[0]
+    assert (pod.gone, pod.spans[0].ended_ns, pod.spans[0].end_known) == (True, START_NS + 45 * SECOND_NS, True)
+
+
+def test_a_pod_is_a_worker_only_of_a_service_that_exists_in_its_own_namespace() -> None:
+    of = worker()
+    pod, services = pod_manifest(of, "10.0.0.1"), {("team-a", "smollm2"): service_manifest(of)}
+    assert worker_of(pod, services) == of
+    elsewhere_ = worker_of(pod, {("team-b", "smollm2"): service_manifest(of)})
+    assert isinstance(elsewhere_, NotAWorker) and "does not exist in its namespace" in elsewhere_.message
+    other = service_manifest(replace(of, service_uid="another"))
+    replaced = worker_of(pod, {("team-a", "smollm2"): other})
+    assert isinstance(replaced, NotAWorker) and replaced.reason == "ServiceReplaced"
+    pod["metadata"]["annotations"]["gpumeter.io/devices"] = "-1"
+    invalid = worker_of(pod, services)
+    assert isinstance(invalid, NotAWorker) and "must be a number from 1" in invalid.message
+
+
+def test_a_restarted_container_is_two_spans_and_one_that_nobody_saw_end_has_vanished() -> None:
+    of = worker()
+    restarted = pod_manifest(of, "", ("c1", START_NS, START_NS + SECOND_NS), ("c2", START_NS + 2 * SECOND_NS, None))
+    assert events_of(restarted, NOW_NS) == (
+        started("c1", START_NS),
+        ended("c1", START_NS + SECOND_NS),
+        started("c2", START_NS + 2 * SECOND_NS),
+    )
+    assert [event.event for event in events_of_removed(restarted, NOW_NS)][-2:] == ["vanished", "gone"]
+    unknown = {"name": "main", "state": {"terminated": {"containerID": "c1", "startedAt": None, "finishedAt": None}}}
+    restarted["status"] = {"phase": "Failed", "containerStatuses": [unknown]}
+    assert [(event.event, event.at_ns) for event in events_of(restarted, NOW_NS)] == [
+        ("vanished", NOW_NS),
+        ("gone", NOW_NS),
+    ]
+    assert gone(NOW_NS) in events_of(restarted, NOW_NS)

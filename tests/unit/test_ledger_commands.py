@@ -1,0 +1,105 @@
+"""`gpumeter collector` and `gpumeter accounts` as a user meets them."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gpumeter_operator.cli.accounts import accounts
+from gpumeter_operator.cli.collector_settings import SettingsInvalid, read_settings
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity
+from gpumeter_usage.record import Account
+from rigs.ledger import START_NS, FakeWorker, ended, gone, open_ledger, started, worker
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A ledger with one pod that ran for 90 seconds, both of its minutes closed."""
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), FakeWorker(worker(), START_NS)
+    fake.spend(Account.LOAD, START_NS + 10 * SECOND_NS)
+    fake.serve("s-1", "acme", START_NS + 70 * SECOND_NS)
+    fake.seal()
+    life = [started("c", START_NS), ended("c", START_NS + 90 * SECOND_NS), gone(START_NS + 91 * SECOND_NS)]
+    ledger.observe(fake.identity, life, START_NS + 91 * SECOND_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 91 * SECOND_NS)
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 10 * MINUTE_NS)
+    ledger.close()
+    return tmp_path / "ledger.db"
+
+
+def run(path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(accounts, ["--ledger", f"sqlite:///{path}", *arguments])
+
+
+def test_accounts_prints_every_pod_and_period_to_the_nanosecond(path: Path) -> None:
+    told = run(path, "--check")
+    assert told.exit_code == 0, told.output
+    lines = [line.split() for line in told.output.splitlines()]
+    assert lines[1][5:] == ["60.000000000", "0.000000000", "10.000000000", "0.000000000", "50.000000000"] + 4 * [
+        "0.000000000"
+    ] + ["equal"]
+    assert lines[2][12] == "20.000000000", "what follows the seal is drain"
+    assert "accounts = allocated: yes (2 rows" in told.output
+
+
+def test_accounts_as_data_can_be_narrowed(path: Path) -> None:
+    whole = json.loads(run(path, "-o", "json").stdout)
+    assert [row["accounts"]["allocated"] for row in whole["rows"]] == [60 * SECOND_NS, 30 * SECOND_NS]
+    assert json.loads(run(path, "-o", "json", "--since", "2026-11-21T10:01:00Z").stdout)["rows"] == whole["rows"][1:]
+    assert json.loads(run(path, "-o", "json", "-n", "team-b").stdout)["rows"] == []
+
+
+def test_accounts_names_what_was_changed_and_ends_with_1(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute("DROP TRIGGER records_no_update")
+    raw.execute("UPDATE records SET body = replace(body, 'acme', 'beta') WHERE seq = 2")
+    raw.execute("UPDATE records SET body = CAST(body AS BLOB)")
+    raw.commit()
+    raw.close()
+    assert run(path).exit_code == 0, "without --check the raw records are not read"
+    told = run(path, "--check")
+    assert told.exit_code == 1
+    assert "team-a/smollm2-1 boot boot-1 seq 2: its bytes or those before it were changed" in told.output
+    assert "beta used 50000000000 ns and has no report" in told.output
+    assert "accounts = allocated: NO" in told.output
+
+
+def test_accounts_that_do_not_add_up_end_with_1(path: Path) -> None:
+    raw = sqlite3.connect(path)
+    raw.execute("DROP TRIGGER pod_accounts_no_update")
+    raw.execute("UPDATE pod_accounts SET idle = idle + 1")
+    raw.commit()
+    raw.close()
+    told = run(path)
+    assert told.exit_code == 1
+    assert "DIFFERS" in told.output
+
+
+def test_accounts_without_a_ledger_end_with_2_and_a_sentence(tmp_path: Path) -> None:
+    told = run(tmp_path / "absent.db")
+    assert (told.exit_code, "There is no ledger at" in told.stderr) == (2, True)
+    assert "is no time; write" in run(tmp_path / "absent.db", "--since", "yesterday").stderr
+
+
+def test_all_wrong_settings_are_told_at_once(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"short")
+    with pytest.raises(SettingsInvalid) as invalid:
+        read_settings(
+            {"GPUMETER_PERIOD": "7m", "GPUMETER_PULL_INTERVAL_MS": "-1", "GPUMETER_MASTER_KEY_FILE": str(key)}
+        )
+    told = "\n".join(invalid.value.problems)
+    assert len(invalid.value.problems) == 3
+    for part in ("GPUMETER_PERIOD is '7m'; set one of 1m, 5m, 15m, 1h", "PULL_INTERVAL_MS is '-1'", "holds 5 bytes"):
+        assert part in told
+
+
+def test_settings_have_defaults(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    settings = read_settings({"GPUMETER_MASTER_KEY_FILE": str(key)})
+    assert (settings.granularity, settings.pull_interval_ms, settings.grace_s) == (Granularity.HOUR, 2000, 600)
+    assert settings.ledger_url == "sqlite:////var/lib/gpumeter/ledger.db"
