@@ -98,17 +98,6 @@ def test_pages_repeated_cut_and_shuffled_change_nothing(life: int, network: int)
 
 
 FIGURES = ("allocated", "load", "attributed", "nonbillable", "idle", "drain", "unaccounted", "host_gap")
-    "allocated",
-    "init",
-    "load",
-    "warmup",
-    "attributed",
-    "nonbillable",
-    "idle",
-    "drain",
-    "unaccounted",
-    "host_gap",
-)
 
 
 @settings(max_examples=30, deadline=None)
