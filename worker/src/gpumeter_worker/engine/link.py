@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 5.0
 
+# Threads that spin while they wait starve each other where cores are shared: measured on two busy cores, one request
+# got 1.2 to 2.8 tokens/s with OpenMP's default and 9 to 12.6 with this. Whoever sets it otherwise is obeyed.
+_ENGINE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class EngineLink:
     """One engine process from start to end. A link is not used again; a restart makes a new one."""
@@ -43,7 +47,7 @@ class EngineLink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gpumeter_worker.engine.process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+                env=_ENGINE_ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(options.threads)},
             )
         self._channel: Connection[Command | EngineOptions, Sequence[Event]] = Connection(ours.detach())
         self._outgoing.put(options)
