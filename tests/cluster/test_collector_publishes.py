@@ -189,7 +189,7 @@ async def _more_than(fake: FakeWorker, seq: int) -> bool:
 
 async def _ended(collector: CollectorProcess) -> bool:
     told = json.loads((await asyncio.to_thread(collector.accounts, "-o", "json")).stdout)
-    return any(row["accounts"]["drain"] > 0 for row in told["rows"])
+    return any(row["accounts"]["drain"] > 0 for row in told["lines"])
 
 
 async def test_a_pod_without_its_service_is_not_asked_and_a_namespace_that_goes_harms_nobody(
@@ -204,7 +204,7 @@ async def test_a_pod_without_its_service_is_not_asked_and_a_namespace_that_goes_
         await eventually(lambda: finals_of(cluster, namespace, [start_ns]), timeout_s=60)
         assert "belongs to another InferenceService" in collector.log.read_text()
         told = json.loads(collector.accounts("-o", "json").stdout)
-        assert {row["pod"] for row in told["rows"]} == {identity.pod}
+        assert {row["pod"] for row in told["lines"]} == {identity.pod}
 
         await cluster.delete(INFERENCE_SERVICES, "smollm2", namespace)
         server.call("DELETE", f"/api/v1/namespaces/{namespace}")

@@ -47,9 +47,9 @@ def test_accounts_prints_every_pod_and_period_to_the_nanosecond(path: Path) -> N
 
 def test_accounts_as_data_can_be_narrowed(path: Path) -> None:
     whole = json.loads(run(path, "-o", "json").stdout)
-    assert [row["accounts"]["allocated"] for row in whole["rows"]] == [60 * SECOND_NS, 30 * SECOND_NS]
-    assert json.loads(run(path, "-o", "json", "--since", "2026-11-21T10:01:00Z").stdout)["rows"] == whole["rows"][1:]
-    assert json.loads(run(path, "-o", "json", "-n", "team-b").stdout)["rows"] == []
+    assert [row["accounts"]["allocated"] for row in whole["lines"]] == [60 * SECOND_NS, 30 * SECOND_NS]
+    assert json.loads(run(path, "-o", "json", "--since", "2026-11-21T10:01:00Z").stdout)["lines"] == whole["lines"][1:]
+    assert json.loads(run(path, "-o", "json", "-n", "team-b").stdout)["lines"] == []
 
 
 def test_accounts_names_what_was_changed_and_ends_with_1(path: Path) -> None:

@@ -35,6 +35,7 @@ class Row:
     namespace: str
     service: str
     pod: str
+    worker_uid: str
     period: Period
     final: bool
     accounts: Accounts
@@ -102,7 +103,7 @@ def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
     for pod in reader.pods(*service, 0):
         worker = pod.worker
         for end_ns, frozen in reader.pod_accounts(worker.worker_uid):
-            rows.append(Row(*service, worker.pod, schedule.period_of(end_ns), True, frozen))
+            rows.append(Row(*service, worker.pod, worker.worker_uid, schedule.period_of(end_ns), True, frozen))
         for period in _open_periods(reader, service, pod, final_ns, now_ns):
             lines = [line for line in reader.lines(*service, period.end_ns) if line.worker_uid == worker.worker_uid]
             adjusted_ns = sum(
@@ -113,7 +114,7 @@ def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
             until_ns = horizon_ns(pod, period, now_ns, final=False)
             booked = fold(pod, period, lines, until_ns=until_ns, adjusted_ns=adjusted_ns)
             if lines or adjusted_ns or lived_in(pod, period):
-                rows.append(Row(*service, worker.pod, period, False, booked.accounts))
+                rows.append(Row(*service, worker.pod, worker.worker_uid, period, False, booked.accounts))
     return sorted(rows, key=lambda row: (row.namespace, row.service, row.period, row.pod))
 
 
@@ -181,11 +182,12 @@ def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
     """The same as data; nanoseconds."""
     return json.dumps(
         {
-            "rows": [
+            "lines": [
                 {
                     "namespace": row.namespace,
                     "service": row.service,
                     "pod": row.pod,
+                    "workerUid": row.worker_uid,
                     "start": rfc3339(row.period.start_ns),
                     "end": rfc3339(row.period.end_ns),
                     "final": row.final,
