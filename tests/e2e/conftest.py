@@ -28,8 +28,8 @@ def devcluster(*arguments: str) -> None:
 def release(request: pytest.FixtureRequest) -> Iterator[steps.Demo]:
     """The installed chart on a real node that offers two GPUs it does not have, with the tenants' keys in place."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
-    progress = Progress()
     with capture.global_and_fixture_disabled():
+        progress = Progress()
         print(flush=True)
         devcluster("down")
         devcluster("up", "--gpus", "2")

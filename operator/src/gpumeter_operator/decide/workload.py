@@ -252,6 +252,7 @@ def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
         "name": MAIN_CONTAINER,
         "image": spec.engine_image or installation.worker_image,
         "imagePullPolicy": installation.worker_image_pull_policy,
+        "args": ["serve"],
         "ports": [
             {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
             {"name": "usage", "containerPort": USAGE_PORT, "protocol": "TCP"},

@@ -205,12 +205,9 @@ def _dtype(asked: str, config: Any, device: str) -> torch.dtype:
 
 
 def _max_length(asked: int, config: Any) -> int:
+    """What was asked for (0 asks for nothing), or the model's own limit where that is smaller."""
     own = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN)
-    if asked > own:
-        raise LoadFailed(
-            "SettingsInvalid", f"maxModelLen is {asked} and the model was made for {own} tokens; lower maxModelLen"
-        )
-    return asked or min(own, DEFAULT_MAX_MODEL_LEN)
+    return min(asked or DEFAULT_MAX_MODEL_LEN, own)
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
