@@ -166,6 +166,12 @@ def test_the_digest_is_over_the_hashes_in_the_order_of_their_keys() -> None:
     assert found[PLATFORM]["status"]["digest"] == digest_of([])
 
 
+def test_a_final_report_without_records_has_a_digest_too_and_one_that_may_change_has_none() -> None:
+    assert by_tenant(hour())[PLATFORM]["status"]["digest"] == digest_of([])
+    running = Verdict(Phase.OPEN, "PeriodRunning", "The period runs.", 1)
+    assert "digest" not in by_tenant(hour(verdict=running))[PLATFORM]["status"]
+
+
 def test_no_two_services_and_tenants_share_a_report_name() -> None:
     pairs = [("a", "b-c"), ("a-b", "c"), ("a--b", "c"), ("a", "b--c"), ("a", "platform-b"), ("a", PLATFORM)]
     names = [report_name(service, tenant, PERIOD) for service, tenant in pairs]

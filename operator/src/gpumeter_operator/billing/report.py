@@ -166,7 +166,7 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
         status["currency"] = of.plan.currency
         if prompt + completion:
             status["pricePerThousandTokens"] = plain(per_thousand(priced.amount, prompt + completion))
-    if of.digests:
+    if of.verdict.phase is Phase.FINAL:
         status["digest"] = of.digests.get(tenant, digest_of(()))
     return status
 
