@@ -375,7 +375,7 @@ async def test_a_deleted_service_stays_until_its_last_worker_has_ended(
         return found if "deletionTimestamp" in found.get("metadata", {}) else None
 
     draining = await eventually(drains)
-    assert draining["metadata"]["deletionGracePeriodSeconds"] == 150, "drain.timeout and 30 seconds, nothing cut short"
+    assert draining["metadata"]["deletionGracePeriodSeconds"] == 165, "drain.timeout and 45 seconds, nothing cut short"
     assert await cluster.get(DEPLOYMENTS, NAME, namespace) is None
     assert await cluster.get(INFERENCE_SERVICES, NAME, namespace) is not None, "the collector still needs it"
 

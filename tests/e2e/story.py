@@ -18,7 +18,7 @@ from typing import Any
 from demo import manifests, steps
 from demo.kube import Kube
 from demo.manifests import RELEASE, RELEASE_NAMESPACE
-from e2e.audit import nanoseconds
+from e2e.audit import lives_of, nanoseconds
 from traffic.asks import Ask, Kind
 from traffic.client import Options, run
 from traffic.exchange import Exchange, exchange
@@ -98,12 +98,8 @@ class PodWatch:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        text = ""
-        for line in self._process.stdout:
-            text += line
-            if line == "}\n":  # kubectl indents, so only the end of an event stands at the margin
-                self.seen.append(json.loads(text)["object"])
-                text = ""
+        for line in self._process.stdout:  # one event a line
+            self.seen.append(json.loads(line)["object"])
 
 
 def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
@@ -137,12 +133,12 @@ def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
             evidence.deletion_s = time.monotonic() - started
         watch.check()
     evidence.pods_seen = watch.seen
-    ended_ns = time.time_ns()
+    last_end_ns = max(life.ended_ns for life in lives_of(watch.seen))
     with demo.progress.step("the last period becomes Final"):
-        until(lambda: _final_until_ns(kube) >= ended_ns, 150)
+        until(lambda: _final_until_ns(kube) >= last_end_ns, 150)
     evidence.reports = kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
     collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
-    evidence.accounts = kube.run(*collector, "gpumeter", "accounts", "--check", "--namespace", TEAM)
+    evidence.accounts = kube.run(*collector, "gpumeter", "accounts", "--check", "--namespace", TEAM, "-o", "json")
     evidence.ledger = copy_out(
         kube, RELEASE_NAMESPACE, f"deployment/{RELEASE}-collector", "/var/lib/gpumeter/ledger.db", folder / "ledger.db"
     )

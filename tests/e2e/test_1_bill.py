@@ -73,9 +73,10 @@ def test_every_pods_accounts_equal_its_allocated_time_to_the_nanosecond(
     evidence: Evidence, lives: list[audit.Life], records: list[dict]
 ):
     stated = defaultdict(lambda: defaultdict(int))
-    for line in json.loads(evidence.accounts)["lines"]:
-        for name, value in line["accounts"].items():
-            stated[line["workerUid"]][name] += int(value)
+    for row in json.loads(evidence.accounts)["lines"]:
+        assert row["final"]
+        for name, value in row["accounts"].items():
+            stated[row["workerUid"]][name] += int(value)
     books = audit.books_by_pod(records)
     pods = {life.pod_uid for life in lives}
     assert len(pods) == 2 and pods == set(books)

@@ -243,6 +243,17 @@ def test_an_end_that_becomes_known_late_is_an_adjustment_and_total_allocation_is
     assert allocated == {START_NS + MINUTE_NS: 60 * SECOND_NS, START_NS + 2 * MINUTE_NS: -40 * SECOND_NS}
 
 
+def test_a_period_whose_only_container_ended_in_the_second_in_which_it_started_is_closed_too(ledger: Ledger) -> None:
+    ledger.observe(POD, [started("c1", START_NS)], START_NS + SECOND_NS)
+    closer = Closer(ledger, 10 * SECOND_NS)
+    assert len(closer.close_all(Pricing({}, {}), START_NS + 2 * SECOND_NS)) == 1, "the report is opened"
+    ledger.observe(POD, [ended("c1", START_NS), gone(NOW_NS)], START_NS + 3 * SECOND_NS)
+    closer.close_all(Pricing({}, {}), START_NS + 80 * SECOND_NS)
+    [(key, report)] = finals(ledger).items()
+    assert key == (START_NS + MINUTE_NS, PLATFORM)
+    assert report["status"]["accounts"]["allocated"] == "0"
+
+
 def test_a_fact_that_comes_in_while_a_period_is_being_closed_is_not_lost(ledger: Ledger) -> None:
     fake = a_worker()
     ledger.observe(POD, [started("c1", START_NS), ended("c1", NOW_NS), gone(NOW_NS)], NOW_NS)

@@ -96,5 +96,5 @@ def test_what_is_no_duration_raises(text: str) -> None:
 
 
 def test_a_worker_gets_its_drain_timeout_and_time_to_hand_over_its_records() -> None:
-    assert read(service({"drain": {"timeout": "1500ms"}}))[0].termination_grace_s == 2 + 30
-    assert read(service())[0].termination_grace_s == 150
+    assert read(service({"drain": {"timeout": "1500ms"}}))[0].termination_grace_s == 2 + 45
+    assert read(service())[0].termination_grace_s == 165

@@ -149,7 +149,7 @@ def test_the_pod_is_locked_down() -> None:
 
 
 def test_the_grace_period_covers_drain_and_the_last_acknowledgement() -> None:
-    assert pod(built({"drain": {"timeout": "45s"}}))["spec"]["terminationGracePeriodSeconds"] == 75
+    assert pod(built({"drain": {"timeout": "45s"}}))["spec"]["terminationGracePeriodSeconds"] == 90
 
 
 def test_probes_let_a_model_load_and_stop_traffic_while_draining() -> None:

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 from gpumeter_operator.decide.template import template_problems
 
 STOP_ANNOTATION = "gpumeter.io/stop"
-GRACE_AFTER_DRAIN_S = 30  # to seal the journal and hear the collector's acknowledgement after the last request
+# After the drain a worker cuts off what still runs (10 s at most), again if the engine hangs (10 s), ends the engine
+# (5 s), and waits for the acknowledgement of its seal (20 s).
+GRACE_AFTER_DRAIN_S = 45
 _DURATION = re.compile(r"([0-9]+)(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 

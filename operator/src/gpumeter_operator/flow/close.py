@@ -94,14 +94,17 @@ class Closer:
         return manifests
 
     def _open_periods(self, service: ServiceName, schedule: Schedule, now_ns: int) -> list[Period]:
-        """Every period after the last Final one in which a container ran or something is booked, in order."""
+        """Every period after the last Final one that was opened, or in which a container ran or something is booked."""
         final_ns = self._ledger.last_final_ns(*service)
         found: set[Period] = set()
         for pod in self._ledger.pods(*service, final_ns):
             for span in pod.spans:
                 end_ns = now_ns if span.ended_ns is None else span.ended_ns
                 found |= set(schedule.between(max(final_ns, span.started_ns), end_ns))
-        found |= {schedule.period_of(end_ns) for end_ns in self._ledger.booked_ends(*service, final_ns)}
+        booked, opened = (ends(*service, final_ns) for ends in (self._ledger.booked_ends, self._ledger.opened_ends))
+        # A container may turn out to have ended in the second in which it started. The period that was opened for it
+        # holds nothing then, and must be closed all the same.
+        found |= {schedule.period_of(end_ns) for end_ns in (*booked, *opened)}
         return sorted(found)
 
     def _facts(self, service: ServiceName, period: Period) -> tuple[list[Pod], list[Line], list[Adjustment]]:

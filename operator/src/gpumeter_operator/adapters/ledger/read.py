@@ -112,6 +112,13 @@ class Reader:
             )
         return sorted(found)
 
+    def opened_ends(self, namespace: str, service: str, after_ns: int) -> list[int]:
+        """The ends of the periods after `after_ns` that were opened, ascending."""
+        p = t.periods.c
+        query = select(p.end_ns).where(p.namespace == namespace, p.service == service, p.end_ns > after_ns)
+        with reading(self.engine) as connection:
+            return list(connection.scalars(query.order_by(p.end_ns)))
+
     def lines(self, namespace: str, service: str, end_ns: int) -> tuple[Line, ...]:
         """The sums of the records that are booked in a period."""
         r = t.records.c
