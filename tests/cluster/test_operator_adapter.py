@@ -13,10 +13,10 @@ from gpumeter_operator.adapters.kubernetes import (
     PRICE_PLANS,
     Cluster,
     Manifest,
-    Mirror,
     Refused,
     Unreachable,
 )
+from gpumeter_operator.adapters.mirror import Mirror
 from operatorrun import eventually, service
 
 MANAGER = "tests"

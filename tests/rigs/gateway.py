@@ -1,6 +1,6 @@
 """A gateway with a cluster that a test writes by hand, and workers that do what a test tells them.
 
-The gateway is the real one, over real sockets. `HandMadeMirror` fills the port that adapters.kubernetes.Mirror fills in
+The gateway is the real one, over real sockets. `HandMadeMirror` fills the port that adapters.mirror.Mirror fills in
 production; `ScriptedWorker` speaks the worker's HTTP.
 """
 

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from gpumeter_operator.adapters import kubernetes
-from gpumeter_operator.adapters.kubernetes import PODS, Labels, Manifest, Mirror, Refused, Resource, Unreachable
+from gpumeter_operator.adapters.kubernetes import PODS, Labels, Manifest, Refused, Resource, Unreachable
+from gpumeter_operator.adapters.mirror import BACKOFF_S, Mirror
 
 Step = tuple[str, Manifest] | Exception
 
@@ -148,4 +148,70 @@ async def test_a_refused_watch_backs_off_instead_of_listing_in_a_storm() -> None
     loop = asyncio.get_running_loop()
     begun = loop.time()
     await played(mirror, source)
-    assert loop.time() - begun >= sum(kubernetes.BACKOFF_S[1 : refusals + 1]) * 0.99
+    assert loop.time() - begun >= sum(BACKOFF_S[1 : refusals + 1]) * 0.99
+
+
+async def test_a_watched_resource_is_not_silent() -> None:
+    source = ScriptedSource([[pod("a")]], [[]])
+    mirror = Mirror(source, PODS)
+    task = asyncio.create_task(mirror.run())
+    await source.exhausted.wait()
+    assert mirror.silence(20) is None
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_mirror_that_nothing_feeds_says_what_it_has_not_heard_about() -> None:
+    mirror = Mirror(ScriptedSource([], []), PODS)
+    task = asyncio.create_task(mirror.run())
+    await asyncio.sleep(0.01)
+    sentence = mirror.silence(0.001)
+    assert sentence is not None
+    assert sentence.startswith("Nothing was heard about pods for ")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_unreachable_api_server_that_is_tried_again_is_no_silence() -> None:
+    source = ScriptedSource([Unreachable("away")], [])
+    mirror = Mirror(source, PODS)
+    await asyncio.sleep(0.6)
+    assert mirror.silence(0.5) is not None
+    task = asyncio.create_task(mirror.run())
+    await asyncio.sleep(0)
+    assert not source.lists, "it was tried"
+    assert mirror.silence(0.5) is None
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_mirror_that_ended_says_what_ended_it() -> None:
+    mirror = Mirror(ScriptedSource([RuntimeError("a surprise")], []), PODS)
+    await asyncio.gather(mirror.run(), return_exceptions=True)
+    assert mirror.silence(20) == "Watching pods has ended: RuntimeError('a surprise')."
+
+
+async def test_what_a_write_returned_is_there_before_the_watch_tells_of_it() -> None:
+    source = ScriptedSource([[pod("a", resourceVersion="7")]], [[]])
+    mirror = Mirror(source, PODS)
+    await played(mirror, source)
+    mirror.learn(pod("a", resourceVersion="8", labels={"new": "yes"}))
+    assert mirror.objects["team-a", "a"]["metadata"]["labels"] == {"new": "yes"}
+
+
+async def test_a_write_that_was_overtaken_by_its_deletion_does_not_bring_the_object_back() -> None:
+    source = ScriptedSource(
+        [[]], [[("ADDED", pod("a", resourceVersion="7")), ("DELETED", pod("a", resourceVersion="8"))]]
+    )
+    mirror = Mirror(source, PODS)
+    await played(mirror, source)
+    mirror.learn(pod("a", resourceVersion="7"))
+    assert mirror.objects == {}
+
+
+async def test_a_write_that_was_overtaken_by_another_does_not_put_the_older_state_back() -> None:
+    source = ScriptedSource([[]], [[("ADDED", pod("a", resourceVersion="7", labels={"state": "newer"}))]])
+    mirror = Mirror(source, PODS)
+    await played(mirror, source)
+    mirror.learn(pod("a", resourceVersion="6", labels={"state": "older"}))
+    assert mirror.objects["team-a", "a"]["metadata"]["labels"] == {"state": "newer"}

@@ -1,4 +1,4 @@
-"""Kubernetes, as plain dicts: requests, a watch, and an informer.
+"""Kubernetes, as plain dicts: requests and a watch.
 
 Owns the connection, the names of resources, request timeouts and the translation of every failure into two
 exceptions, `Refused` (the API server said no, with its sentence) and `Unreachable` (it did not answer).
@@ -6,14 +6,12 @@ Does not know what any of the objects mean.
 """
 
 import asyncio
-import logging
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 import msgspec
@@ -32,10 +30,6 @@ REQUEST_TIMEOUT_S = 10.0  # the API server ends its own work on a request after 
 WATCH_TIMEOUT_S = 300  # after this the server ends a watch; spreads reconnections, as client-go does with 5-10 min
 SILENCE_TIMEOUT_S = 150.0  # bookmarks come about once a minute; a watch silent for longer is a dead connection
 PAGE_SIZE = 500  # objects per page of a list, client-go's size: bounds memory of both sides
-STEADY_NS = 30_000_000_000  # a watch that lived this long was sound; the next failure starts the back-off anew
-BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # between attempts of an informer; 10 s keeps recovery within one look
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,131 +235,6 @@ class Cluster:
         await self._client.close()
 
 
-class Source(Protocol):
-    """What a Mirror needs of a cluster."""
-
-    async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
-    ) -> tuple[Manifests, str]:
-        """All objects and the version at which the list was true."""
-        ...
-
-    def watch(
-        self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
-    ) -> AsyncIterator[tuple[str, Manifest]]:
-        """Changes after `version`."""
-        ...
-
-
-class Mirror:
-    """An informer: a copy in memory of all objects of a resource, kept up to date by list and watch.
-
-    `run` never ends by itself: after a refusal, a broken or a silent connection it lists again, with back-off, and
-    finds by comparison what was removed meanwhile. metadata.managedFields are left out, they are half of an object.
-    """
-
-    def __init__(
-        self,
-        cluster: Source,
-        resource: Resource,
-        *,
-        namespace: str | None = None,
-        labels: Labels | None = None,
-        on_change: Callable[[], None] | None = None,
-        on_remove: Callable[[Manifest], None] | None = None,
-    ) -> None:
-        self.objects: dict[tuple[str, str], Manifest] = {}
-        self.on_change = on_change
-        self.on_remove = on_remove
-        self.last_heard_ns = time.monotonic_ns()
-        self._cluster = cluster
-        self._resource = resource
-        self._namespace = namespace
-        self._labels = labels
-        self._synced = asyncio.Event()
-
-    async def run(self) -> None:
-        """Keep the copy up to date until cancelled."""
-        failures = 0
-        while True:
-            begun_ns = time.monotonic_ns()
-            try:
-                await self._list_then_watch()
-            except Refused as refusal:
-                if refusal.status != 410:  # 410: the version is too old, an ordinary reason to list again
-                    log.warning("Watching %s was refused: %s", self._resource.plural, refusal)
-            except Unreachable as problem:
-                log.warning("Watching %s was interrupted: %s", self._resource.plural, problem)
-            # A list that works and a watch that is refused must not become a list every 200 ms.
-            failures = 0 if time.monotonic_ns() - begun_ns > STEADY_NS else failures + 1
-            await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
-
-    async def synced(self) -> None:
-        """Wait until the first list is complete."""
-        await self._synced.wait()
-
-    @property
-    def is_synced(self) -> bool:
-        """Whether the first list is complete."""
-        return self._synced.is_set()
-
-    def learn(self, item: Manifest) -> None:
-        """Take what a write of our own returned, so that who writes also reads it before the watch tells."""
-        self.objects[_key(item)] = _slim(item)
-        self._tell_changed()
-
-    async def _list_then_watch(self) -> None:
-        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
-        self._replace_all({_key(item): _slim(item) for item in listed})
-        async with aclosing(  # type: ignore[type-var]  # an async generator, which the protocol need not say
-            self._cluster.watch(self._resource, self._namespace, self._labels, version)
-        ) as changes:
-            async for change, item in changes:
-                self._take(change, item)
-
-    def _replace_all(self, listed: dict[tuple[str, str], Manifest]) -> None:
-        self.last_heard_ns = time.monotonic_ns()
-        before, self.objects = self.objects, listed
-        for key, item in before.items():
-            # Another uid under the same name: the former object ended unseen, and the hook must hear of it.
-            if key not in listed or listed[key]["metadata"].get("uid") != item["metadata"].get("uid"):
-                self._tell_removed(item)
-        first = not self._synced.is_set()
-        self._synced.set()
-        if first or before != listed:
-            self._tell_changed()
-
-    def _take(self, change: str, item: Manifest) -> None:
-        self.last_heard_ns = time.monotonic_ns()
-        if change == "BOOKMARK":
-            return
-        if change == "DELETED":
-            self.objects.pop(_key(item), None)
-            self._tell_removed(_slim(item))
-        else:
-            self.objects[_key(item)] = _slim(item)
-        self._tell_changed()
-
-    def _tell_changed(self) -> None:
-        if self.on_change is not None:
-            with _hook("on_change"):
-                self.on_change()
-
-    def _tell_removed(self, item: Manifest) -> None:
-        if self.on_remove is not None:
-            with _hook("on_remove"):
-                self.on_remove(item)
-
-
-@contextmanager
-def _hook(name: str) -> Iterator[None]:
-    # A mirror that stopped because a listener failed would be a silent freeze; the failure is loud in the log.
-    try:
-        yield
-    except Exception:
-        log.exception("The %s hook of a mirror failed; the mirror goes on.", name)
-
-
 @contextmanager
 def _translated() -> Iterator[None]:
     """Turn every failure of the client library into Refused or Unreachable, once and only here."""
@@ -401,12 +270,3 @@ def _whole(resource: Resource) -> Any:
 
 def _scope(resource: Resource, namespace: str | None) -> str | None:
     return "*" if resource.namespaced and namespace is None else namespace
-
-
-def _key(item: Manifest) -> tuple[str, str]:
-    return item["metadata"].get("namespace", ""), item["metadata"]["name"]
-
-
-def _slim(item: Manifest) -> Manifest:
-    metadata = {name: value for name, value in item["metadata"].items() if name != "managedFields"}
-    return {**item, "metadata": metadata}

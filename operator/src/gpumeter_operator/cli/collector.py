@@ -19,9 +19,10 @@ import click
 
 from gpumeter_operator.adapters.collector_metrics import CollectorMetrics, Sample
 from gpumeter_operator.adapters.health import HealthServer
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Mirror, Unreachable
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Unreachable
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.workers import Workers
 from gpumeter_operator.cli.collector_settings import Settings, SettingsInvalid, read_settings
 from gpumeter_operator.decide.credentials import derive

@@ -12,14 +12,8 @@ from functools import partial
 
 import click
 
-from gpumeter_operator.adapters.kubernetes import (
-    ENDPOINT_SLICES,
-    INFERENCE_SERVICES,
-    SECRETS,
-    Cluster,
-    Mirror,
-    Unreachable,
-)
+from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Unreachable
+from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES, derive
 from gpumeter_operator.gateway.app import serve
 from gpumeter_operator.gateway.endpoints import SERVICE_LABEL

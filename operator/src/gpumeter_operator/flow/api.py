@@ -5,7 +5,8 @@ Owns the shape of the calls, so that a test can stand in for a cluster. Does not
 
 from typing import Protocol
 
-from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, Resource, Source
+from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, Resource
+from gpumeter_operator.adapters.mirror import Source
 
 
 class Api(Source, Protocol):

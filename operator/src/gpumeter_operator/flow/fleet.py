@@ -4,7 +4,6 @@ Owns the mirrors of pods and owned objects, and the index from a service to them
 """
 
 import asyncio
-import time
 from typing import Any
 
 from gpumeter_operator.adapters.kubernetes import (
@@ -15,14 +14,11 @@ from gpumeter_operator.adapters.kubernetes import (
     SERVICES,
     Labels,
     Manifest,
-    Mirror,
-    Source,
 )
+from gpumeter_operator.adapters.mirror import SILENCE_MAX_S, Mirror, Source
 from gpumeter_operator.decide.workload import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
 
 OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, DEPLOYMENTS)
-# Bookmarks come about once a minute, and a silent watch is given up after 150 s; twice that is a stuck mirror.
-SILENCE_MAX_S = 300
 
 
 class Fleet:
@@ -75,13 +71,9 @@ class Fleet:
         return f"The first list is missing of: {', '.join(missing)}." if missing else None
 
     def silent(self) -> str | None:
-        """A sentence when a mirror has heard nothing for too long, or its task ended."""
-        for name, mirror in self._mirrors().items():
-            silence_s = (time.monotonic_ns() - mirror.last_heard_ns) // 1_000_000_000
-            if silence_s > SILENCE_MAX_S:
-                return f"Nothing was heard about {name} for {silence_s} s."
-        ended = [task.get_name() for task in self._tasks if task.done()]
-        return f"The {ended[0]} has ended." if ended else None
+        """A sentence when a mirror is not fed any more."""
+        sentences = (mirror.silence(SILENCE_MAX_S) for mirror in self._mirrors().values())
+        return next((sentence for sentence in sentences if sentence is not None), None)
 
     def _mirrors(self) -> dict[str, Mirror]:
         return {"pods": self._pods, **{f"{kind} objects": mirror for kind, mirror in self._owned.items()}}

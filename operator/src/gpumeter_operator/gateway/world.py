@@ -1,7 +1,7 @@
 """What the gateway knows of the cluster: services, their ready workers, and the keys of tenants.
 
 Owns the three mirrors' lifetimes and what is computed from them, again only after something changed. Does not know how
-a mirror is kept; it opens them through a port, which adapters.kubernetes.Mirror fills.
+a mirror is kept; it opens them through a port, which adapters.mirror.Mirror fills.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """A mirror of one kind of object: what adapters.kubernetes.Mirror offers."""
+    """A mirror of one kind of object: what adapters.mirror.Mirror offers."""
 
     @property
     def objects(self) -> Mapping[tuple[str, str], Any]:
