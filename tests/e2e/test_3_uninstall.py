@@ -1,5 +1,7 @@
 """What `helm uninstall` leaves: the definitions, the ledger's volume, its key, and what users made themselves."""
 
+import time
+
 import pytest
 
 from demo import manifests, steps
@@ -24,7 +26,11 @@ def everything(release: steps.Demo) -> set[str]:
     kinds = [kind for kind in kinds if not kind.startswith("events")]
     own = release.kube.run("-n", RELEASE_NAMESPACE, "get", ",".join(kinds), "-o", "name", "--ignore-not-found").split()
     wide = release.kube.run("api-resources", "--namespaced=false", "--verbs=list", "-o", "name").split()
-    wide = [kind for kind in wide if not kind.startswith(("namespaces", "nodes", "persistentvolumes", "apiservices"))]
+    wide = [
+        kind
+        for kind in wide
+        if not kind.startswith(("namespaces", "nodes", "csinodes", "persistentvolumes", "apiservices"))
+    ]
     named = release.kube.run("get", ",".join(wide), "-o", "name", "--ignore-not-found").split()
     return set(own) | {name for name in named if "gpumeter" in name}
 
@@ -38,13 +44,15 @@ def test_uninstall_leaves_the_definitions_and_what_retention_keeps(release: step
 
     release.kube.run("delete", "inferenceservices.gpumeter.io", "-A", "--all", "--timeout=100s")
     release.kube.run_helm("uninstall", RELEASE, "-n", RELEASE_NAMESPACE, "--wait", "--timeout", "2m")
-    left = everything(release)
     definitions = {f"customresourcedefinition.apiextensions.k8s.io/{name}" for name in DEFINITIONS}
     kept = {"persistentvolumeclaim/gpumeter-ledger", "secret/gpumeter-master-key"}
-    of_users = {f"secret/api-key-{tenant}" for tenant in manifests.TENANTS}
+    of_users = {f"secret/api-key-{tenant}" for tenant in manifests.TENANTS} | {"priceplan.gpumeter.io/default"}
     of_kubernetes = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
-    prices = {"priceplan.gpumeter.io/default"}
-    assert {name for name in left - definitions - kept - of_users - of_kubernetes if name not in prices} == set()
+    expected = definitions | kept | of_users | of_kubernetes
+    deadline = time.monotonic() + 60
+    while (left := everything(release)) - expected and time.monotonic() < deadline:
+        time.sleep(1)  # helm does not wait for pods to end
+    assert left - expected == set()
     assert definitions | kept <= left
 
 
