@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -231,26 +233,70 @@ async def test_a_request_that_a_worker_had_when_it_died_is_not_sent_to_another(
     assert len(rig.worker.seen) + len(other.seen) == 1
 
 
-async def test_a_connection_that_a_worker_closed_in_the_meantime_is_no_error() -> None:
-    closed = asyncio.Event()
+PLAIN_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
-    async def close_after_the_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-        await reader.readuntil(b"\r\n\r\n")  # the next request over the kept connection: gone without an answer
-        writer.close()
-        closed.set()
 
-    server = await asyncio.start_server(close_after_the_answer, "127.0.0.1", 0)
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"content-length: ([0-9]+)", head, re.IGNORECASE)
+    assert length
+    return await reader.readexactly(int(length[1]))
+
+
+@asynccontextmanager
+async def raw_worker(
+    handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """A gateway whose only worker is this handler of connections, and a client of the gateway."""
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with asyncio.timeout(20), server, gateway_rig() as rig:
         rig.cluster.slices.remove("team-a", f"smollm2-{rig.worker.port}")
         rig.cluster.set_endpoint("team-a", "smollm2", server.sockets[0].getsockname()[1])
         async with aiohttp.ClientSession(rig.url, headers=KEY) as http:
-            for _ in range(2):
-                async with http.post(PATH, json=ASK) as answer:
-                    assert (answer.status, await answer.read()) == (200, b"{}")
-            assert closed.is_set()
-            assert await metric(http, 'gpumeter_gateway_retries_total{failure="stale"}') == 1
+            yield http
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_a_request_that_a_worker_read_over_a_kept_connection_before_it_died_is_not_sent_again(
+    orderly: bool,
+) -> None:
+    bodies: list[bytes] = []
+
+    async def answer_once_then_die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        bodies.append(await read_request(reader))
+        writer.write(PLAIN_ANSWER)
+        bodies.append(await read_request(reader))  # the next request over the kept connection
+        if orderly:
+            writer.close()
+        else:
+            writer.transport.abort()
+
+    async with raw_worker(answer_once_then_die) as http:
+        async with http.post(PATH, json=ASK) as answer:
+            assert (answer.status, await answer.read()) == (200, b"{}")
+        async with http.post(PATH, json=ASK) as answer:
+            assert answer.status == 502
+            assert (await answer.json())["error"]["code"] == "worker_lost"
+    assert len(bodies) == 2
+
+
+async def test_a_kept_connection_that_a_worker_closed_while_nothing_was_on_it_costs_no_request() -> None:
+    close, gone = asyncio.Event(), asyncio.Event()
+
+    async def answer_then_close_when_told(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(PLAIN_ANSWER)
+        await close.wait()
+        writer.write_eof()
+        assert await reader.read() == b""  # the gateway has noticed and closed its side
+        gone.set()
+
+    async with raw_worker(answer_then_close_when_told) as http:
+        for _ in range(2):
+            async with http.post(PATH, json=ASK) as answer:
+                assert (answer.status, await answer.read()) == (200, b"{}")
+            close.set()
+            await gone.wait()
 
 
 async def test_a_plain_answer_that_breaks_off_is_502_and_never_half_an_answer(

@@ -159,16 +159,9 @@ def test_what_never_reached_a_worker_goes_to_another_one() -> None:
     assert choose([A, B], Outstanding(), retry.excluded) == B
 
 
-def test_a_closed_kept_connection_does_not_exclude_the_worker() -> None:
-    retry = retry_after(Failure.STALE, A, 1, frozenset())
-    assert retry.allowed
-    assert choose([A], Outstanding(), retry.excluded) == A
-
-
 def test_what_a_worker_may_have_begun_is_never_sent_twice() -> None:
     assert not retry_after(Failure.LOST, A, 1, frozenset()).allowed
 
 
 def test_attempts_end() -> None:
     assert not retry_after(Failure.NOT_CONNECTED, A, MAX_ATTEMPTS, frozenset({B, C})).allowed
-    assert not retry_after(Failure.STALE, A, MAX_ATTEMPTS, frozenset()).allowed

@@ -114,7 +114,12 @@ class Front:
         return web.json_response(models.describe(catalogue, models.resolve(catalogue, request.match_info["model"])))
 
     async def healthz(self, _: web.Request) -> web.Response:
-        """GET /healthz: the process answers. The API server's silence is no reason to restart: requests still work."""
+        """GET /healthz: the process answers, and its mirrors are alive.
+
+        An API server that is away is no reason to restart, for requests still work; a mirror that is stuck is one.
+        """
+        if (sentence := self._world.silent()) is not None:
+            return web.Response(status=503, text=f"{sentence}\n")
         return web.Response(text="ok\n")
 
     async def readyz(self, _: web.Request) -> web.Response:

@@ -19,7 +19,8 @@ from gpumeter_operator.gateway.routing import Failure, Outstanding, choose, retr
 from gpumeter_operator.gateway.sse import EventCutter, EventTooLong
 from gpumeter_operator.gateway.telemetry import Telemetry
 
-# Below the five seconds after which uvicorn closes an idle connection: a closing connection must not get a request.
+# Far below the 75 seconds after which a worker closes an idle connection: a closing connection must not get a request,
+# because nobody can tell whether one that broke on it was begun, and such a request is never sent twice.
 _KEEP_IDLE_S = 4.0
 _LARGE_BODY_BYTES = 1 << 20
 _PLAIN_BYTES_MAX = 64 << 20  # a plain answer is read whole, so that it is never passed on cut off
@@ -82,7 +83,6 @@ class Relay:
 
     def __init__(self, telemetry: Telemetry, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
         trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
         trace.on_request_headers_sent.append(_note_sent)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),  # in_flight_max is the limit
@@ -141,7 +141,7 @@ class Relay:
         await self._session.close()
 
     async def _attempt(self, errand: Errand, endpoint: Endpoint) -> Answer | Failure:
-        notes = SimpleNamespace(reused=False, sent_at_s=time.monotonic())
+        notes = SimpleNamespace(sent_at_s=time.monotonic())
         try:
             response = await self._session.post(
                 endpoint.origin + errand.path,
@@ -156,15 +156,11 @@ class Relay:
         except TimeoutError:
             raise Refusal(504, "worker_timeout", f"The worker of {errand.service} did not answer in time.") from None
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-            return Failure.STALE if notes.reused else Failure.LOST
+            return Failure.LOST
         except aiohttp.ClientError as error:
             message = f"The worker of {errand.service} does not speak HTTP as expected ({type(error).__name__})."
             raise Refusal(502, "worker_broken", message) from None
         return Answer(endpoint, response, notes.sent_at_s, time.monotonic())
-
-
-async def _note_reuse(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.reused = True
 
 
 async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:

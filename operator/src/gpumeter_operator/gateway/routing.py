@@ -1,7 +1,7 @@
 """Routing: which ready worker gets a request, and whether a failed attempt may be made again.
 
 Owns the choice (least outstanding requests), the count that it rests on, and the rule for a second attempt. Does not
-know HTTP: a failure arrives here as one of three words.
+know HTTP: a failure arrives here as one of two words.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,8 +18,7 @@ class Failure(StrEnum):
     """How an attempt failed before the worker's first byte."""
 
     NOT_CONNECTED = "not_connected"  # the worker never saw the request
-    STALE = "stale"  # a pooled connection that the worker had closed in the meantime
-    LOST = "lost"  # a fresh connection broke after the request was on it
+    LOST = "lost"  # the connection, new or kept, broke after the request was on it: the worker may have begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +80,4 @@ def retry_after(failure: Failure, endpoint: Endpoint, attempts: int, excluded: f
         return Retry(False, "The worker may have begun the request, so it is not sent a second time.", excluded)
     if attempts >= MAX_ATTEMPTS:
         return Retry(False, f"No worker could be reached in {attempts} attempts.", excluded)
-    if failure is Failure.STALE:  # the worker itself is fine: the same one may be asked again over a new connection
-        return Retry(True, "The kept connection had been closed by the worker.", excluded)
     return Retry(True, "The worker could not be reached.", excluded | {endpoint})

@@ -32,6 +32,9 @@ class Source(Protocol):
     async def synced(self) -> None:
         """Return once the first list is complete."""
 
+    def silence(self) -> str | None:
+        """A sentence when the objects are not kept up to date any more."""
+
 
 OpenSource = Callable[[Callable[[], None]], Source]  # gets a function to call after every change
 
@@ -63,6 +66,11 @@ class World:
             logger.info(
                 "in sync: %d services, %d keys", len(self.catalogue().by_qualified), len(self.keyring().tenants)
             )
+
+    def silent(self) -> str | None:
+        """A sentence when a mirror is not fed any more, and this gateway would serve the past."""
+        sentences = (source.silence() for source in (self._services, self._slices, self._keys))
+        return next((sentence for sentence in sentences if sentence is not None), None)
 
     def catalogue(self) -> Catalogue:
         """All services by name."""
