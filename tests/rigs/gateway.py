@@ -32,12 +32,16 @@ class HandMadeMirror:
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self._changed = changed
         self.complete = asyncio.Event()
+        self.stuck: str | None = None
 
     async def run(self) -> None:
         await asyncio.Event().wait()
 
     async def synced(self) -> None:
         await self.complete.wait()
+
+    def silence(self) -> str | None:
+        return self.stuck
 
     def put(self, item: dict[str, Any]) -> None:
         self.objects[item["metadata"]["namespace"], item["metadata"]["name"]] = item

@@ -50,7 +50,6 @@ class Resource:
 
 INFERENCE_SERVICES = Resource("gpumeter.io", "v1alpha1", "InferenceService", "inferenceservices")
 USAGE_REPORTS = Resource("gpumeter.io", "v1alpha1", "UsageReport", "usagereports")
-USAGE_PACKAGES = Resource("gpumeter.io", "v1alpha1", "UsagePackage", "usagepackages")
 PRICE_PLANS = Resource("gpumeter.io", "v1alpha1", "PricePlan", "priceplans", namespaced=False)
 PODS = Resource("", "v1", "Pod", "pods")
 SECRETS = Resource("", "v1", "Secret", "secrets")
@@ -58,17 +57,10 @@ SERVICES = Resource("", "v1", "Service", "services")
 SERVICE_ACCOUNTS = Resource("", "v1", "ServiceAccount", "serviceaccounts")
 CONFIG_MAPS = Resource("", "v1", "ConfigMap", "configmaps")
 EVENTS = Resource("", "v1", "Event", "events")
-PERSISTENT_VOLUME_CLAIMS = Resource("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 NAMESPACES = Resource("", "v1", "Namespace", "namespaces", namespaced=False)
-NODES = Resource("", "v1", "Node", "nodes", namespaced=False)
 DEPLOYMENTS = Resource("apps", "v1", "Deployment", "deployments")
-REPLICA_SETS = Resource("apps", "v1", "ReplicaSet", "replicasets")
 POD_DISRUPTION_BUDGETS = Resource("policy", "v1", "PodDisruptionBudget", "poddisruptionbudgets")
 ENDPOINT_SLICES = Resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
-LEASES = Resource("coordination.k8s.io", "v1", "Lease", "leases")
-CUSTOM_RESOURCE_DEFINITIONS = Resource(
-    "apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions", namespaced=False
-)
 
 RESOURCES: Mapping[tuple[str, str], Resource] = {
     (resource.api_version, resource.kind): resource

@@ -100,7 +100,7 @@ class Mirror:
         """Whether the first list is complete."""
         return self._synced.is_set()
 
-    def silence(self, limit_s: float) -> str | None:
+    def silence(self, limit_s: float = SILENCE_MAX_S) -> str | None:
         """A sentence when the copy is not fed any more: `run` has ended, or nothing was heard for `limit_s`.
 
         An API server that cannot be reached is noticed, told in the log and tried again every few seconds; that counts

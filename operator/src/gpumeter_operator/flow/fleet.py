@@ -15,7 +15,7 @@ from gpumeter_operator.adapters.kubernetes import (
     Labels,
     Manifest,
 )
-from gpumeter_operator.adapters.mirror import SILENCE_MAX_S, Mirror, Source
+from gpumeter_operator.adapters.mirror import Mirror, Source
 from gpumeter_operator.decide.workload import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
 
 OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, DEPLOYMENTS)
@@ -72,7 +72,7 @@ class Fleet:
 
     def silent(self) -> str | None:
         """A sentence when a mirror is not fed any more."""
-        sentences = (mirror.silence(SILENCE_MAX_S) for mirror in self._mirrors().values())
+        sentences = (mirror.silence() for mirror in self._mirrors().values())
         return next((sentence for sentence in sentences if sentence is not None), None)
 
     def _mirrors(self) -> dict[str, Mirror]:
