@@ -19,7 +19,7 @@ def workload(spec: dict[str, Any]) -> Workload:
     metadata = {"namespace": "team-a", "name": "smollm2", "uid": "u-1", "generation": 1}
     read_spec, problems = read({"metadata": metadata, "spec": spec})
     assert problems == ()
-    return build(read_spec, INSTALLATION, CREDENTIALS)
+    return build(read_spec, 1, INSTALLATION, CREDENTIALS)
 
 
 def container(spec: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import duration_ms, read
 
 
@@ -16,7 +17,7 @@ def test_defaults_that_depend_on_other_fields_are_filled_in() -> None:
     spec, problems = read(service())
     assert problems == ()
     assert (spec.model_name, spec.model_revision, spec.gpu_class) == ("smollm2", "main", "gpu")
-    assert (spec.wanted_replicas, spec.replicas, spec.scaling) == (1, None, None)
+    assert (decide_replicas(spec).wanted, spec.replicas, spec.min_replicas) == (1, None, None)
     assert spec.reference == "team-a/smollm2"
 
 
@@ -39,7 +40,7 @@ def test_a_service_without_gpus_is_of_class_cpu_whatever_it_says() -> None:
 )
 def test_the_number_of_wanted_workers(spec: dict[str, Any], stopped: bool, wanted: int) -> None:
     annotations = {"gpumeter.io/stop": "true"} if stopped else {}
-    assert read(service(spec, annotations=annotations))[0].wanted_replicas == wanted
+    assert decide_replicas(read(service(spec, annotations=annotations))[0]).wanted == wanted
 
 
 @pytest.mark.parametrize(("value", "stopped"), [("true", True), ("True", True), ("false", False), ("", False)])

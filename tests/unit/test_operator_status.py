@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gpumeter_operator.decide.pods import Failure, PodState
+from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import Problem, read
 from gpumeter_operator.decide.status import Seen, changes, decide_leaving, decide_status
 
@@ -40,7 +41,7 @@ def status(
     if stopped:
         metadata["annotations"] = {"gpumeter.io/stop": "true"}
     read_spec, _ = read({"metadata": metadata, "spec": {"model": {"uri": "hf://o/n"}, **(spec or {})}})
-    seen = Seen(read_spec, problems, "" if problems else "now", deployment, pods)
+    seen = Seen(read_spec, decide_replicas(read_spec), problems, "" if problems else "now", deployment, pods)
     return decide_status(seen, former or {}, now)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from gpumeter_operator.decide.credentials import credentials_of
+from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import read
 from gpumeter_operator.decide.workload import Installation, Workload, build, label_value
 
@@ -19,7 +20,7 @@ def built(spec: dict[str, Any] | None = None, **metadata: Any) -> Workload:
         {"metadata": whole, "spec": {"model": {"uri": "pvc://models/smollm2/v1/"}, **(spec or {})}}
     )
     assert problems == ()
-    return build(read_spec, INSTALLATION, CREDENTIALS)
+    return build(read_spec, decide_replicas(read_spec).wanted, INSTALLATION, CREDENTIALS)
 
 
 def pod(workload: Workload) -> dict[str, Any]:

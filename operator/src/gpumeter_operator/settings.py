@@ -12,9 +12,9 @@ from typing import Any
 import kopf
 
 from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES
+from gpumeter_operator.decide.names import FINALIZER
 from gpumeter_operator.decide.workload import Installation
 
-FINALIZER = "gpumeter.io/usage"
 # Not gpumeter.io itself: kopf hides every annotation under its own prefix from the comparison that notices edits, and
 # gpumeter.io/stop is one that a user edits.
 KOPF_PREFIX = "operator.gpumeter.io"

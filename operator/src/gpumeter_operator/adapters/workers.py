@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from gpumeter_operator.decide.names import USAGE_PORT
 from gpumeter_usage.page import (
     MAX_PAGE_BYTES,
     MAX_PAGE_RECORDS,
@@ -22,7 +23,6 @@ from gpumeter_usage.page import (
     encode_acknowledgement,
 )
 
-PORT = 8001
 CONNECT_TIMEOUT_S = 3.0  # on a cluster's network a connection takes milliseconds, or the node is gone
 ANSWER_TIMEOUT_S = 20.0  # a page of 16 MB over a slow link; a hanging worker holds one of our slots no longer
 STATUS_BYTES_MAX = 2**20  # thousands of boots; a broken worker must not fill our memory
@@ -43,7 +43,7 @@ class Target:
 
     host: str
     token: str = field(repr=False)
-    port: int = PORT
+    port: int = USAGE_PORT
 
     @property
     def url(self) -> str:

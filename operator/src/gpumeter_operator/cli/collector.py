@@ -26,9 +26,9 @@ from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.workers import Workers
 from gpumeter_operator.cli.collector_settings import Settings, SettingsInvalid, read_settings
 from gpumeter_operator.decide.credentials import derive
+from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
-from gpumeter_operator.flow.discover import SERVICE_LABEL
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
 from gpumeter_operator.logs import configure_logs

@@ -15,9 +15,8 @@ import click
 from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES, derive
+from gpumeter_operator.decide.names import API_KEY_LABEL, SERVICE_LABEL
 from gpumeter_operator.gateway.app import serve
-from gpumeter_operator.gateway.endpoints import SERVICE_LABEL
-from gpumeter_operator.gateway.keys import KEY_LABEL
 from gpumeter_operator.gateway.settings import Settings, SettingsInvalid, settings_from
 from gpumeter_operator.gateway.world import World
 from gpumeter_operator.logs import configure_logs
@@ -58,6 +57,6 @@ def _world(cluster: Cluster, settings: Settings) -> World:
         services=lambda changed: Mirror(cluster, INFERENCE_SERVICES, on_change=changed),
         slices=lambda changed: Mirror(cluster, ENDPOINT_SLICES, labels={SERVICE_LABEL: None}, on_change=changed),
         keys=lambda changed: Mirror(
-            cluster, SECRETS, namespace=settings.namespace, labels={KEY_LABEL: "true"}, on_change=changed
+            cluster, SECRETS, namespace=settings.namespace, labels={API_KEY_LABEL: "true"}, on_change=changed
         ),
     )

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from gpumeter_operator.decide.conditions import timestamp
+from gpumeter_operator.decide.names import API_VERSION, SERVICE_KIND
 from gpumeter_operator.decide.workload import fingerprint
 
 MESSAGE_MAX = 1_024  # the API server's limit for an event
@@ -23,8 +24,8 @@ def event(service: Mapping[str, Any], kind: str, reason: str, message: str, now:
         "kind": "Event",
         "metadata": {"name": f"{metadata['name']}.{fingerprint(told)[:16]}", "namespace": metadata["namespace"]},
         "involvedObject": {
-            "apiVersion": "gpumeter.io/v1alpha1",
-            "kind": "InferenceService",
+            "apiVersion": API_VERSION,
+            "kind": SERVICE_KIND,
             "namespace": metadata["namespace"],
             "name": metadata["name"],
             "uid": metadata["uid"],

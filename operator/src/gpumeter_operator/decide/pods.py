@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from gpumeter_operator.decide.names import MAIN_CONTAINER, SERVICE_UID_ANNOTATION, TEMPLATE_ANNOTATION
 from gpumeter_operator.decide.spec import Problem
-from gpumeter_operator.decide.template import MAIN_CONTAINER
-from gpumeter_operator.decide.workload import SERVICE_UID_ANNOTATION, TEMPLATE_ANNOTATION
 
 # A worker's last words: one line, a CamelCase word, a colon and a sentence. They are shown unchanged.
 _LAST_WORDS = re.compile(r"^([A-Z][A-Za-z0-9]*): (\S.*)$", re.DOTALL)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.template import template_problems
 
-STOP_ANNOTATION = "gpumeter.io/stop"
 # After the drain a worker cuts off what still runs (10 s at most), again if the engine hangs (10 s), ends the engine
 # (5 s), and waits for the acknowledgement of its seal (20 s).
 GRACE_AFTER_DRAIN_S = 45
@@ -26,14 +26,6 @@ class Problem:
 
     reason: str
     message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """What the autoscaler may do; this version only reads it."""
-
-    min_replicas: int
-    max_replicas: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,7 @@ class ServiceSpec:
     memory: str
     shared_memory: str
     replicas: int | None  # as the user fixed it; None when scaling holds or nothing is said
-    scaling: Scaling | None
+    min_replicas: int | None  # of spec.scaling; None where the spec has none
     attribution: str
     checkpoint_interval_ms: int
     lease_timeout_ms: int
@@ -81,15 +73,6 @@ class ServiceSpec:
     def termination_grace_s(self) -> int:
         """Time from SIGTERM to SIGKILL: drain, then seal and wait for the acknowledgement."""
         return -(-self.drain_timeout_ms // 1_000) + GRACE_AFTER_DRAIN_S
-
-    @property
-    def wanted_replicas(self) -> int:
-        """Workers that should run. Without the autoscaler, `scaling` starts a fixed number, and at least one."""
-        if self.stopped:
-            return 0
-        if self.scaling is not None:
-            return max(self.scaling.min_replicas, 1)
-        return 1 if self.replicas is None else self.replicas
 
 
 def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
@@ -123,7 +106,7 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         memory=str(resources.get("memory", "4Gi")),
         shared_memory=str(resources.get("sharedMemory", "1Gi")),
         replicas=spec.get("replicas"),
-        scaling=Scaling(int(scaling.get("minReplicas", 1)), int(scaling["maxReplicas"])) if scaling else None,
+        min_replicas=int(scaling.get("minReplicas", 1)) if scaling else None,
         attribution=metering.get("attribution", "knee"),
         checkpoint_interval_ms=duration_ms(metering.get("checkpointInterval", "5s")),
         lease_timeout_ms=duration_ms(metering.get("leaseTimeout", "60s")),

@@ -12,7 +12,9 @@ from typing import Any
 
 from gpumeter_operator.decide import workload
 from gpumeter_operator.decide.conditions import Condition, follow
+from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
+from gpumeter_operator.decide.replicas import Replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
 
 METERING_REASONS = ("JournalUnusable",)
@@ -23,6 +25,7 @@ class Seen:
     """What was observed of one service."""
 
     spec: ServiceSpec
+    replicas: Replicas
     problems: tuple[Problem, ...]  # why the spec cannot be run, or why the API server refused it
     template_hash: str  # of the wanted pods; empty when the spec has problems
     deployment: Mapping[str, Any] | None
@@ -36,7 +39,7 @@ def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[
     decided = (
         _ready(seen, alive, workloads),
         workloads,
-        _scaling_ready(seen.spec),
+        _scaling_ready(seen.replicas),
         _metering_ready(alive),
         _stopped(seen.spec),
     )
@@ -93,7 +96,7 @@ def changes(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, A
 
 
 def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
-    wanted = seen.spec.wanted_replicas
+    wanted = seen.replicas.wanted
     ready = sum(pod.ready for pod in alive)
     current = [pod for pod in alive if pod.template_hash == seen.template_hash]
     current_ready = sum(pod.ready for pod in current)
@@ -147,9 +150,9 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
         return Condition("Ready", "False", workloads.reason, workloads.message + serving)
     if seen.spec.stopped:
         return Condition(
-            "Ready", "False", "Stopped", "Stopped by the annotation gpumeter.io/stop; remove it to start the service."
+            "Ready", "False", "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
         )
-    if seen.spec.wanted_replicas == 0:
+    if seen.replicas.wanted == 0:
         return Condition(
             "Ready", "False", "ScaledToZero", "spec.replicas is 0, so nothing answers; raise it to start workers."
         )
@@ -160,25 +163,8 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
     return Condition("Ready", "True", workloads.reason, workloads.message)
 
 
-def _scaling_ready(spec: ServiceSpec) -> Condition:
-    if spec.stopped:
-        return Condition("ScalingReady", "False", "Stopped", "The service is stopped, so nothing is scaled.")
-    if spec.scaling is not None:
-        return Condition(
-            "ScalingReady",
-            "False",
-            "NotSupported",
-            f"This version does not scale by itself yet: it runs {_count(spec.wanted_replicas, 'worker')} "
-            "(spec.scaling.minReplicas, and at least one). Replace spec.scaling by spec.replicas to choose the number.",
-        )
-    return Condition(
-        "ScalingReady",
-        "True",
-        "FixedReplicas",
-        f"spec.replicas fixes {_count(spec.wanted_replicas, 'worker')}; kubectl scale, an HPA or KEDA may change it."
-        if spec.replicas is not None
-        else "Neither spec.replicas nor spec.scaling is set, so one worker runs.",
-    )
+def _scaling_ready(replicas: Replicas) -> Condition:
+    return Condition("ScalingReady", "True" if replicas.followed else "False", replicas.reason, replicas.message)
 
 
 def _metering_ready(alive: Sequence[PodState]) -> Condition:
@@ -197,8 +183,8 @@ def _metering_ready(alive: Sequence[PodState]) -> Condition:
 
 def _stopped(spec: ServiceSpec) -> Condition:
     if spec.stopped:
-        return Condition("Stopped", "True", "StopAnnotation", "The annotation gpumeter.io/stop is true.")
-    return Condition("Stopped", "False", "NotStopped", "The annotation gpumeter.io/stop is not set.")
+        return Condition("Stopped", "True", "StopAnnotation", f"The annotation {STOP_ANNOTATION} is true.")
+    return Condition("Stopped", "False", "NotStopped", f"The annotation {STOP_ANNOTATION} is not set.")
 
 
 def _model_status(seen: Seen, alive: Sequence[PodState]) -> dict[str, Any]:
@@ -213,7 +199,7 @@ def _model_state(seen: Seen, alive: Sequence[PodState]) -> str:
         return "FailedToLoad"
     if any(pod.started for pod in alive):
         return "Loading"
-    return "Pending" if seen.problems or seen.spec.wanted_replicas else "Standby"
+    return "Pending" if seen.problems or seen.replicas.wanted else "Standby"
 
 
 def _failure_info(failures: Sequence[Failure]) -> dict[str, Any] | None:

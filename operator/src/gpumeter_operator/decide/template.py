@@ -7,12 +7,13 @@ what the operator's template contains beyond those names.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MAIN_CONTAINER = "main"
+from gpumeter_operator.decide.names import INSTANCE_LABEL, MAIN_CONTAINER, MANAGED_BY_LABEL, MODEL_LABEL, NAME_LABEL
+
 OWN_PREFIX = "gpumeter.io/"
 OWN_ENVIRONMENT = "GPUMETER_"
 OWN_VOLUMES = ("tmp", "journal", "cache", "shared-memory", "credentials", "model")
 OWN_PATHS = ("/tmp", "/var/lib/gpumeter", "/var/cache/gpumeter", "/dev/shm", "/etc/gpumeter", "/mnt/models")  # noqa: S108
-OWN_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/instance", "app.kubernetes.io/managed-by", "llm-d.ai/model")
+OWN_LABELS = (NAME_LABEL, INSTANCE_LABEL, MANAGED_BY_LABEL, MODEL_LABEL)
 
 # Kubernetes' own merge keys (patchMergeKey) of the lists in a pod; other lists are replaced or, without a key, joined.
 _MERGE_KEYS = {
@@ -50,7 +51,7 @@ def template_problems(template: Mapping[str, Any], termination_grace_s: int) -> 
     if isinstance(grace_s, int) and grace_s < termination_grace_s:
         yield (
             f"spec.template.spec.terminationGracePeriodSeconds is {grace_s}, but a worker needs {termination_grace_s} "
-            "seconds (spec.drain.timeout and 30 for its last usage records); remove it and set spec.drain.timeout."
+            "seconds (spec.drain.timeout, and time for its last usage records); remove it and set spec.drain.timeout."
         )
     for volume in pod.get("volumes") or []:
         if volume.get("name") in OWN_VOLUMES:

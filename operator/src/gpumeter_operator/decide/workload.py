@@ -12,20 +12,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumeter_operator.decide.credentials import Credentials
+from gpumeter_operator.decide.names import (
+    API_VERSION,
+    APPLIED_ANNOTATION,
+    CREDENTIALS_ANNOTATION,
+    DEVICES_ANNOTATION,
+    GPU_CLASS_ANNOTATION,
+    HTTP_PORT,
+    HTTP_PORT_NAME,
+    INSTANCE_LABEL,
+    MAIN_CONTAINER,
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    MODEL_LABEL,
+    NAME_LABEL,
+    SERVICE_KIND,
+    SERVICE_LABEL,
+    SERVICE_UID_ANNOTATION,
+    TEMPLATE_ANNOTATION,
+    USAGE_PORT,
+    USAGE_PORT_NAME,
+    WORKER_NAME,
+)
 from gpumeter_operator.decide.spec import ServiceSpec
-from gpumeter_operator.decide.template import MAIN_CONTAINER, merge_template
+from gpumeter_operator.decide.template import merge_template
 
 Manifest = dict[str, Any]
 
-SERVICE_LABEL = "gpumeter.io/inferenceservice"
-MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
-MANAGED_BY = "gpumeter"
-SERVICE_UID_ANNOTATION = "gpumeter.io/service-uid"
-TEMPLATE_ANNOTATION = "gpumeter.io/template"  # which template a pod was made from
-CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
-APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing
-HTTP_PORT = 8000
-USAGE_PORT = 8001
 USER_ID = 65532
 START_TIMEOUT_S = 3_600  # fetching 100 GB of weights at 30 MB/s; what cannot start ends by itself before
 
@@ -54,8 +67,8 @@ class Workload:
         return self.others[-1]
 
 
-def build(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> Workload:
-    """All manifests of a service without problems."""
+def build(spec: ServiceSpec, wanted: int, installation: Installation, credentials: Credentials) -> Workload:
+    """All manifests of a service without problems, for `wanted` workers."""
     template, template_hash = _pod_template(spec, installation, credentials)
     return Workload(
         secret=_secret(spec, credentials),
@@ -66,7 +79,7 @@ def build(spec: ServiceSpec, installation: Installation, credentials: Credential
                 _service(spec),
                 _usage_service(spec),
                 _disruption_budget(spec),
-                _deployment(spec, template),
+                _deployment(spec, wanted, template),
             )
         ),
         template_hash=template_hash,
@@ -77,11 +90,11 @@ def build(spec: ServiceSpec, installation: Installation, credentials: Credential
 def labels(spec: ServiceSpec) -> dict[str, str]:
     """The labels of everything that is owned."""
     return {
-        "app.kubernetes.io/name": "gpumeter-worker",
-        "app.kubernetes.io/instance": spec.name,
+        NAME_LABEL: WORKER_NAME,
+        INSTANCE_LABEL: spec.name,
         MANAGED_BY_LABEL: MANAGED_BY,
         SERVICE_LABEL: spec.name,
-        "llm-d.ai/model": label_value(spec.model_name),
+        MODEL_LABEL: label_value(spec.model_name),
     }
 
 
@@ -122,8 +135,8 @@ def _owned(service: ServiceSpec, api_version: str, kind: str, name: str, /, **co
             "labels": labels(service),
             "ownerReferences": [
                 {
-                    "apiVersion": "gpumeter.io/v1alpha1",
-                    "kind": "InferenceService",
+                    "apiVersion": API_VERSION,
+                    "kind": SERVICE_KIND,
                     "name": service.name,
                     "uid": service.uid,
                     "controller": True,
@@ -153,7 +166,7 @@ def _service(spec: ServiceSpec) -> Manifest:
         spec.name,
         spec={
             "selector": {SERVICE_LABEL: spec.name},
-            "ports": [{"name": "http", "port": HTTP_PORT, "targetPort": "http", "protocol": "TCP"}],
+            "ports": [{"name": HTTP_PORT_NAME, "port": HTTP_PORT, "targetPort": HTTP_PORT_NAME, "protocol": "TCP"}],
         },
     )
 
@@ -169,7 +182,7 @@ def _usage_service(spec: ServiceSpec) -> Manifest:
             # A worker that is not ready, or drains, still has records to hand over.
             "publishNotReadyAddresses": True,
             "selector": {SERVICE_LABEL: spec.name},
-            "ports": [{"name": "usage", "port": USAGE_PORT, "targetPort": "usage", "protocol": "TCP"}],
+            "ports": [{"name": USAGE_PORT_NAME, "port": USAGE_PORT, "targetPort": USAGE_PORT_NAME, "protocol": "TCP"}],
         },
     )
 
@@ -189,14 +202,14 @@ def _disruption_budget(spec: ServiceSpec) -> Manifest:
     )
 
 
-def _deployment(spec: ServiceSpec, template: Manifest) -> Manifest:
+def _deployment(spec: ServiceSpec, wanted: int, template: Manifest) -> Manifest:
     return _owned(
         spec,
         "apps/v1",
         "Deployment",
         spec.name,
         spec={
-            "replicas": spec.wanted_replicas,
+            "replicas": wanted,
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": {SERVICE_LABEL: spec.name}},
             "strategy": {
@@ -215,8 +228,8 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
             "labels": labels(spec),
             "annotations": {
                 SERVICE_UID_ANNOTATION: spec.uid,
-                "gpumeter.io/devices": str(max(spec.gpu_count, 1)),
-                "gpumeter.io/gpu-class": spec.gpu_class,
+                DEVICES_ANNOTATION: str(max(spec.gpu_count, 1)),
+                GPU_CLASS_ANNOTATION: spec.gpu_class,
                 CREDENTIALS_ANNOTATION: credentials.fingerprint,
             },
         },
@@ -246,7 +259,7 @@ def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
     gpus = {spec.gpu_resource_name: str(spec.gpu_count)} if spec.gpu_count else {}
 
     def probe(path: str, **timing: int) -> Manifest:
-        return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": 5, **timing}
+        return {"httpGet": {"path": path, "port": HTTP_PORT_NAME}, "timeoutSeconds": 5, **timing}
 
     return {
         "name": MAIN_CONTAINER,
@@ -254,8 +267,8 @@ def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
         "imagePullPolicy": installation.worker_image_pull_policy,
         "args": ["serve"],
         "ports": [
-            {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
-            {"name": "usage", "containerPort": USAGE_PORT, "protocol": "TCP"},
+            {"name": HTTP_PORT_NAME, "containerPort": HTTP_PORT, "protocol": "TCP"},
+            {"name": USAGE_PORT_NAME, "containerPort": USAGE_PORT, "protocol": "TCP"},
         ],
         "env": _environment(spec, installation),
         "resources": {

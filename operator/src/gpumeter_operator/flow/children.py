@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused
 from gpumeter_operator.decide.drift import covers
+from gpumeter_operator.decide.names import APPLIED_ANNOTATION, CREDENTIALS_ANNOTATION
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
-from gpumeter_operator.decide.workload import APPLIED_ANNOTATION, CREDENTIALS_ANNOTATION, Workload
+from gpumeter_operator.decide.workload import Workload
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
 

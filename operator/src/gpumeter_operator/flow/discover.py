@@ -10,13 +10,15 @@ from typing import Any
 
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent
 from gpumeter_operator.billing.facts import Worker
+from gpumeter_operator.decide.names import (
+    DEVICES_ANNOTATION,
+    GPU_CLASS_ANNOTATION,
+    MAIN_CONTAINER,
+    SERVICE_LABEL,
+    SERVICE_UID_ANNOTATION,
+)
 from gpumeter_usage.period import from_rfc3339
 
-SERVICE_LABEL = "gpumeter.io/inferenceservice"
-UID_ANNOTATION = "gpumeter.io/service-uid"
-DEVICES_ANNOTATION = "gpumeter.io/devices"
-CLASS_ANNOTATION = "gpumeter.io/gpu-class"
-CONTAINER = "main"
 MAX_DEVICES = 1024  # more GPUs than one machine holds, and small enough that no sum overflows
 
 Manifest = Mapping[str, Any]
@@ -47,7 +49,7 @@ def worker_of(pod: Manifest, services: Mapping[tuple[str, str], Manifest]) -> Wo
             f"Pod {namespace}/{name} names the InferenceService {service_name}, which does not exist in its namespace.",
         )
     uid = service["metadata"]["uid"]
-    if annotations.get(UID_ANNOTATION) != uid:
+    if annotations.get(SERVICE_UID_ANNOTATION) != uid:
         return NotAWorker(
             "ServiceReplaced",
             f"Pod {namespace}/{name} belongs to another InferenceService {service_name} than the one that exists now.",
@@ -65,7 +67,7 @@ def worker_of(pod: Manifest, services: Mapping[tuple[str, str], Manifest]) -> Wo
         service=service_name,
         service_uid=uid,
         model=str(service.get("spec", {}).get("model", {}).get("name") or service_name),
-        gpu_class=str(annotations.get(CLASS_ANNOTATION, "")),
+        gpu_class=str(annotations.get(GPU_CLASS_ANNOTATION, "")),
         devices=int(devices),
         pod=name,
     )
@@ -81,7 +83,7 @@ def events_of(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
     status = pod.get("status") or {}
     over = status.get("phase") in ("Succeeded", "Failed")
     for container in status.get("containerStatuses") or []:
-        if container.get("name") != CONTAINER:
+        if container.get("name") != MAIN_CONTAINER:
             continue
         current = container.get("state") or {}
         for ended in ((container.get("lastState") or {}).get("terminated"), current.get("terminated")):

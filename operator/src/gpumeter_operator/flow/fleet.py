@@ -16,7 +16,7 @@ from gpumeter_operator.adapters.kubernetes import (
     Manifest,
 )
 from gpumeter_operator.adapters.mirror import Mirror, Source
-from gpumeter_operator.decide.workload import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
+from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
 
 OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, DEPLOYMENTS)
 

@@ -16,6 +16,7 @@ from gpumeter_operator.adapters.kubernetes import USAGE_REPORTS, Refused, Resour
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.report import Manifest, canonical_report
+from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL
 from gpumeter_operator.flow.collect import Execute
 from gpumeter_usage.period import SECOND_NS
 
@@ -61,12 +62,18 @@ class Publisher:
         self._slots = asyncio.Semaphore(MAX_WRITES)
 
     async def publish(self, manifests: Iterable[Manifest], now_ns: int) -> None:
-        """Write those of these reports that are not published as they are. Raises Unreachable."""
-        await asyncio.gather(*(self._publish(manifest, now_ns) for manifest in manifests))
+        """Write those of these reports that are not published as they are. Raises Unreachable.
+
+        Every write has ended by then: one that went on into the next round could put an older state over a newer one.
+        """
+        ended = await asyncio.gather(*(self._publish(one, now_ns) for one in manifests), return_exceptions=True)
+        for problem in ended:
+            if problem is not None:
+                raise problem
 
     async def restore(self, now_ns: int) -> None:
         """Compare with the cluster: write Final reports that are missing there again. Raises Unreachable, Refused."""
-        labels = {"app.kubernetes.io/managed-by": "gpumeter"}
+        labels = {MANAGED_BY_LABEL: MANAGED_BY}
         listed = await self._cluster.list(USAGE_REPORTS, None, labels)
         present = {
             (item["metadata"]["namespace"], item["metadata"]["name"]): (item.get("status") or {}).get("phase", "")

@@ -18,6 +18,7 @@ from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.events import event
 from gpumeter_operator.decide.pods import belongs, describe, exists
+from gpumeter_operator.decide.replicas import Replicas, decide_replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.workload import Installation, Workload, build
 from gpumeter_operator.flow.api import Api
@@ -95,14 +96,16 @@ class Reconciler:
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
         described = tuple(describe(pod, spec.gpu_resource_name, now) for pod in pods)
+        replicas = decide_replicas(spec)
         template_hash, written = "", False
         if not problems:
-            workload = self._workload(spec, service, known)
+            workload = self._workload(spec, replicas, known)
             template_hash = workload.template_hash
             stuck = any(pod.stuck for pod in described)  # a deleted Secret is one of the things that pods wait for
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
         seen = decide.Seen(
             spec=spec,
+            replicas=replicas,
             problems=problems,
             template_hash=template_hash,
             deployment=self._fleet.deployment(spec.namespace, spec.name),
@@ -110,11 +113,12 @@ class Reconciler:
         )
         return await self._tell(service, seen, known, now) or written
 
-    def _workload(self, spec: ServiceSpec, service: Manifest, known: Known) -> Workload:
+    def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
-        key = (spec.generation, spec.stopped)
+        key = (spec.generation, replicas.wanted)
         if known.workload is None or known.workload[0] != key:
-            known.workload = key, build(spec, self._installation, credentials_of(self._master_key, spec.uid))
+            credentials = credentials_of(self._master_key, spec.uid)
+            known.workload = key, build(spec, replicas.wanted, self._installation, credentials)
         return known.workload[1]
 
     async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:

@@ -12,10 +12,10 @@ from typing import Any
 
 from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Manifest
 from gpumeter_operator.decide.conditions import timestamp
+from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.pods import belongs, exists
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.status import changes, decide_leaving
-from gpumeter_operator.decide.workload import SERVICE_LABEL
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
 from gpumeter_operator.flow.reconcile import announce, publish, write_status

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SERVICE_LABEL = "gpumeter.io/inferenceservice"
-SLICE_OF_LABEL = "kubernetes.io/service-name"
-HTTP_PORT_NAME = "http"
-HTTP_PORT = 8000
+from gpumeter_operator.decide.names import HTTP_PORT, HTTP_PORT_NAME, SLICE_OF_LABEL
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-KEY_LABEL = "gpumeter.io/api-key"
-TENANT_LABEL = "gpumeter.io/tenant"
+from gpumeter_operator.decide.names import TENANT_LABEL
+
 DIGEST_FIELD = "sha256"
 RESERVED_TENANT = "platform"  # the label value under which the platform's own usage (_platform) is reported
 MAX_TENANT_CHARS = 40  # a tenant becomes a part of the name of its UsageReports

@@ -1,0 +1,37 @@
+"""Names that more than one part of the control plane must agree on: labels, annotations, a container, ports.
+
+Owns what is written on Kubernetes objects and found again by it; each name has one constant. Does not know who writes
+and who reads.
+"""
+
+API_VERSION = "gpumeter.io/v1alpha1"
+SERVICE_KIND = "InferenceService"
+FINALIZER = "gpumeter.io/usage"
+
+# Labels. Everything owned carries the first five; pods and Services are selected by SERVICE_LABEL.
+SERVICE_LABEL = "gpumeter.io/inferenceservice"
+NAME_LABEL = "app.kubernetes.io/name"
+INSTANCE_LABEL = "app.kubernetes.io/instance"
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MODEL_LABEL = "llm-d.ai/model"
+MANAGED_BY = "gpumeter"
+WORKER_NAME = "gpumeter-worker"
+API_KEY_LABEL = "gpumeter.io/api-key"  # on the Secret of an API key
+TENANT_LABEL = "gpumeter.io/tenant"
+SLICE_OF_LABEL = "kubernetes.io/service-name"  # Kubernetes' own, on an EndpointSlice
+
+# Annotations.
+STOP_ANNOTATION = "gpumeter.io/stop"  # the user's, on an InferenceService
+SERVICE_UID_ANNOTATION = "gpumeter.io/service-uid"
+DEVICES_ANNOTATION = "gpumeter.io/devices"
+GPU_CLASS_ANNOTATION = "gpumeter.io/gpu-class"
+TEMPLATE_ANNOTATION = "gpumeter.io/template"  # which template a pod was made from
+CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
+APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing
+
+# The worker's container and its ports.
+MAIN_CONTAINER = "main"
+HTTP_PORT_NAME = "http"
+HTTP_PORT = 8000
+USAGE_PORT_NAME = "usage"
+USAGE_PORT = 8001
