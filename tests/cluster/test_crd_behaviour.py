@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-import yaml
 
 from apiserver import ROOT, Run, Server, merged, rule_file
 
@@ -92,7 +91,10 @@ def test_scaling_has_defaults_and_takes_the_behaviour_of_an_hpa(server: Server, 
 
 
 def test_an_hpa_of_kubernetes_accepts_the_same_behaviour(server: Server, namespace: str, kubectl: Run) -> None:
-    example = yaml.safe_load((ROOT / "examples/inferenceservice-gpu.yaml").read_text())
+    policies = [{"type": "Percent", "value": 50, "periodSeconds": 60}]
+    behavior = {"scaleDown": {"stabilizationWindowSeconds": 300, "policies": policies}}
+    scaling = {"maxReplicas": 8, "behavior": behavior}
+    make(server, namespace, "inferenceservices", merged(SMALL, {"spec": {"replicas": None, "scaling": scaling}}))
     target = {"apiVersion": "gpumeter.io/v1alpha1", "kind": "InferenceService", "name": "llama"}
     spec = {
         "scaleTargetRef": target,
@@ -103,7 +105,7 @@ def test_an_hpa_of_kubernetes_accepts_the_same_behaviour(server: Server, namespa
                 "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}},
             }
         ],
-        "behavior": example["spec"]["scaling"]["behavior"],
+        "behavior": behavior,
     }
     hpa = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "x"}, "spec": spec}
     kubectl("apply", "-n", namespace, "--dry-run=server", "--validate=strict", "-f", "-", stdin=json.dumps(hpa))

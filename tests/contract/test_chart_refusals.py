@@ -107,14 +107,15 @@ REFUSALS = {
         ),
         'pricePlan.currency is "$"; write three capital letters (ISO 4217), for example USD.',
     ),
-    "a payer that there is not": (
+    "idle time for the tenant, which this version cannot charge": (
         (
             "pricePlan.create=true",
             "pricePlan.rates[0].gpuClass=a",
             "pricePlan.rates[0].perGpuHour=2.50",
-            "pricePlan.idlePayer=me",
+            "pricePlan.idlePayer=tenant",
         ),
-        'pricePlan.idlePayer is "me"; use platform or tenant.',
+        'pricePlan.idlePayer is "tenant"; this version charges idle time to nobody but the platform, so leave it at '
+        "platform.",
     ),
     "a name that is too long": (
         ("fullnameOverride=the-metered-inference-platform-of-the-company",),
