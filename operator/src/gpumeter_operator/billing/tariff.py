@@ -40,7 +40,6 @@ class PricePlan:
     version: int
     currency: str
     rates: tuple[Rate, ...]
-    idle_payer: str
     hash: str
 
     def rate(self, gpu_class: str, at_ns: int) -> Rate | None:
@@ -80,7 +79,6 @@ def plan_from(name: str, version: int, spec_bytes: bytes) -> PricePlan:
         version=version,
         currency=str(spec.get("currency", "")),
         rates=tuple(sorted(rates, key=lambda rate: (rate.gpu_class, rate.effective_from_ns))),
-        idle_payer=str(spec.get("idlePayer", "platform")),
         hash=hashlib.sha256(spec_bytes).hexdigest(),
     )
 
