@@ -5,6 +5,7 @@ from multidict import CIMultiDict
 from gpumeter_operator.gateway import hop, refusal
 from gpumeter_operator.gateway.refusal import Refusal
 from gpumeter_operator.gateway.sse import MAX_EVENT_BYTES, EventCutter, EventTooLong
+from gpumeter_usage.hop import new_session
 
 KEY = "k" * 64
 
@@ -37,7 +38,7 @@ def test_the_token_of_one_service_is_worthless_at_another() -> None:
 
 
 def test_session_ids_are_the_servers_own_and_never_repeat() -> None:
-    ids = {hop.new_session() for _ in range(1000)}
+    ids = {new_session() for _ in range(1000)}
     assert len(ids) == 1000
     assert all(len(one) == 34 and one.startswith("s-") and int(one[2:], 16) >= 0 for one in ids)
 

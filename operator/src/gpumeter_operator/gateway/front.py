@@ -21,6 +21,7 @@ from gpumeter_operator.gateway.relay import Answer, Errand, Relay
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.telemetry import Telemetry
 from gpumeter_operator.gateway.world import World
+from gpumeter_usage.hop import SESSION_HEADER, new_session
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Trip:
 
     def headers(self) -> dict[str, str]:
         """What every answer carries, errors too."""
-        named = {hop.SESSION_HEADER: self.session}
+        named = {SESSION_HEADER: self.session}
         if self.request_id:
             named[hop.REQUEST_ID_HEADER] = self.request_id
         return named
@@ -79,7 +80,7 @@ class Front:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions and /v1/completions."""
-        trip = Trip(hop.new_session(), hop.request_id(request.headers), time.monotonic())
+        trip = Trip(new_session(), hop.request_id(request.headers), time.monotonic())
         self.in_flight += 1
         self.idle.clear()
         try:

@@ -1,18 +1,16 @@
 """The hop from gateway to worker: who a request belongs to, stated so that only the gateway can state it.
 
-Owns the hop token (JWT, HS256, with a key that is derived for the service), session ids, and which headers travel. What
-a client says about identity never does: only named headers pass.
+Owns the making of the hop token (with a key that is derived for the service), and which headers travel. What a client
+says about identity never does: only named headers pass. What a token states is the contract of gpumeter_usage.hop.
 """
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jwt
 
-ISSUER = "gpumeter-gateway"
-LIFETIME_S = 60  # the worker checks it once, on arrival; a request may run for as long as it likes
-SESSION_HEADER = "X-Gpumeter-Session"
+from gpumeter_usage.hop import ALGORITHM, ISSUER, LIFETIME_S
+
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_REQUEST_ID_CHARS = 128
 
@@ -30,11 +28,6 @@ class Hop:
     service_uid: str
 
 
-def new_session() -> str:
-    """A session's id is the server's own: two requests never share one, whatever their clients send."""
-    return f"s-{secrets.token_hex(16)}"
-
-
 def token(hop: Hop, hop_key: str, now_s: int) -> str:
     """The signed statement that a worker accepts for the next LIFETIME_S seconds."""
     claims = {
@@ -45,7 +38,7 @@ def token(hop: Hop, hop_key: str, now_s: int) -> str:
         "iat": now_s,
         "exp": now_s + LIFETIME_S,
     }
-    return jwt.encode(claims, hop_key, algorithm="HS256")
+    return jwt.encode(claims, hop_key, algorithm=ALGORITHM)
 
 
 def headers_to_worker(client: Mapping[str, str], hop_token: str) -> dict[str, str]:

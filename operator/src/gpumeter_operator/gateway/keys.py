@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumeter_operator.decide.names import TENANT_LABEL
+from gpumeter_usage.tenant import tenant_problem
 
 DIGEST_FIELD = "sha256"
-RESERVED_TENANT = "platform"  # the label value under which the platform's own usage (_platform) is reported
-MAX_TENANT_CHARS = 40  # a tenant becomes a part of the name of its UsageReports
 
-_TENANT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -41,7 +39,7 @@ def keyring_from(secrets: Iterable[Mapping[str, Any]]) -> Keyring:
         name = f"{metadata.get('namespace', '')}/{metadata.get('name', '')}"
         tenant = (metadata.get("labels") or {}).get(TENANT_LABEL, "")
         digest = _digest_of(secret)
-        if problem := tenant_problem(tenant) or (digest is None and _NO_DIGEST) or "":
+        if problem := _tenant_problem(tenant) or (digest is None and _NO_DIGEST) or "":
             problems.append(f"The API key Secret {name} is ignored: {problem}")
             continue
         owners.setdefault(digest or "", {}).setdefault(tenant, []).append(name)
@@ -72,18 +70,11 @@ def digest_of(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
-def tenant_problem(tenant: str) -> str:
-    """Why this cannot be a tenant's name, as a sentence; empty when it can."""
+def _tenant_problem(tenant: str) -> str:
     if not tenant:
         return f"it has no label {TENANT_LABEL}."
-    if tenant == RESERVED_TENANT:
-        return f"the tenant {RESERVED_TENANT!r} is reserved for the platform's own usage."
-    if len(tenant) > MAX_TENANT_CHARS or not _TENANT.fullmatch(tenant):
-        return (
-            f"the tenant {tenant!r} is not a DNS label of at most {MAX_TENANT_CHARS} characters "
-            "(lower-case letters, digits and dashes, with a letter or digit at both ends)."
-        )
-    return ""
+    problem = tenant_problem(tenant)
+    return f"its label {TENANT_LABEL} is wrong: {problem}." if problem else ""
 
 
 _NO_DIGEST = f"its data has no valid field {DIGEST_FIELD}; it must be the key's SHA-256 as 64 hexadecimal digits."

@@ -1,24 +1,20 @@
 """Who calls: the gateway, by a hop token that names tenant and session; the collector, by the usage token.
 
-Owns what a token must say. A client that reaches the worker directly cannot claim a tenant. Does not know how tokens
+Owns how a token is checked. A client that reaches the worker directly cannot claim a tenant. Does not know how tokens
 are made.
 """
 
 import hmac
-import re
-import uuid
 from dataclasses import dataclass
 
 import jwt
 
+from gpumeter_usage.hop import ALGORITHM, CLAIMS, ISSUER, is_session, new_session
+from gpumeter_usage.tenant import tenant_problem
 from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.settings import DEV_TENANT, Settings
 
-ISSUER = "gpumeter-gateway"
 _CLOCK_SKEW_S = 10
-_SESSION = re.compile(r"s-[0-9a-f]{32}")
-_TENANT = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_RESERVED_TENANT = "platform"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +28,7 @@ class Caller:
 def caller(authorization: str | None, settings: Settings) -> Caller:
     """The caller of port 8000. Raises Refused (401)."""
     if settings.credentials is None:
-        return Caller(DEV_TENANT, f"s-{uuid.uuid4().hex}")
+        return Caller(DEV_TENANT, new_session())
     token = _bearer(authorization)
     if token is None:
         raise _unauthorized(settings, "the request carries no hop token")
@@ -40,18 +36,18 @@ def caller(authorization: str | None, settings: Settings) -> Caller:
         claims = jwt.decode(
             token,
             settings.credentials.hop_key,
-            algorithms=["HS256"],
+            algorithms=[ALGORITHM],
             audience=settings.service_uid,
             issuer=ISSUER,
             leeway=_CLOCK_SKEW_S,
-            options={"require": ["exp", "iat", "aud", "iss", "tenant", "session"]},
+            options={"require": list(CLAIMS)},
         )
     except jwt.InvalidTokenError as error:
         raise _unauthorized(settings, f"the hop token is not valid ({error!s:.100})") from None
     tenant, session_id = claims["tenant"], claims["session"]
-    if not isinstance(tenant, str) or not _TENANT.fullmatch(tenant) or tenant == _RESERVED_TENANT:
+    if not isinstance(tenant, str) or tenant_problem(tenant):
         raise _unauthorized(settings, "the hop token names no usable tenant")
-    if not isinstance(session_id, str) or not _SESSION.fullmatch(session_id):
+    if not isinstance(session_id, str) or not is_session(session_id):
         raise _unauthorized(settings, "the hop token names no usable session")
     return Caller(tenant, session_id)
 

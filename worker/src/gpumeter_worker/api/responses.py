@@ -14,6 +14,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gpumeter_usage.hop import SESSION_HEADER
 from gpumeter_usage.record import Status
 from gpumeter_worker.api.errors import error_document
 from gpumeter_worker.api.sessions import End, Session
@@ -21,8 +22,6 @@ from gpumeter_worker.api.text import TextStream
 from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.metering.meter import Totals
 from gpumeter_worker.worker import Worker
-
-SESSION_HEADER = "X-Gpumeter-Session"
 
 
 @dataclass(frozen=True, slots=True)
