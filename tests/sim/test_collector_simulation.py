@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gpumeter_operator.adapters.kubernetes import Unreachable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerSilent
 from gpumeter_operator.billing.facts import PLATFORM, Worker
@@ -123,8 +124,16 @@ class World:
             inline,
             pods=lambda: {key: life.manifest() for key, life in self.pods.items()},
             services=lambda: services,
+            lookup=self._lookup,
         )
         self.fresh = True
+
+    async def _lookup(self, namespace: str, name: str) -> dict[str, Any] | None:
+        self.crash()
+        if not self.calm and self.random.random() < 0.05:
+            raise Unreachable("the API server did not answer")
+        life = self.pods.get((namespace, name))
+        return life.manifest() if life else None
 
     async def tick(self) -> None:
         self.clock.now_ns += TICK_NS
@@ -140,7 +149,10 @@ class World:
     async def _collect(self) -> None:
         now_ns = self.clock()
         if self.fresh:
-            await self.round.recover(now_ns)
+            try:
+                await self.round.recover(now_ns)
+            except Unreachable:
+                return  # the next tick tries again
             self.removed.clear()  # whoever starts anew has seen nobody go
             self.fresh = False
         while self.removed:

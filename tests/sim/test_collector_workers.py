@@ -68,6 +68,10 @@ async def serving(fake: FakeWorker, answer: Answer = honest, token: str = TOKEN)
         await runner.cleanup()
 
 
+async def nowhere(_namespace: str, _name: str) -> None:
+    """The API server knows no pod of this name."""
+
+
 def a_worker(number: int) -> FakeWorker:
     fake = FakeWorker(worker(number), START_NS)
     fake.spend(Account.LOAD, START_NS + 10 * SECOND_NS)
@@ -204,10 +208,10 @@ async def test_pods_that_went_while_nobody_watched_accrue_nothing_more(tmp_path:
     ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
     ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
     ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
-    ledger.settle(fake.identity.worker_uid, fake.frontier_ns, NOW_NS)
+    ledger.settle(fake.identity.worker_uid, fake.frontier_ns)
     later_ns = START_NS + 10 * MINUTE_NS
     collector = Collector(ledger, Workers(), inline, Clock(later_ns))
-    await CollectRound(ledger, collector, inline, pods=dict, services=dict).recover(later_ns)
+    await CollectRound(ledger, collector, inline, pods=dict, services=dict, lookup=nowhere).recover(later_ns)
     Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), later_ns)
     bill = finals(ledger)
     assert {end for end, _ in bill} == {START_NS + MINUTE_NS}, "a pod that is gone has no further periods"
@@ -221,7 +225,7 @@ async def test_the_last_state_of_a_removed_pod_is_kept(tmp_path: Path) -> None:
     of, services = fake.identity, {("team-a", "smollm2"): service_manifest(fake.identity)}
     pods = {("team-a", of.pod): pod_manifest(of, "10.0.0.1", ("c", START_NS, None))}
     collector = Collector(ledger, Workers(), inline, Clock(NOW_NS))
-    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services)
+    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services, lookup=nowhere)
     await round_.run(lambda _: TOKEN, NOW_NS)
     await collector.finish()
     pods.clear()

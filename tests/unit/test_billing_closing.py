@@ -95,6 +95,6 @@ def test_another_length_of_periods_begins_at_a_full_hour_and_no_two_periods_over
     periods = schedule.between(HOUR_NS, 3 * HOUR_NS)
     assert [period.end_ns - period.start_ns for period in periods] == [HOUR_NS] + 4 * [15 * MINUTE_NS]
     assert all(before.end_ns == after.start_ns for before, after in pairwise(periods))
-    assert schedule.following(periods[0]) == periods[1]
+    assert schedule.period_of(change_ns + 1) == periods[1]
     assert schedule.period_of(change_ns) == periods[0], "what ends on the edge belongs to the period that it ends"
     assert schedule.between(SECOND_NS, SECOND_NS) == []

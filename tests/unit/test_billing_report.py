@@ -17,7 +17,7 @@ from gpumeter_operator.billing.report import (
     report_name,
     reports,
 )
-from gpumeter_operator.billing.tariff import PlanInvalid, canonical_spec, plain, plan_from, price
+from gpumeter_operator.billing.tariff import PeriodPlan, PlanInvalid, canonical_spec, plain, plan_from, price
 from gpumeter_usage.period import SECOND_NS, Granularity, from_rfc3339, period_of
 from gpumeter_usage.record import Account, Kind
 
@@ -37,6 +37,7 @@ PLAN = plan_from(
         }
     ),
 )
+IN_FORCE = PeriodPlan("default", PLAN, PERIOD.start_ns)
 FINAL = Verdict(Phase.FINAL, "AllRecordsCommitted", "All records of 1 worker are in the ledger.", 1)
 
 
@@ -50,7 +51,7 @@ def hour(*lines: Line, allocated_ns: int = 100 * SECOND_NS, **changes: object) -
         allocated=allocated_ns, attributed=used_ns, idle=allocated_ns - used_ns - 7, unaccounted=7, host_gap=1
     )
     pods = (PodPeriod(WORKER, PodAccounts(accounts), lines),)
-    whole = ServicePeriod("team-a", "smollm2", PERIOD, FINAL, pods, PLAN, "default", {})
+    whole = ServicePeriod("team-a", "smollm2", PERIOD, FINAL, pods, IN_FORCE, {})
     return replace(whole, **changes)  # type: ignore[arg-type]
 
 
@@ -107,13 +108,13 @@ def test_the_rate_in_force_when_the_period_began_is_used_and_the_plan_is_named_w
 
 
 def test_without_a_price_plan_there_is_usage_and_no_amount_and_a_condition_says_so() -> None:
-    report = by_tenant(hour(slices("acme", 5), plan=None))["acme"]
+    report = by_tenant(hour(slices("acme", 5), plan=PeriodPlan("default", None)))["acme"]
     assert not {"amount", "amountDue", "currency"} & report["status"].keys()
     assert condition(report, "Priced")["reason"] == "NoPricePlan"
 
 
 def test_a_class_of_gpu_without_a_rate_is_not_billed_at_another_ones() -> None:
-    assert price(PLAN, "default", {"a100": SECOND_NS}, PERIOD.start_ns).reason == "NoRate"
+    assert price(IN_FORCE, {"a100": SECOND_NS}, PERIOD.start_ns).reason == "NoRate"
 
 
 def test_an_incomplete_period_names_who_is_missing() -> None:

@@ -217,7 +217,7 @@ def test_a_record_that_comes_after_its_period_is_final_is_booked_in_the_next_one
     assert first[START_NS + MINUTE_NS, PLATFORM]["status"]["accounts"]["unaccounted"] == str(50 * SECOND_NS)
 
     take(ledger, fake.page("boot-1", 1), START_NS + 101 * SECOND_NS)
-    ledger.settle(POD.worker_uid, START_NS + 2 * MINUTE_NS, START_NS + 2 * MINUTE_NS)
+    ledger.settle(POD.worker_uid, START_NS + 2 * MINUTE_NS)
     closer.close_all(Pricing({}, {}), START_NS + 130 * SECOND_NS)
     bill = finals(ledger)
     assert {key: report for key, report in bill.items() if key[0] == START_NS + MINUTE_NS} == first

@@ -4,45 +4,51 @@ Owns every check of untrusted records against the pod that sent them: whose they
 chained, and that no number or time is beyond what a worker can have measured. Pure; the caller says what time it is.
 """
 
-import re
 from dataclasses import dataclass
 
-from gpumeter_operator.billing.facts import PLATFORM, Worker
+from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
 from gpumeter_usage.chain import ChainBroken, verify
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
-from gpumeter_usage.record import Kind, Record, RecordInvalid, parse
+from gpumeter_usage.record import MAX_INTEGER, Kind, Record, RecordInvalid, parse
+from gpumeter_usage.tenant import tenant_problem
 
 CLOCK_SKEW_NS = 60 * SECOND_NS
 """How far a node's clock may be ahead of ours. NTP holds it to milliseconds; a minute still closes no period early."""
 
 MAX_RECORD_NS = 60 * MINUTE_NS
 """The most GPU time per device in one record. Records are slices of at most a minute, and one step may straddle; an
-hour is far beyond either, and small enough that sums over a period stay far below 64 bits."""
+hour is far beyond either."""
+
+CLOCK_DRIFT_PER_MILLE = 1
+"""How much faster than UTC a worker's monotonic clock may run; crystals are a tenth of that off at worst."""
 
 MAX_COUNT = 2**40
-"""The most tokens or steps in one record: more than any slice can hold, and sums stay below 64 bits."""
+"""The most tokens or steps in one record: more than any slice can hold."""
 
 MAX_BATCH = 65_536
 """The largest mean batch that a record may claim (batch_ns / gpu_ns)."""
 
-_TENANT = re.compile(r"[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?")
-
 
 class PageRefused(ValueError):
-    """A page that the ledger must not take. `reason` is one CamelCase word, the message a sentence."""
+    """A page that the ledger must not take. `reason` is one CamelCase word, the message a sentence.
 
-    def __init__(self, reason: str, message: str) -> None:
+    `kept` says where an alarm of it is in the ledger already, and whether that was a new one.
+    """
+
+    def __init__(self, reason: str, message: str, *, kept: bool | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.kept = kept
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The records of a page that continue the chain, and its new head."""
+    """The records of a page that continue the chain, its new head, and what the boot has claimed with them."""
 
     records: tuple[Record, ...]
     head_hash: str
+    spent: Spent
 
 
 def refuse_foreign(worker: Worker, worker_uid: str, service: str) -> None:
@@ -66,8 +72,14 @@ def refuse_future(what: str, at_ns: int, now_ns: int) -> None:
         )
 
 
-def accept(page: Page, worker: Worker, previous_hash: str, now_ns: int) -> Accepted:
-    """Check a page whose first record must follow `previous_hash` at seq `page.after` + 1. Raises PageRefused."""
+def accept(
+    page: Page, worker: Worker, previous_hash: str, now_ns: int, *, spent: Spent = NOTHING, since_ns: int = 0
+) -> Accepted:
+    """Check a page whose first record must follow `previous_hash` at seq `page.after` + 1. Raises PageRefused.
+
+    `spent` is what the boot has claimed before this page; `since_ns` is when the pod's first container started, as
+    Kubernetes says: no boot of it can have begun before, whatever its records say.
+    """
     refuse_foreign(worker, page.worker_uid, page.service)
     refuse_future("the page's watermark", page.watermark_ns, now_ns)
     try:
@@ -87,7 +99,26 @@ def accept(page: Page, worker: Worker, previous_hash: str, now_ns: int) -> Accep
         _refuse_record(record, seq, page, worker, now_ns)
         records.append(record)
         sealed = record.kind is Kind.SEAL
-    return Accepted(tuple(records), head_hash)
+    if records:
+        spent = _refuse_too_much(page, worker, records, spent, since_ns)
+    return Accepted(tuple(records), head_hash, spent)
+
+
+def _refuse_too_much(page: Page, worker: Worker, records: list[Record], before: Spent, since_ns: int) -> Spent:
+    """Raise PageRefused where a boot claims more time than has passed on its devices since it began."""
+    began_ns = before.began_ns or min(records[0].started_at, records[0].ended_at)
+    accounts_ns = before.accounts_ns + sum(record.gpu_ns for record in records if record.kind is Kind.ACCOUNT)
+    slices_ns = before.slices_ns + sum(record.gpu_ns for record in records if record.kind is Kind.SESSION)
+    lived_ns = max(0, max(record.ended_at for record in records) - max(began_ns, since_ns - CLOCK_SKEW_NS))
+    most_ns = min((lived_ns + lived_ns * CLOCK_DRIFT_PER_MILLE // 1000 + CLOCK_SKEW_NS) * worker.devices, MAX_INTEGER)
+    for what, claimed_ns in (("accounts", accounts_ns), ("sessions", slices_ns)):
+        if claimed_ns > most_ns:
+            raise PageRefused(
+                "MoreThanTime",
+                f"boot {page.boot_id:.64}: its {what} claim {claimed_ns} ns up to seq {records[-1].seq}; on "
+                f"{worker.devices} device(s) it cannot have spent more than {most_ns} ns by then",
+            )
+    return Spent(began_ns, accounts_ns, slices_ns)
 
 
 def _refuse_record(record: Record, seq: int, page: Page, worker: Worker, now_ns: int) -> None:
@@ -113,13 +144,3 @@ def _refuse_record(record: Record, seq: int, page: Page, worker: Worker, now_ns:
         raise PageRefused("CountTooLarge", f"boot {page.boot_id:.64} seq {seq} claims counts that no step can reach")
     if record.tenant and record.tenant != PLATFORM and (problem := tenant_problem(record.tenant)):
         raise PageRefused("TenantInvalid", f"boot {page.boot_id:.64} seq {seq}: {problem}")
-
-
-def tenant_problem(tenant: str) -> str:
-    """Why this cannot be a tenant, in a sentence; "" where it can. A tenant becomes part of its reports' names."""
-    if tenant == "platform" or not _TENANT.fullmatch(tenant):
-        return (
-            f"{tenant!r:.60} is not a tenant's name: lower-case letters, digits and dashes, at most 40, and not the "
-            f"reserved name platform"
-        )
-    return ""

@@ -11,7 +11,7 @@ of a pod claim must be what the pod itself booked as attributed. Knows no price,
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from gpumeter_operator.billing.facts import BootFacts, Line, Pod, Span
+from gpumeter_operator.billing.facts import Line, Pod, Span, span_of
 from gpumeter_usage.period import Period
 from gpumeter_usage.record import Account, Kind, Status
 
@@ -115,14 +115,13 @@ def overlap_ns(spans: Iterable[Span], devices: int, start_ns: int, end_ns: int) 
 def drain_tail_ns(pod: Pod, period: Period, until_ns: int) -> int:
     """From the seal of a worker that stopped in order to the end of its container: it promised to run nothing.
 
-    The container of a boot is the last one that started before it (Kubernetes rounds a start down to the second). The
-    tail ends with the container, and never reaches into the next boot.
+    The tail ends with the container, and never reaches into the next boot.
     """
     total = 0
     for boot in pod.boots:
         if boot.seal is not Status.DRAINED:
             continue
-        span = _span_of(pod.spans, boot)
+        span = span_of(pod.spans, boot)
         if span is None:
             continue
         end_ns = min(period.end_ns, until_ns) if span.ended_ns is None else span.ended_ns
@@ -146,11 +145,6 @@ def horizon_ns(pod: Pod, period: Period, now_ns: int, *, final: bool) -> int:
     if pod.gone:
         return min(period.end_ns, now_ns)
     return min(period.end_ns, pod.settled_ns)
-
-
-def _span_of(spans: Iterable[Span], boot: BootFacts) -> Span | None:
-    before = [span for span in spans if span.started_ns <= boot.started_ns]
-    return max(before, key=lambda span: span.started_ns, default=None)
 
 
 def _with_rest(booked: Accounts) -> Iterable[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from gpumeter_operator.billing.facts import BootFacts, Pod
+from gpumeter_operator.billing.facts import BootFacts, Pod, span_of
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Status
 
@@ -114,7 +114,6 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
             return _seal_missing(pod, boot, "it started anew")
     if pod.settled_ns >= period.end_ns:
         return None
-    unsealed = [boot for boot in pod.boots if boot.seal is Status.NONE]
     if not pod.gone:
         message = pod.problem or (
             f"its records reach to {rfc3339(pod.settled_ns)}" if pod.settled_ns else "it has not answered yet"
@@ -122,9 +121,24 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
         return Missing(worker.worker_uid, worker.pod, "WorkerBehind", f"{message}.".replace("..", "."))
     if not pod.boots:
         return Missing(worker.worker_uid, worker.pod, "WorkerLost", "it is gone and never sent a record.")
-    if unsealed:
-        return _seal_missing(pod, unsealed[-1], "it is gone")
-    return None
+    return _lost_at_the_end(pod, period)
+
+
+def _lost_at_the_end(pod: Pod, period: Period) -> Missing | None:
+    """What a pod that is gone did after its last record. Only a drained boot promised that there is nothing.
+
+    A recovered seal is written by the next boot: that one lived, and never sent a record of its own.
+    """
+    last = max(pod.boots, key=lambda boot: (boot.started_ns, boot.boot_id))
+    own = span_of(pod.spans, last)
+    later = [span for span in pod.spans if span.started_ns > (last.sealed_ns if own is None else own.started_ns)]
+    if last.seal is Status.NONE:
+        return _seal_missing(pod, last, "it is gone")
+    if later:
+        begun_ns = min(span.started_ns for span in later)
+        what = f"it is gone, it started anew at {rfc3339(begun_ns)}"
+        return _seal_missing(pod, last, what) if begun_ns < period.end_ns else None
+    return None if last.seal is Status.DRAINED else _seal_missing(pod, last, "it is gone, it started anew")
 
 
 def _seal_missing(pod: Pod, boot: BootFacts, what: str) -> Missing:

@@ -47,8 +47,21 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices."""
+
+    began_ns: int = 0
+    accounts_ns: int = 0
+    slices_ns: int = 0
+
+
+NOTHING = Spent()
+
+
+@dataclass(frozen=True, slots=True)
 class BootFacts:
-    """One boot's chain in the ledger: where it stands, and how it was sealed (`Status.NONE` while it is not)."""
+    """One boot's chain in the ledger: where it stands, how it was sealed (`Status.NONE` while it is not), and the time
+    that it has claimed by accounts and by sessions' slices."""
 
     boot_id: str
     started_ns: int
@@ -56,6 +69,13 @@ class BootFacts:
     head_hash: str
     seal: Status = Status.NONE
     sealed_ns: int = 0
+    accounts_ns: int = 0
+    slices_ns: int = 0
+
+    @property
+    def spent(self) -> Spent:
+        """What its records have claimed."""
+        return Spent(self.started_ns, self.accounts_ns, self.slices_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,12 @@ class Pod:
     settled_ns: int = 0
     gone: bool = False
     problem: str = ""
+
+
+def span_of(spans: Iterable[Span], boot: BootFacts) -> Span | None:
+    """The container of a boot: the last that started before it. Kubernetes rounds a start down to the second."""
+    before = [span for span in spans if span.started_ns <= boot.started_ns]
+    return max(before, key=lambda span: span.started_ns, default=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 from gpumeter_operator.billing.accounts import Accounts, PodAccounts
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
-from gpumeter_operator.billing.tariff import Priced, PricePlan, per_thousand, plain, price
+from gpumeter_operator.billing.tariff import PeriodPlan, Priced, per_thousand, plain, price
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
 
@@ -57,8 +57,7 @@ class ServicePeriod:
     period: Period
     verdict: Verdict
     pods: tuple[PodPeriod, ...]
-    plan: PricePlan | None
-    plan_name: str
+    plan: PeriodPlan
     digests: Mapping[str, str]
     late: tuple[str, ...] = ()
 
@@ -100,9 +99,9 @@ def _report(of: ServicePeriod, tenant: str) -> Manifest:
             "granularity": period.granularity.value,
         },
     }
-    if of.plan is not None:
-        spec["pricePlanRef"] = {"name": of.plan.name, "version": of.plan.version}
-        spec["pricePlanHash"] = of.plan.hash
+    if (plan := of.plan.plan) is not None:
+        spec["pricePlanRef"] = {"name": plan.name, "version": plan.version}
+        spec["pricePlanHash"] = plan.hash
     return {
         "apiVersion": API_VERSION,
         "kind": "UsageReport",
@@ -136,7 +135,7 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
     gpu_ns = sum(by_class.values())
     prompt = sum(line.prompt_tokens for line in used)
     completion = sum(line.completion_tokens for line in used)
-    priced = price(of.plan, of.plan_name, by_class, of.period.start_ns)
+    priced = price(of.plan, by_class, of.period.start_ns)
     status: Manifest = {
         "phase": of.verdict.phase.value,
         "gpuNanoseconds": str(gpu_ns),
@@ -161,9 +160,9 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
         status["meanBatchSize"] = plain(mean.quantize(Decimal("0.001"), ROUND_HALF_EVEN))
     if tenant == PLATFORM:
         status["accounts"] = {field: str(getattr(total, name)) for name, field in _ACCOUNT_FIELDS.items()}
-    if priced.amount is not None and of.plan is not None:
+    if priced.amount is not None and of.plan.plan is not None:
         status["amount"] = status["amountDue"] = plain(priced.amount)
-        status["currency"] = of.plan.currency
+        status["currency"] = of.plan.plan.currency
         if prompt + completion:
             status["pricePerThousandTokens"] = plain(per_thousand(priced.amount, prompt + completion))
     if of.verdict.phase is Phase.FINAL:

@@ -25,10 +25,6 @@ class Schedule:
                 chosen = granularity
         return period_of(ended_at_ns, chosen)
 
-    def following(self, period: Period) -> Period:
-        """The period after `period`."""
-        return self.period_of(period.end_ns + 1)
-
     def between(self, start_ns: int, end_ns: int) -> list[Period]:
         """All periods that hold any of the time after `start_ns` up to `end_ns`."""
         found = []

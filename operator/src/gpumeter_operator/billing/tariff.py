@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
 from typing import Any
 
-from gpumeter_usage.period import from_rfc3339
+from gpumeter_usage.period import from_rfc3339, rfc3339
 
 HOUR_NS = Decimal(3_600 * 10**9)
 AMOUNT_STEP = Decimal("0.000000000001")
@@ -46,6 +46,16 @@ class PricePlan:
         """The rate of a class in force at a time: of those whose effectiveFrom is past, the last."""
         in_force = [rate for rate in self.rates if rate.gpu_class == gpu_class and rate.effective_from_ns <= at_ns]
         return max(in_force, key=lambda rate: rate.effective_from_ns, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodPlan:
+    """The price plan of one period: None where there was no usable one. It is as it stood at `as_of_ns`, which is the
+    period's start, or later where nothing was known of the plan by then."""
+
+    name: str
+    plan: PricePlan | None
+    as_of_ns: int = 0
 
 
 def canonical_spec(spec: Mapping[str, Any]) -> bytes:
@@ -92,13 +102,14 @@ class Priced:
     message: str
 
 
-def price(plan: PricePlan | None, plan_name: str, gpu_ns_by_class: Mapping[str, int], at_ns: int) -> Priced:
+def price(of: PeriodPlan, gpu_ns_by_class: Mapping[str, int], at_ns: int) -> Priced:
     """What GPU time costs at the rates in force at `at_ns`, to 12 decimals, half-even."""
+    plan = of.plan
     if plan is None:
         return Priced(
             None,
             "NoPricePlan",
-            f"There was no usable PricePlan named {plan_name} when the period was opened; usage is reported without "
+            f"There was no usable PricePlan named {of.name} when the period was opened; usage is reported without "
             f"amounts. Create it, and amounts begin with the next period.",
         )
     total = Decimal(0)
@@ -114,9 +125,9 @@ def price(plan: PricePlan | None, plan_name: str, gpu_ns_by_class: Mapping[str, 
                 )
             total += gpu_ns * rate.per_gpu_hour / HOUR_NS
         amount = total.quantize(AMOUNT_STEP, ROUND_HALF_EVEN)
-    return Priced(
-        amount, "Priced", f"At the rates of PricePlan {plan.name} (version {plan.version}) when the period began."
-    )
+    # An older version may have been in force before, but nobody saw it.
+    when = "when the period began" if of.as_of_ns <= at_ns else f"as it stood at {rfc3339(of.as_of_ns)}"
+    return Priced(amount, "Priced", f"At the rates of PricePlan {plan.name} (version {plan.version}) {when}.")
 
 
 def per_thousand(amount: Decimal, tokens: int) -> Decimal:

@@ -11,16 +11,16 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 
 import click
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
-from gpumeter_operator.billing.accounts import Accounts, fold, horizon_ns
+from gpumeter_operator.billing.accounts import Accounts, horizon_ns
 from gpumeter_operator.billing.audit import Recount, check_accounts, check_reports, recount
-from gpumeter_operator.billing.close import lived_in
-from gpumeter_operator.billing.facts import Pod
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -98,23 +98,17 @@ def accounts(
 
 def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
     """Frozen accounts for Final periods; for the others, the accounts as far as they are known now."""
-    schedule, final_ns = reader.schedule(), reader.last_final_ns(*service)
+    schedule = reader.schedule()
     rows = []
     for pod in reader.pods(*service, 0):
         worker = pod.worker
         for end_ns, frozen in reader.pod_accounts(worker.worker_uid):
             rows.append(Row(*service, worker.pod, worker.worker_uid, schedule.period_of(end_ns), True, frozen))
-        for period in _open_periods(reader, service, pod, final_ns, now_ns):
-            lines = [line for line in reader.lines(*service, period.end_ns) if line.worker_uid == worker.worker_uid]
-            adjusted_ns = sum(
-                adjustment.allocated_ns
-                for adjustment in reader.adjustments(*service, period.end_ns)
-                if adjustment.worker_uid == worker.worker_uid
-            )
-            until_ns = horizon_ns(pod, period, now_ns, final=False)
-            booked = fold(pod, period, lines, until_ns=until_ns, adjusted_ns=adjusted_ns)
-            if lines or adjusted_ns or lived_in(pod, period):
-                rows.append(Row(*service, worker.pod, worker.worker_uid, period, False, booked.accounts))
+    for period in open_periods(reader, service, schedule, now_ns):
+        facts = facts_of(reader, service, period)
+        for pod in facts[0]:
+            accounts = pod_period(pod, period, facts, horizon_ns(pod, period, now_ns, final=False)).booked.accounts
+            rows.append(Row(*service, pod.worker.pod, pod.worker.worker_uid, period, False, accounts))
     return sorted(rows, key=lambda row: (row.namespace, row.service, row.period, row.pod))
 
 
@@ -164,12 +158,15 @@ def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:
         "",
         "GPU-seconds. allocated = init + load + warmup + attributed + nonbillable + idle + drain + unaccounted",
     ]
-    residual_ns = sum(abs(row.accounts.unaccounted) for row in rows)
-    share = f" ({100 * residual_ns / total.allocated:.3f} % of allocated)" if total.allocated > 0 else ""
-    lines.append(
-        f"unaccounted: {_seconds(residual_ns)} s{share}. Kubernetes states container times in whole seconds, so "
-        "a start or an end of a container leaves up to one second of each GPU."
-    )
+    absolute_ns = sum(abs(row.accounts.unaccounted) for row in rows)
+    lines += [
+        f"unaccounted: {_seconds(total.unaccounted)} s{_share(total.unaccounted, total.allocated)} in sum; "
+        f"{_seconds(absolute_ns)} s{_share(absolute_ns, total.allocated)} where no row makes up for another.",
+        "Kubernetes states container times in whole seconds, so a start or an end of a container leaves up to one "
+        "second of each GPU.",
+        "A step belongs to the period in which it ends: one that straddles an edge leaves a rest in one period that "
+        "the next takes back.",
+    ]
     what = (
         "chains, sums and reports recomputed from the raw records" if checked else "--check recomputes from raw records"
     )
@@ -196,6 +193,10 @@ def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
                 }
                 for row in rows
             ],
+            "unaccounted": {
+                "sum": sum(row.accounts.unaccounted for row in rows),
+                "absolute": sum(abs(row.accounts.unaccounted) for row in rows),
+            },
             "problems": problems,
             "checkedFromRawRecords": checked,
             "addsUp": not problems,
@@ -204,13 +205,8 @@ def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
     )
 
 
-def _open_periods(reader: Reader, service: Service, pod: Pod, final_ns: int, now_ns: int) -> list[Period]:
-    schedule = reader.schedule()
-    found = {schedule.period_of(end_ns) for end_ns in reader.booked_ends(*service, final_ns)}
-    for span in pod.spans:
-        end_ns = now_ns if span.ended_ns is None else span.ended_ns
-        found |= set(schedule.between(max(final_ns, span.started_ns), end_ns))
-    return sorted(found)
+def _share(part_ns: int, whole_ns: int) -> str:
+    return f" ({Decimal(100 * part_ns) / whole_ns:.3f} % of allocated)" if whole_ns > 0 else ""
 
 
 def _seconds(gpu_ns: int) -> str:

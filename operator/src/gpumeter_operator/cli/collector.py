@@ -5,7 +5,6 @@ Owns the process: its loops, how it tells that it lives, and that it stops only 
 
 import asyncio
 import logging
-import os
 import signal
 import sys
 import time
@@ -19,19 +18,19 @@ import click
 
 from gpumeter_operator.adapters.collector_metrics import CollectorMetrics, Sample
 from gpumeter_operator.adapters.health import HealthServer
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Unreachable
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Refused, Unreachable
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.workers import Workers
-from gpumeter_operator.cli.collector_settings import Settings, SettingsInvalid, read_settings
+from gpumeter_operator.cli.collector_settings import Settings, read_settings
+from gpumeter_operator.cli.start import settings_or_exit
 from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
-from gpumeter_operator.logs import configure_logs
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 log = logging.getLogger(__name__)
@@ -48,13 +47,7 @@ Round = Callable[[], Awaitable[None]]
 @click.command()
 def collector() -> None:
     """Collect usage records and publish UsageReports until SIGTERM. Everything is set by GPUMETER_* variables."""
-    try:
-        settings = read_settings(os.environ)
-        configure_logs(os.environ)
-    except (SettingsInvalid, ValueError) as invalid:
-        for problem in getattr(invalid, "problems", [str(invalid)]):
-            click.echo(f"SettingsInvalid: {problem}", err=True)
-        sys.exit(2)
+    settings = settings_or_exit(read_settings)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         asyncio.run(_run(settings))
@@ -104,6 +97,7 @@ class Process:
             self._execute,
             pods=lambda: self._pods.objects,
             services=lambda: self._services.objects,
+            lookup=lambda namespace, name: cluster.get(PODS, name, namespace),
         )
         self._close = CloseRound(
             ledger,
@@ -113,12 +107,13 @@ class Process:
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
         )
+        self._mirrors = (self._pods, self._services, self._plans)
         self._synced = False
         self._round_ended_ns: dict[str, int] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set; then finish what was begun."""
-        mirrors = (self._pods, self._services, self._plans)
+        mirrors = self._mirrors
         health = HealthServer(self._alive, self._ready, CollectorMetrics(self._sample).render)
         await health.start(self._settings.http_host, self._settings.http_port)
         background = [asyncio.create_task(mirror.run()) for mirror in mirrors]
@@ -154,7 +149,9 @@ class Process:
             except LedgerUnavailable as problem:
                 self._collector.counters.ledger_problem = str(problem)
                 log.error("%s", problem)
-                await _pause(1.0, stop)
+            except (Unreachable, Refused) as problem:
+                log.warning("Which pods went while nobody watched cannot be told yet: %s", problem)
+            await _pause(1.0, stop)
 
     def _pod_removed(self, pod: dict[str, Any]) -> None:
         self._collect.removed(pod, time.time_ns())
@@ -164,6 +161,7 @@ class Process:
         await self._collect.run(token_of, time.time_ns())
 
     async def _loop(self, name: str, interval_s: float, once: Round, stop: asyncio.Event) -> None:
+        self._round_ended_ns[name] = time.monotonic_ns()  # a first round that hangs must be seen, too
         while not stop.is_set():
             begun_ns = time.monotonic_ns()
             try:
@@ -185,6 +183,9 @@ class Process:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _alive(self) -> str | None:
+        for mirror in self._mirrors:
+            if told := mirror.silence():
+                return told
         now_ns = time.monotonic_ns()
         for name, ended_ns in self._round_ended_ns.items():
             if now_ns - ended_ns > STALE_NS:

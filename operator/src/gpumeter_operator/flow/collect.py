@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 MAX_PULLS = 32
 """Workers that are asked at the same time: bounds memory (a page each) and connections."""
 
+MAX_TOLD = 4  # of a worker's refused boots in one sentence; the alarms tell of all
+
 T = TypeVar("T")
 
 
@@ -62,6 +64,10 @@ class Counters:
     alarms: dict[str, int] = field(default_factory=dict)
     lag_ns: dict[str, int] = field(default_factory=dict)  # by worker, how far its settled records are behind
     ledger_problem: str = ""
+
+
+class NotAllCollected(Exception):
+    """Some of a worker's boots were refused, and are named in alarms; the message is their sentences."""
 
 
 class Collector:
@@ -108,6 +114,8 @@ class Collector:
             await self._fail(worker, str(broken), alarm="PageInvalid")
         except PageRefused as refused:
             await self._fail(worker, str(refused), alarm=refused.reason)
+        except NotAllCollected as refusals:
+            await self._fail(worker, str(refusals))
         except LedgerUnavailable as problem:
             self.counters.ledger_problem = str(problem)
             log.error("%s Nothing is acknowledged; workers keep their records.", problem)
@@ -131,17 +139,30 @@ class Collector:
         refuse_foreign(worker, status.worker_uid, status.service)
         refuse_future("the worker's watermark", status.watermark_ns, now_ns)
         known = {boot.boot_id: boot for boot in await self._execute(partial(self._ledger.boots, worker.worker_uid))}
+        refusals = []
         for boot in status.boots:
-            await self._collect_boot(worker, target, boot, known.get(boot.boot_id))
+            # A boot is refused alone: if it kept those after it from being acknowledged, their lease would run out.
+            try:
+                await self._collect_boot(worker, target, boot, known.get(boot.boot_id), status.watermark_ns)
+            except (WorkerRefuses, PageInvalid, PageRefused) as refusal:
+                reason, kept = type(refusal).__name__, None
+                if isinstance(refusal, PageRefused):
+                    reason, kept = refusal.reason, refusal.kept
+                await self._alarm(worker, reason, str(refusal), kept)
+                refusals.append(str(refusal))
         listed = {boot.boot_id for boot in status.boots}
         for lost in (boot for boot in known.values() if boot.seal is Status.NONE and boot.boot_id not in listed):
             # Its records so far are safe; what came after them is not in this journal any more.
             message = f"boot {lost.boot_id} has left the journal without a seal after seq {lost.committed_seq}"
             await self._alarm(worker, "BootLost", message)
-        await self._execute(partial(self._ledger.settle, worker.worker_uid, status.watermark_ns, now_ns))
+        if refusals:
+            raise NotAllCollected("; ".join(refusals[:MAX_TOLD]))
+        await self._execute(partial(self._ledger.settle, worker.worker_uid, status.watermark_ns))
         return status.watermark_ns
 
-    async def _collect_boot(self, worker: Worker, target: Target, boot: Boot, known: BootFacts | None) -> None:
+    async def _collect_boot(
+        self, worker: Worker, target: Target, boot: Boot, known: BootFacts | None, watermark_ns: int
+    ) -> None:
         seq, head_hash = (known.committed_seq, known.head_hash) if known else (0, GENESIS)
         if boot.head_seq < seq:
             raise PageRefused(
@@ -159,9 +180,8 @@ class Collector:
             self.counters.pages += 1
             await self._workers.acknowledge(target, Acknowledgement(boot.boot_id, seq, head_hash))
         if seq == boot.head_seq and head_hash != boot.head_hash:
-            raise PageRefused(
-                "ChainForked",
-                f"boot {boot.boot_id:.64}: its head at seq {seq} is {boot.head_hash:.16}…, ours is {head_hash:.16}…",
+            await self._execute(
+                partial(self._ledger.refuse_head, worker, boot, head_hash, watermark_ns, self._clock_ns())
             )
         if known and seq == known.committed_seq and boot.acknowledged_seq < seq:
             # The former acknowledgement was lost on its way.
@@ -175,14 +195,16 @@ class Collector:
         except LedgerUnavailable as problem:
             self.counters.ledger_problem = str(problem)
 
-    async def _alarm(self, worker: Worker, reason: str, message: str) -> None:
+    async def _alarm(self, worker: Worker, reason: str, message: str, kept: bool | None = None) -> None:
         self.counters.alarms[reason] = self.counters.alarms.get(reason, 0) + 1
-        try:
-            new = await self._execute(
-                partial(self._ledger.raise_alarm, reason, worker.worker_uid, message, self._clock_ns())
-            )
-        except LedgerUnavailable as problem:
-            self.counters.ledger_problem = str(problem)
-            new = True
+        new = kept
+        if new is None:
+            try:
+                new = await self._execute(
+                    partial(self._ledger.raise_alarm, reason, worker.worker_uid, message, self._clock_ns())
+                )
+            except LedgerUnavailable as problem:
+                self.counters.ledger_problem = str(problem)
+                new = True
         if new:
             log.warning("%s: pod %s/%s: %s", reason, worker.namespace, worker.pod, message)

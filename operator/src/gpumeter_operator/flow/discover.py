@@ -4,6 +4,7 @@ Owns the reading of pods: labels, annotations and container states become a Work
 collect or store anything.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,8 @@ def worker_of(pod: Manifest, services: Mapping[tuple[str, str], Manifest]) -> Wo
             f"Pod {namespace}/{name} belongs to another InferenceService {service_name} than the one that exists now.",
         )
     devices = str(annotations.get(DEVICES_ANNOTATION, ""))
-    if not devices.isascii() or not devices.isdigit() or not 1 <= int(devices) <= MAX_DEVICES:
+    # Four digits at most are ever read as a number: Python refuses a very long one with an exception.
+    if not re.fullmatch(r"[0-9]{1,4}", devices) or not 1 <= int(devices) <= MAX_DEVICES:
         return NotAWorker(
             "DevicesInvalid",
             f"Pod {namespace}/{name} has the annotation {DEVICES_ANNOTATION}={devices!r:.40}; it must be a number "

@@ -5,10 +5,11 @@ command joins it to those. Every round can be repeated; nothing is lost when one
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from gpumeter_operator.adapters.kubernetes import Refused, Unreachable
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target
@@ -26,77 +27,147 @@ RESTORE_EVERY_NS = 30 * SECOND_NS
 """How often the published reports are compared with the cluster; one list of reports each time."""
 
 Objects = Callable[[], Mapping[tuple[str, str], Manifest]]
+Lookup = Callable[[str, str], Awaitable[Manifest | None]]
+"""The pod of this namespace and name, from the API server itself. Raises Unreachable and Refused."""
 
 
 class CollectRound:
-    """Keeps what pods say of their containers, and starts a pull of every worker that runs."""
+    """Keeps what pods say of their containers, and starts a pull of every worker that runs.
+
+    A pod that leaves the mirror need not be gone: whoever may edit it may take its label off, and it holds its devices
+    all the same. So it is looked up by name before its end is booked, and followed that way for as long as it lives.
+    """
 
     def __init__(
-        self, ledger: Ledger, collector: Collector, execute: Execute, *, pods: Objects, services: Objects
+        self,
+        ledger: Ledger,
+        collector: Collector,
+        execute: Execute,
+        *,
+        pods: Objects,
+        services: Objects,
+        lookup: Lookup,
     ) -> None:
         self._ledger = ledger
         self._collector = collector
         self._execute = execute
         self._pods = pods
         self._services = services
-        self._removed: list[tuple[Manifest, int]] = []
+        self._lookup = lookup
+        self._removed: dict[str, tuple[Manifest, int]] = {}
+        self._astray: dict[str, Manifest] = {}  # workers without the label, by uid
         self._workers: dict[str, Worker] = {}
         self._seen: dict[str, set[tuple[str, str]]] = {}
-        self._alarmed: set[str] = set()
+        self._alarmed: set[tuple[str, str]] = set()
 
     def removed(self, pod: Manifest, now_ns: int) -> None:
-        """A pod is gone; its last state is kept until it is in the ledger."""
-        self._removed.append((pod, now_ns))
+        """A pod has left the mirror; its last state is kept until it is in the ledger."""
+        self._removed[pod["metadata"]["uid"]] = (pod, now_ns)
 
     async def recover(self, now_ns: int) -> None:
         """At the start, when pods are known: remember workers, and book the end of those that went unseen.
 
         Their containers ended at some time since they were heard last; that is what is booked, and no more, for a pod
-        must not accrue after it is gone.
+        must not accrue after it is gone. Raises LedgerUnavailable, and Unreachable and Refused where it cannot be known
+        whether a pod is gone; it may be called again then.
         """
         uids = {pod["metadata"]["uid"] for pod in self._pods().values()}
         for pod in await self._execute(self._ledger.not_gone):
-            uid = pod.worker.worker_uid
-            if uid in uids:
-                self._workers[uid] = pod.worker
+            worker = pod.worker
+            if worker.worker_uid in uids:
+                self._workers[worker.worker_uid] = worker
+            elif (found := await self._living(worker.namespace, worker.pod, worker.worker_uid)) is not None:
+                self._workers[worker.worker_uid] = worker
+                self._astray[worker.worker_uid] = found
             else:
-                log.info("Pod %s/%s went while nobody watched.", pod.worker.namespace, pod.worker.pod)
-                await self._execute(partial(self._ledger.observe, pod.worker, _went_unseen(pod, now_ns), now_ns))
+                log.info("Pod %s/%s went while nobody watched.", worker.namespace, worker.pod)
+                await self._execute(partial(self._ledger.observe, worker, _went_unseen(pod, now_ns), now_ns))
 
     async def run(self, token_of: Callable[[str], str], now_ns: int) -> None:
-        """One round. `token_of` gives the usage token for a service's uid. Raises LedgerUnavailable."""
-        await self._keep_removed()
+        """One round. `token_of` gives the usage token for a service's uid. Raises LedgerUnavailable.
+
+        Anything else that goes wrong with a pod is that pod's: an alarm, and the others are collected from.
+        """
+        pods = {pod["metadata"]["uid"]: pod for pod in list(self._pods().values())}
+        try:
+            await self._find_astray(pods, now_ns)
+            for uid, (pod, at_ns) in list(self._removed.items()):
+                await self._apart(uid, self._keep_removed(uid, pod, at_ns, now_ns), now_ns)
+        except (Unreachable, Refused) as problem:
+            log.warning("Pods that left cannot be looked up now, and will be: %s", problem)
         fleet: list[tuple[Worker, Target]] = []
-        uids = set()
-        for pod in list(self._pods().values()):
-            uid = pod["metadata"]["uid"]
-            uids.add(uid)
-            worker = self._workers.get(uid) or worker_of(pod, self._services())
-            if isinstance(worker, NotAWorker):
-                await self._alarm(uid, worker, now_ns)
-                continue
-            events = events_of(pod, now_ns)
-            await self._keep(worker, events, now_ns)
-            address = (pod.get("status") or {}).get("podIP")
-            if address and uid in self._workers and _runs(events):
-                fleet.append((worker, Target(address, token_of(worker.service_uid))))
-        self._alarmed &= uids
+        for uid, pod in (pods | self._astray).items():
+            await self._apart(uid, self._look_at(uid, pod, token_of, fleet, now_ns), now_ns)
+        self._alarmed = {(uid, reason) for uid, reason in self._alarmed if uid in pods or uid in self._astray}
         self._collector.start_pulls(fleet)
 
-    async def _keep_removed(self) -> None:
-        while self._removed:
-            pod, at_ns = self._removed[0]
-            uid = pod["metadata"]["uid"]
-            worker = self._workers.get(uid) or worker_of(pod, self._services())
-            if isinstance(worker, Worker):
-                # Kept even if it was never seen alive: its containers were allocated all the same.
-                events = events_of_removed(pod, at_ns)
-                if uid in self._workers or len(events) > 1:
-                    await self._execute(partial(self._ledger.observe, worker, events, at_ns))
-            self._removed.pop(0)
+    async def _apart(self, uid: str, step: Awaitable[None], now_ns: int) -> None:
+        try:
+            await step
+        except (LedgerUnavailable, Unreachable, Refused):
+            raise
+        except Exception as surprise:
+            message = f"The pod of uid {uid} cannot be read: {type(surprise).__name__}: {surprise!s:.300}"
+            await self._alarm(uid, NotAWorker("PodUnreadable", message), now_ns)
+            self._forget(uid)
+
+    async def _look_at(
+        self,
+        uid: str,
+        pod: Manifest,
+        token_of: Callable[[str], str],
+        fleet: list[tuple[Worker, Target]],
+        now_ns: int,
+    ) -> None:
+        worker = self._workers.get(uid) or worker_of(pod, self._services())
+        if isinstance(worker, NotAWorker):
+            await self._alarm(uid, worker, now_ns)
+            return
+        events = events_of(pod, now_ns)
+        await self._keep(worker, events, now_ns)
+        address = (pod.get("status") or {}).get("podIP")
+        if address and uid in self._workers and _runs(events):
+            fleet.append((worker, Target(address, token_of(worker.service_uid))))
+
+    async def _find_astray(self, pods: Mapping[str, Manifest], now_ns: int) -> None:
+        for uid, last in list(self._astray.items()):
+            if uid in pods:
+                del self._astray[uid]  # it has its label again
+                continue
+            found = await self._living(last["metadata"]["namespace"], last["metadata"]["name"], uid)
+            if found is None:
+                del self._astray[uid]
+                self._removed[uid] = (last, now_ns)
+            else:
+                self._astray[uid] = found
+
+    async def _keep_removed(self, uid: str, pod: Manifest, at_ns: int, now_ns: int) -> None:
+        namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
+        worker = self._workers.get(uid) or worker_of(pod, self._services())
+        if isinstance(worker, Worker):
+            found = await self._living(namespace, name, uid)
+            if found is not None:
+                self._workers[uid] = worker
+                self._astray[uid] = found
+                del self._removed[uid]
+                why = f"Pod {namespace}/{name} has lost its label; it holds its devices, and is followed by its name."
+                await self._alarm(uid, NotAWorker("LabelRemoved", why), now_ns)
+                return
+            # Kept even if it was never seen alive: its containers were allocated all the same.
+            events = events_of_removed(pod, at_ns)
+            if uid in self._workers or len(events) > 1:
+                await self._execute(partial(self._ledger.observe, worker, events, at_ns))
+        self._forget(uid)
+
+    def _forget(self, uid: str) -> None:
+        if self._removed.pop(uid, None) is not None:
             self._workers.pop(uid, None)
             self._seen.pop(uid, None)
             self._collector.forget(uid)
+
+    async def _living(self, namespace: str, name: str, uid: str) -> Manifest | None:
+        found = await self._lookup(namespace, name)
+        return found if found is not None and found["metadata"]["uid"] == uid else None
 
     async def _keep(self, worker: Worker, events: tuple[ContainerEvent, ...], now_ns: int) -> None:
         keys = {(event.container_id, event.event) for event in events}
@@ -106,10 +177,10 @@ class CollectRound:
             self._seen[worker.worker_uid] = keys | self._seen.get(worker.worker_uid, set())
 
     async def _alarm(self, uid: str, why: NotAWorker, now_ns: int) -> None:
-        if uid not in self._alarmed:
+        if (uid, why.reason) not in self._alarmed:
             await self._execute(partial(self._ledger.raise_alarm, why.reason, uid, why.message, now_ns))
             log.warning("%s: %s", why.reason, why.message)
-            self._alarmed.add(uid)
+            self._alarmed.add((uid, why.reason))
 
 
 class CloseRound:
@@ -134,7 +205,8 @@ class CloseRound:
         self._plans = plans
         self._restore_every_ns = restore_every_ns
         self._restore_at_ns = 0
-        self._hashes: dict[tuple[str, bytes], str] = {}
+        self._plans_seen: dict[str, tuple[bytes, str]] = {}  # by name, the spec that is in force, and its hash
+        self._plans_noted: set[str] | None = None
 
     async def run(self, now_ns: int) -> None:
         """One round. Raises LedgerUnavailable; a cluster that does not answer is tried again in the next round."""
@@ -149,15 +221,18 @@ class CloseRound:
             log.warning("Reports are not published now, and will be: %s", problem)
 
     async def _pricing(self, now_ns: int) -> Pricing:
-        hashes: dict[str, str] = {}
-        for plan in list(self._plans().values()):
-            spec, metadata = canonical_spec(plan["spec"]), plan["metadata"]
-            if (metadata["name"], spec) not in self._hashes:
-                version = int(metadata.get("generation", 1))
-                self._hashes[metadata["name"], spec] = await self._execute(
-                    partial(self._ledger.keep_plan, metadata["name"], version, spec, now_ns)
-                )
-            hashes[metadata["name"]] = self._hashes[metadata["name"], spec]
+        plans = {plan["metadata"]["name"]: plan for plan in list(self._plans().values())}
+        if self._plans_noted != plans.keys():
+            await self._execute(partial(self._ledger.note_plans, set(plans), now_ns))
+            self._plans_noted = set(plans)
+            self._plans_seen = {name: seen for name, seen in self._plans_seen.items() if name in plans}
+        for name, plan in plans.items():
+            spec = canonical_spec(plan.get("spec") or {})
+            if self._plans_seen.get(name, (b"", ""))[0] != spec:
+                version = int(plan["metadata"].get("generation", 1))
+                digest = await self._execute(partial(self._ledger.keep_plan, name, version, spec, now_ns))
+                self._plans_seen[name] = (spec, digest)
+        hashes = {name: digest for name, (_, digest) in self._plans_seen.items()}
         names = {
             key: ((service.get("spec", {}).get("pricing") or {}).get("planRef") or {}).get("name") or DEFAULT_PLAN
             for key, service in self._services().items()

@@ -65,10 +65,15 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn what the database raises into LedgerUnavailable, once and only here."""
+    """Turn what the database raises into LedgerUnavailable, once and only here.
+
+    A sum that leaves 64 bits is a fault of its figures: the ledger is there, and every other query works.
+    """
     try:
         yield
     except OperationalError as error:
+        if str(error.orig) == "integer overflow":
+            raise
         raise LedgerUnavailable(f"The ledger cannot be used: {error.orig}.") from error
     except DatabaseError as error:
         if isinstance(error.orig, sqlite3.DatabaseError) and not isinstance(error.orig, sqlite3.IntegrityError):

@@ -15,9 +15,12 @@ from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import digest_of
 from gpumeter_operator.billing.schedule import Schedule
-from gpumeter_operator.billing.tariff import PlanInvalid, PricePlan, plan_from
+from gpumeter_operator.billing.tariff import PeriodPlan, PlanInvalid, plan_from
 from gpumeter_usage.period import Granularity
 from gpumeter_usage.record import ENDED, Account, Kind, Status
+
+HALF = 2**31
+"""Sums are made of what is above and below this, so that neither can leave 64 bits in as many rows as a disk holds."""
 
 FactsVersion = tuple[int, int, int]
 """How many facts a fold was made from. Facts only grow, so an equal count is an equal set."""
@@ -49,12 +52,6 @@ class Reader:
         with reading(self.engine) as connection:
             return last_final_ns(connection, namespace, service)
 
-    def workers(self) -> list[Worker]:
-        """All workers ever seen, by namespace, service and uid."""
-        with reading(self.engine) as connection:
-            order = (t.workers.c.namespace, t.workers.c.service, t.workers.c.worker_uid)
-            return [_worker(row) for row in connection.execute(select(t.workers).order_by(*order))]
-
     def pods(self, namespace: str, service: str, since_ns: int) -> tuple[Pod, ...]:
         """The pods of a service that ran after `since_ns` or may still run, or have something booked after it."""
         with reading(self.engine) as connection:
@@ -80,10 +77,12 @@ class Reader:
         with reading(self.engine) as connection:
             return _load_pods(connection, not_(_has_event("gone")))
 
-    def pod(self, worker_uid: str) -> Pod | None:
-        """One pod."""
+    def first_started_ns(self, worker_uid: str) -> int:
+        """When the first container of a pod started, as Kubernetes says; 0 where that is not known."""
+        c = t.containers.c
+        query = select(func.min(c.at_ns)).where(c.worker_uid == worker_uid, c.event == "started")
         with reading(self.engine) as connection:
-            return next(iter(_load_pods(connection, t.workers.c.worker_uid == worker_uid)), None)
+            return int(connection.scalar(query) or 0)
 
     def last_plan_name(self, namespace: str, service: str) -> str | None:
         """The price plan of the service's latest period."""
@@ -124,12 +123,13 @@ class Reader:
         r = t.records.c
         key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
         ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
-        sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens)
-        # batch_ns is summed in two halves: its sum is the only one that a broken worker could drive beyond 64 bits.
-        halves = (func.sum(r.batch_ns // 2**20), func.sum(r.batch_ns % 2**20))
+        sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
+        # Each is summed in two halves: SQLite refuses a sum beyond 64 bits, and with it the whole query, and no worker
+        # may have the means to do that to its service.
+        halves = [half for column in sums for half in (func.sum(column // HALF), func.sum(column % HALF))]
         counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
         query = (
-            select(*key, *counts, *(func.sum(column) for column in sums), *halves)
+            select(*key, *counts, *halves)
             .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns)
             .group_by(*key)
             .order_by(*key)
@@ -178,27 +178,34 @@ class Reader:
         with reading(self.engine) as connection:
             return {row[0]: row[1] for row in connection.execute(query.order_by(a.id.desc()))}
 
-    def period_plan(self, namespace: str, service: str, end_ns: int) -> tuple[str, PricePlan | None] | None:
-        """The name and version of the price plan with which a period was opened; None where it was not opened."""
-        p = t.periods.c
+    def plan_in_force(self, name: str, at_ns: int) -> str | None:
+        """The hash of the version of a price plan that was in force at a time, as far as anyone saw; "" where the plan
+        was deleted then, None where nothing had been seen of it yet."""
+        o = t.plan_observations.c
+        query = select(o.hash).where(o.name == name, o.observed_ns <= at_ns)
         with reading(self.engine) as connection:
-            row = connection.execute(
-                select(p.plan_name, p.plan_hash).where(
-                    p.namespace == namespace, p.service == service, p.end_ns == end_ns
-                )
-            ).one_or_none()
-            if row is None:
-                return None
-            plan = t.price_plans.c
-            found = connection.execute(
-                select(plan.version, plan.spec).where(plan.name == row.plan_name, plan.hash == row.plan_hash)
-            ).one_or_none()
-        if found is None:
-            return row.plan_name, None
+            return connection.scalar(query.order_by(o.observed_ns.desc(), o.id.desc()).limit(1))
+
+    def period_plan(self, namespace: str, service: str, end_ns: int) -> PeriodPlan | None:
+        """The price plan with which a period was opened; None where it was not opened."""
+        p, plan = t.periods.c, t.price_plans.c
+        query = (
+            select(p.plan_name, p.start_ns, p.opened_ns, p.plan_hash, plan.version, plan.spec)
+            .select_from(t.periods.outerjoin(t.price_plans, and_(plan.name == p.plan_name, plan.hash == p.plan_hash)))
+            .where(p.namespace == namespace, p.service == service, p.end_ns == end_ns)
+        )
+        with reading(self.engine) as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        seen_ns = row.start_ns
+        if self.plan_in_force(row.plan_name, row.start_ns) != row.plan_hash:
+            seen_ns = row.opened_ns
         try:
-            return row.plan_name, plan_from(row.plan_name, found.version, found.spec)
+            found = None if row.spec is None else plan_from(row.plan_name, row.version, row.spec)
         except PlanInvalid:
-            return row.plan_name, None
+            found = None
+        return PeriodPlan(row.plan_name, found, seen_ns)
 
     def final_names(self, since_end_ns: int) -> set[tuple[str, str]]:
         """(namespace, name) of the Final reports whose periods ended after `since_end_ns`."""
@@ -339,10 +346,22 @@ def _boots(connection: Connection, worker_uids: Collection[str]) -> dict[str, li
         select(t.boots).where(b.worker_uid.in_(worker_uids)).order_by(b.worker_uid, b.started_ns, b.boot_id)
     )
     for row in rows:
-        found.setdefault(row.worker_uid, []).append(
-            BootFacts(row.boot_id, row.started_ns, row.committed_seq, row.head_hash, Status(row.seal), row.sealed_ns)
-        )
+        found.setdefault(row.worker_uid, []).append(boot_of(row))
     return found
+
+
+def boot_of(row: Row[Any]) -> BootFacts:
+    """A row of `boots`."""
+    return BootFacts(
+        boot_id=row.boot_id,
+        started_ns=row.started_ns,
+        committed_seq=row.committed_seq,
+        head_hash=row.head_hash,
+        seal=Status(row.seal),
+        sealed_ns=row.sealed_ns,
+        accounts_ns=row.accounts_ns,
+        slices_ns=row.slices_ns,
+    )
 
 
 def _has_event(event: str) -> Any:
@@ -364,8 +383,9 @@ def _worker(row: Row[Any]) -> Worker:
 
 
 def _line(row: tuple[Any, ...]) -> Line:
-    key, (records, first, last, sessions, *sums, high, low) = row[:6], (int(number) for number in row[6:])
-    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion = sums
+    key, (records, first, last, sessions, *halves) = row[:6], (int(number) for number in row[6:])
+    sums = [high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)]
+    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion, batch_ns = sums
     return Line(
         worker_uid=key[0],
         boot_id=key[1],
@@ -383,5 +403,5 @@ def _line(row: tuple[Any, ...]) -> Line:
         prompt_tokens=prompt,
         cached_tokens=cached,
         completion_tokens=completion,
-        batch_ns=high * 2**20 + low,
+        batch_ns=batch_ns,
     )

@@ -15,13 +15,14 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
+from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
+from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_usage.chain import Link
 from gpumeter_usage.period import MINUTE_NS, Period, rfc3339
-from gpumeter_usage.record import Kind, Record, Status
+from gpumeter_usage.record import Kind, Record
 
 MAX_ALARMS_PER_WORKER = 100
 """A broken worker may fail in ever new ways; its first hundred alarms tell the story."""
@@ -54,7 +55,7 @@ def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | N
     row = connection.execute(select(t.boots).where(b.worker_uid == worker_uid, b.boot_id == boot_id)).one_or_none()
     if row is None:
         return None
-    return BootFacts(row.boot_id, row.started_ns, row.committed_seq, row.head_hash, Status(row.seal), row.sealed_ns)
+    return boot_of(row)
 
 
 def insert_records(
@@ -125,20 +126,21 @@ def insert_records(
         raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
 
 
-def advance(connection: Connection, known: BootFacts | None, records: Sequence[Record], head_hash: str) -> None:
-    """Move a chain's cursor to the last of these records, and note its seal."""
-    first, last = records[0], records[-1]
+def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> None:
+    """Move a chain's cursor to the last of these records, and note its seal and what it has claimed."""
+    last = accepted.records[-1]
     sealed = last.kind is Kind.SEAL
     values = {
         "committed_seq": last.seq,
-        "head_hash": head_hash,
+        "head_hash": accepted.head_hash,
+        "accounts_ns": accepted.spent.accounts_ns,
+        "slices_ns": accepted.spent.slices_ns,
         "seal": last.status.value if sealed else "",
         "sealed_ns": last.ended_at if sealed else 0,
     }
     key = {"worker_uid": last.worker_uid, "boot_id": last.boot_id}
     if known is None:
-        started_ns = min(first.started_at, first.ended_at)
-        connection.execute(insert(t.boots).values({**key, **values, "started_ns": started_ns}))
+        connection.execute(insert(t.boots).values({**key, **values, "started_ns": accepted.spent.began_ns}))
     else:
         b = t.boots.c
         connection.execute(
@@ -191,6 +193,17 @@ def observe(connection: Connection, worker: Worker, event: ContainerEvent, final
         )
         raise_alarm(connection, now_ns, reason="LateContainer", worker_uid=worker.worker_uid, message=reason)
     return 1
+
+
+def observe_plan(connection: Connection, name: str, digest: str, now_ns: int) -> None:
+    """Keep that this version of a price plan ("" for none) is in force from now on, unless it is known to be."""
+    o = t.plan_observations.c
+    latest = connection.scalar(
+        select(o.hash).where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc()).limit(1)
+    )
+    if latest != digest:
+        values = {"name": name, "hash": digest, "observed_ns": now_ns}
+        connection.execute(insert(t.plan_observations).values(values))
 
 
 def raise_alarm(

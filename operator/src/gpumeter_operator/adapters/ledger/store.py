@@ -5,7 +5,7 @@ all Final reports of a period together. Knows no HTTP and no Kubernetes.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -20,11 +20,11 @@ from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_v
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
 from gpumeter_operator.billing.accept import PageRefused, accept, refuse_foreign
 from gpumeter_operator.billing.accounts import NAMES, Accounts
-from gpumeter_operator.billing.facts import BootFacts, Worker
+from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
 from gpumeter_operator.billing.report import Manifest
 from gpumeter_operator.billing.schedule import effective_from_ns
 from gpumeter_usage.chain import GENESIS, Link, link
-from gpumeter_usage.page import Page
+from gpumeter_usage.page import Boot, Page
 from gpumeter_usage.period import Granularity, Period
 from gpumeter_usage.record import Status
 
@@ -76,21 +76,29 @@ class Ledger(Reader):
             self._refuse_fork(worker, page, known, now_ns)
             if fresh and boot and boot.seal is not Status.NONE:
                 raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq + 1} after its seal")
-            accepted = accept(replace(page, after=seq, links=fresh), worker, head_hash, now_ns)
+            since_ns = self.first_started_ns(worker.worker_uid)
+            accepted = accept(
+                replace(page, after=seq, links=fresh),
+                worker,
+                head_hash,
+                now_ns,
+                spent=boot.spent if boot else NOTHING,
+                since_ns=since_ns,
+            )
             if not fresh:
                 return Taken(0, seq, head_hash)
             with self._writing() as connection:
                 if rows.boot(connection, worker.worker_uid, page.boot_id) != boot:
                     continue  # another collector was faster: what was fresh may be known by now
                 rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
-                rows.advance(connection, boot, accepted.records, accepted.head_hash)
+                rows.advance(connection, boot, accepted)
             return Taken(len(fresh), seq + len(fresh), accepted.head_hash)
 
-    def settle(self, worker_uid: str, settled_ns: int, now_ns: int) -> None:
+    def settle(self, worker_uid: str, settled_ns: int) -> None:
         """Note that all usage of a worker up to this time is committed. Never moves back."""
         with self._writing() as connection:
             row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
-            values = {"settled_ns": max(settled_ns, row.settled_ns if row else 0), "heard_ns": now_ns, "problem": ""}
+            values = {"settled_ns": max(settled_ns, row.settled_ns if row else 0), "problem": ""}
             rows.put_progress(connection, worker_uid, values)
 
     def note_problem(self, worker_uid: str, problem: str) -> None:
@@ -100,7 +108,6 @@ class Ledger(Reader):
             if row is None or row.problem != problem:
                 values = {
                     "settled_ns": row.settled_ns if row else 0,
-                    "heard_ns": row.heard_ns if row else 0,
                     "problem": problem,
                 }
                 rows.put_progress(connection, worker_uid, values)
@@ -136,12 +143,20 @@ class Ledger(Reader):
             return rows.raise_alarm(connection, now_ns, reason=reason, worker_uid=worker_uid, message=message)
 
     def keep_plan(self, name: str, version: int, spec: bytes, now_ns: int) -> str:
-        """Keep a version of a price plan, once; returns its hash."""
+        """Keep a version of a price plan, once, and that it is in force from now on; returns its hash."""
         with self._writing() as connection:
             digest = sha256(spec).hexdigest()
             values = {"name": name, "hash": digest, "version": version, "spec": spec, "observed_ns": now_ns}
             connection.execute(sqlite_insert(t.price_plans).values(values).on_conflict_do_nothing())
+            rows.observe_plan(connection, name, digest, now_ns)
             return digest
+
+    def note_plans(self, present: Collection[str], now_ns: int) -> None:
+        """Note which price plans are there now: those that were and are not any more are in force no longer."""
+        with self._writing() as connection:
+            for name in connection.scalars(select(t.price_plans.c.name).distinct()).all():
+                if name not in present:
+                    rows.observe_plan(connection, name, "", now_ns)
 
     def open_period(self, service: ServiceName, period: Period, plan_name: str, plan_hash: str, now_ns: int) -> None:
         """Open a period for a service with the price plan that holds for all of it; once opened it stays so."""
@@ -192,6 +207,30 @@ class Ledger(Reader):
                 connection.execute(insert(t.pod_accounts), of_pods)
             return True
 
+    def refuse_head(self, worker: Worker, boot: Boot, our_hash: str, watermark_ns: int, now_ns: int) -> None:
+        """Raise PageRefused for a boot whose head is another than ours at the same seq, and hold the period for it.
+
+        Which record it is that differs is not known; the alarm stands at the worker's watermark, in an open period.
+        """
+        message = (
+            f"boot {boot.boot_id:.64}: its head at seq {boot.head_seq} is {boot.head_hash:.16}…, ours is "
+            f"{our_hash:.16}…"
+        )
+        with self._writing() as connection:
+            new = rows.raise_alarm(
+                connection,
+                now_ns,
+                reason="ChainForked",
+                worker_uid=worker.worker_uid,
+                message=message,
+                boot_id=boot.boot_id[:256],
+                seq=boot.head_seq,
+                ended_at=watermark_ns,
+                our_hash=our_hash,
+                their_hash=boot.head_hash[:64],
+            )
+        raise PageRefused("ChainForked", message, kept=new)
+
     def _boot(self, worker_uid: str, boot_id: str) -> BootFacts | None:
         return next((boot for boot in self.boots(worker_uid) if boot.boot_id == boot_id), None)
 
@@ -224,7 +263,7 @@ class Ledger(Reader):
             f"{row.hash:.16}…; both are kept, and the period is held until its grace ends"
         )
         with self._writing() as connection:
-            rows.raise_alarm(
+            new = rows.raise_alarm(
                 connection,
                 now_ns,
                 reason="ChainForked",
@@ -237,7 +276,7 @@ class Ledger(Reader):
                 their_hash=given.hash,
                 their_body=given.body,
             )
-        raise PageRefused("ChainForked", message)
+        raise PageRefused("ChainForked", message, kept=new)
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:

@@ -3,8 +3,8 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, granularities, reports, pod_accounts, adjustments, alarms. State (follows from facts, may be rebuilt):
-boots (the cursor of each chain), progress (how far each worker is settled).
+price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms. State (follows from facts,
+may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
 """
 
 from sqlalchemy import (
@@ -66,6 +66,8 @@ boots = Table(
     Column("head_hash", _HASH, nullable=False),
     Column("seal", String(16), nullable=False),  # "" while the chain is open
     Column("sealed_ns", BigInteger, nullable=False),
+    Column("accounts_ns", BigInteger, nullable=False),  # claimed so far by account records, and by sessions' slices
+    Column("slices_ns", BigInteger, nullable=False),
     PrimaryKeyConstraint("worker_uid", "boot_id"),
 )
 
@@ -74,7 +76,6 @@ progress = Table(
     metadata,
     Column("worker_uid", _UID, primary_key=True),
     Column("settled_ns", BigInteger, nullable=False),
-    Column("heard_ns", BigInteger, nullable=False),
     Column("problem", Text, nullable=False),
 )
 
@@ -122,6 +123,16 @@ price_plans = Table(
     Column("observed_ns", BigInteger, nullable=False),
     PrimaryKeyConstraint("name", "hash"),
 )
+
+plan_observations = Table(
+    "plan_observations",
+    metadata,
+    Column("id", _ID, primary_key=True),
+    Column("name", _NAME, nullable=False),
+    Column("hash", _HASH, nullable=False),  # of the version that was seen in force from then on; "" where it was gone
+    Column("observed_ns", BigInteger, nullable=False),
+)
+Index("plan_observations_by_name", plan_observations.c.name, plan_observations.c.observed_ns)
 
 periods = Table(
     "periods",
@@ -221,6 +232,7 @@ FACTS = (
     containers,
     granularities,
     price_plans,
+    plan_observations,
     periods,
     reports,
     pod_accounts,

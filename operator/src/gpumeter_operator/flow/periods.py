@@ -1,0 +1,50 @@
+"""What of a service is not closed yet: its open periods, and the facts of each.
+
+Owns which periods those are and the order in which their facts are read, for the collector that closes them and for an
+auditor who only looks. Changes nothing and decides nothing.
+"""
+
+from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.billing.accounts import fold
+from gpumeter_operator.billing.close import lived_in
+from gpumeter_operator.billing.facts import Adjustment, Line, Pod
+from gpumeter_operator.billing.report import PodPeriod
+from gpumeter_operator.billing.schedule import Schedule
+from gpumeter_usage.period import Period
+
+Facts = tuple[list[Pod], list[Line], list[Adjustment]]
+"""The pods that lived in a period or have something booked in it, the sums of its records, and its adjustments."""
+
+
+def open_periods(reader: Reader, service: tuple[str, str], schedule: Schedule, now_ns: int) -> list[Period]:
+    """Every period after the last Final one that was opened, or in which a container ran or something is booked."""
+    final_ns = reader.last_final_ns(*service)
+    found: set[Period] = set()
+    for pod in reader.pods(*service, final_ns):
+        for span in pod.spans:
+            end_ns = now_ns if span.ended_ns is None else span.ended_ns
+            found |= set(schedule.between(max(final_ns, span.started_ns), end_ns))
+    # A container may turn out to have ended in the second in which it started. The period that was opened for it holds
+    # nothing then, and must be closed all the same.
+    ends = (*reader.booked_ends(*service, final_ns), *reader.opened_ends(*service, final_ns))
+    return sorted(found | {schedule.period_of(end_ns) for end_ns in ends})
+
+
+def facts_of(reader: Reader, service: tuple[str, str], period: Period) -> Facts:
+    """The facts of one period of a service."""
+    # The pods first: that a pod is settled must be older than the records that are read after it.
+    candidates = reader.pods(*service, period.start_ns)
+    lines = list(reader.lines(*service, period.end_ns))
+    adjustments = reader.adjustments(*service, period.end_ns)
+    booked = {line.worker_uid for line in lines} | {adjustment.worker_uid for adjustment in adjustments}
+    pods = [pod for pod in candidates if pod.worker.worker_uid in booked or lived_in(pod, period)]
+    return pods, lines, adjustments
+
+
+def pod_period(pod: Pod, period: Period, facts: Facts, until_ns: int) -> PodPeriod:
+    """What of these facts is one pod's, with its allocation reckoned up to `until_ns`."""
+    _, lines, adjustments = facts
+    uid = pod.worker.worker_uid
+    own = tuple(line for line in lines if line.worker_uid == uid)
+    adjusted_ns = sum(adjustment.allocated_ns for adjustment in adjustments if adjustment.worker_uid == uid)
+    return PodPeriod(pod.worker, fold(pod, period, own, until_ns=until_ns, adjusted_ns=adjusted_ns), own)
