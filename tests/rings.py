@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 class Ring:
     """One ring: its folder under tests/, why it cannot run here (None when it can), and what is built ahead of it.
 
-    What takes minutes is built by devcluster's own commands, which show their progress; inside a test nobody would see it.
+    What takes minutes is built by devcluster's own commands, which show progress; inside a test nobody would see it.
     """
 
     name: str
