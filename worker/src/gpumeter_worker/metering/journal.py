@@ -88,7 +88,7 @@ class Journal:
         it was, so that the same flush can be tried again.
         """
         with _translated(None), self._transaction():
-            head = self.head()
+            head = self._head()
             if head.sealed:
                 raise FlushRefused("the boot is sealed; nothing may follow")
             _refuse_imbalance(flush, head.frontier_ns)
@@ -98,16 +98,12 @@ class Journal:
                 "UPDATE boots SET frontier_ns = ?, sealed = ? WHERE boot_id = ?",
                 (flush.frontier_ns, closing is not None, head.boot_id),
             )
-        return self.head()
+            return self._head()  # read before the commit: after it nothing may fail, or the flush would be tried again
 
     def head(self) -> Head:
-        """Where this boot's chain stands."""
-        row = self._database.execute(
-            "SELECT boot_id, head_seq, head_hash, acknowledged_seq, frontier_ns, sealed FROM boots WHERE boot_id = ?",
-            (self._identity.boot_id,),
-        ).fetchone()
-        boot_id, seq, digest, acknowledged_seq, frontier_ns, sealed = row
-        return Head(boot_id, seq, digest, acknowledged_seq, frontier_ns, bool(sealed))
+        """Where this boot's chain stands. Raises JournalUnusable."""
+        with _translated(None):
+            return self._head()
 
     def acknowledge(self, acknowledgement: Acknowledgement) -> Head:
         """Trim what the collector has committed; a former boot that is sealed and committed whole is forgotten.
@@ -132,7 +128,7 @@ class Journal:
                 self._database.execute("DELETE FROM records WHERE boot_id = ? AND seq <= ?", (boot_id, seq))
                 if sealed and seq == head_seq and boot_id != self._identity.boot_id:
                     self._database.execute("DELETE FROM boots WHERE boot_id = ?", (boot_id,))
-        return self.head()
+            return self._head()
 
     def size_bytes(self) -> int:
         """What the records on disk take, without what trimming set free."""
@@ -143,6 +139,14 @@ class Journal:
     def close(self) -> None:
         """Give the file back."""
         self._database.close()
+
+    def _head(self) -> Head:
+        row = self._database.execute(
+            "SELECT boot_id, head_seq, head_hash, acknowledged_seq, frontier_ns, sealed FROM boots WHERE boot_id = ?",
+            (self._identity.boot_id,),
+        ).fetchone()
+        boot_id, seq, digest, acknowledged_seq, frontier_ns, sealed = row
+        return Head(boot_id, seq, digest, acknowledged_seq, frontier_ns, bool(sealed))
 
     def _seal_former_boots(self) -> None:
         left_open = self._database.execute(
@@ -181,11 +185,11 @@ class Journal:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
-            if self._database.in_transaction:
+            if self._database.in_transaction:  # a COMMIT that failed may leave it open as well
                 self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     def _value(self, statement: str, *parameters: str | int) -> Any:
         row = self._database.execute(statement, parameters).fetchone()

@@ -1,18 +1,19 @@
 """Keeps the journal's disk work off the event loop: one thread writes, one reads.
 
 Owns the order of transactions and what happens when the disk refuses: the flush is kept and tried again, because what
-was measured must not be lost while this process lives. Does not know what a flush says.
+was measured must not be lost while this process lives. A write that has begun is never abandoned, even where its caller
+is cancelled: it would be on disk and still wait here, to be written a second time. Does not know what a flush says.
 """
 
 import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
 from gpumeter_usage.record import Record
@@ -37,18 +38,17 @@ class JournalWriter:
         self._reader: Reader | None = None
         self._waiting: deque[tuple[Flush, Record | None]] = deque()
         self._order = asyncio.Lock()
+        self._begun: set[asyncio.Task[Any]] = set()
         self.problem = ""
         self.full = ""
         self.head: Head | None = None
         self.acknowledged_at_ns = time.monotonic_ns()
-        self.commits = 0
         self.commit_ns_last = 0
 
     async def open(self, identity: Identity, started_ns: int) -> None:
         """Begin this boot's chain. On failure `problem` says why; whatever is readable stays readable."""
         try:
-            self._journal = await self._write(lambda: Journal(self._directory, identity, started_ns))
-            self.head = self._journal.head()
+            self._journal, self.head = await self._write(lambda: _opened(self._directory, identity, started_ns))
         except JournalUnusable as error:
             self._fail(error)
         self.acknowledged_at_ns = time.monotonic_ns()
@@ -60,6 +60,30 @@ class JournalWriter:
 
     async def retry(self) -> bool:
         """Commit what waits; True when nothing is left."""
+        return await self._to_the_end(self._commit())
+
+    async def acknowledge(self, acknowledgement: Acknowledgement) -> None:
+        """Trim what is committed elsewhere. Raises AcknowledgementRefused, JournalUnusable."""
+        await self._to_the_end(self._trim(acknowledgement))
+
+    async def status(self) -> JournalStatus:
+        """Raises JournalUnusable."""
+        return await self._read(lambda reader: reader.status())
+
+    async def page(self, boot_id: str, after: int, limit: int) -> Page | None:
+        """Raises JournalUnusable, RecordsGone."""
+        return await self._read(lambda reader: reader.page(boot_id, after, limit))
+
+    async def close(self) -> None:
+        """Wait for what runs and give the file back."""
+        async with self._order:
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                await self._write(journal.close)
+        self._writing.shutdown(wait=False)
+        self._reading.shutdown(wait=False)
+
+    async def _commit(self) -> bool:
         async with self._order:
             journal = self._journal
             while self._waiting and journal is not None:
@@ -75,40 +99,36 @@ class JournalWriter:
                     self._fail(JournalUnusable(f"a flush was refused ({error}); restart the worker and report this"))
                     return False
                 self._waiting.popleft()
-                self.commits += 1
                 self.commit_ns_last = time.monotonic_ns() - began_ns
                 self.problem = ""
             if journal is not None:
-                size = await self._write(journal.size_bytes)
-                self.full = (
-                    f"the journal holds {size} bytes that nobody has acknowledged (at most {self._max_bytes})"
-                    if size > self._max_bytes
-                    else ""
-                )
+                await self._look_at_size(journal)
             return not self._waiting
 
-    async def acknowledge(self, acknowledgement: Acknowledgement) -> None:
-        """Trim what is committed elsewhere. Raises AcknowledgementRefused, JournalUnusable."""
-        if self._journal is None:
-            raise JournalUnusable(self.problem or "the journal is not open yet")
+    async def _look_at_size(self, journal: Journal) -> None:
+        try:
+            size = await self._write(journal.size_bytes)
+        except JournalUnusable as error:
+            log.warning("how much the journal holds cannot be read: %s", error)  # what was committed stays committed
+            return
+        self.full = (
+            f"the journal holds {size} bytes that nobody has acknowledged (at most {self._max_bytes})"
+            if size > self._max_bytes
+            else ""
+        )
+
+    async def _trim(self, acknowledgement: Acknowledgement) -> None:
         journal = self._journal
+        if journal is None:
+            raise JournalUnusable(self.problem or "the journal is not open")
         self.head = await self._write(lambda: journal.acknowledge(acknowledgement))
         self.acknowledged_at_ns = time.monotonic_ns()
 
-    async def status(self) -> JournalStatus:
-        """Raises JournalUnusable."""
-        return await self._read(lambda reader: reader.status())
-
-    async def page(self, boot_id: str, after: int, limit: int) -> Page | None:
-        """Raises JournalUnusable, RecordsGone."""
-        return await self._read(lambda reader: reader.page(boot_id, after, limit))
-
-    async def close(self) -> None:
-        """Wait for what runs and give the file back."""
-        if self._journal is not None:
-            await self._write(self._journal.close)
-        self._writing.shutdown(wait=False)
-        self._reading.shutdown(wait=False)
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(work)
+        self._begun.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._begun.discard)
+        return await asyncio.shield(task)
 
     async def _write(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writing, work)
@@ -125,3 +145,8 @@ class JournalWriter:
         if self.problem != str(error):
             log.error("the journal is unusable: %s", error)
         self.problem = str(error)
+
+
+def _opened(directory: Path, identity: Identity, started_ns: int) -> tuple[Journal, Head]:
+    journal = Journal(directory, identity, started_ns)
+    return journal, journal.head()

@@ -1,0 +1,147 @@
+"""The journal's writer: a flush is on disk once, whoever stops waiting for it and whatever the disk says."""
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from gpumeter_usage.record import Status
+from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.metering.attribution import Rule, uncalibrated
+from gpumeter_worker.metering.journal import FILE_NAME
+from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+from gpumeter_worker.metering.writer import JournalWriter
+
+START = 10**18
+IDENTITY = Identity("worker", "boot", "team/model", "model", "cpu", "host")
+
+
+class Boot:
+    """A meter and the writer of its journal."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meter = Meter(IDENTITY, uncalibrated(Rule.KNEE, "host"), START)
+        self.meter.enter(Phase.SERVING, START)
+        self.writer = JournalWriter(folder, "worker", "team/model", 2**30)
+        self.now = START
+
+    def used(self, session: str) -> Flush:
+        """A flush that holds a whole session of a microsecond."""
+        self.meter.begin(session, "acme", self.now)
+        self.meter.step(self.now, self.now + 1000, 1000, [Part(session, 1, 0, True, 1)])
+        self.now += 1000
+        self.meter.end(session, Status.FINISHED, self.now)
+        flush = self.meter.cut(self.now)
+        assert flush is not None
+        return flush
+
+    def slow_disk(self) -> "closing[sqlite3.Connection]":
+        """Nothing is written while this is held: another connection has the file's write lock."""
+        database = sqlite3.connect(self.folder / FILE_NAME, isolation_level=None)
+        database.execute("BEGIN IMMEDIATE")
+        return closing(database)
+
+    def begun(self) -> threading.Event:
+        """Set once the writer's thread has sent a statement to the disk, before the disk answers."""
+        begun = threading.Event()
+        self.own_connection().set_trace_callback(lambda _: begun.set())
+        return begun
+
+    def own_connection(self) -> sqlite3.Connection:
+        """The writer's, to let it fail."""
+        journal = self.writer._journal
+        assert journal is not None
+        return journal._database
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """Poll until something is true."""
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0.005)
+
+
+@pytest_asyncio.fixture
+async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
+    made = Boot(tmp_path)
+    await made.writer.open(IDENTITY, START)
+    yield made
+    await made.writer.close()
+
+
+async def test_a_flush_whose_caller_left_in_the_middle_is_stored_once_and_the_seal_follows(boot: Boot) -> None:
+    first, second = boot.used("one"), boot.used("two")
+    begun = boot.begun()
+    with boot.slow_disk():
+        appending = asyncio.create_task(boot.writer.append(first))
+        await until(begun.is_set)
+        appending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await appending
+    assert await boot.writer.append(second, closing=boot.meter.seal(Status.DRAINED))
+    head = boot.writer.head
+    assert head is not None
+    assert (head.seq, head.sealed) == (len(first.records) + len(second.records) + 1, True)
+    assert boot.writer.problem == ""
+
+
+async def test_a_caller_that_leaves_before_its_turn_changes_no_order(boot: Boot) -> None:
+    flushes = [boot.used(f"s{number}") for number in range(3)]
+    begun = boot.begun()
+    with boot.slow_disk():
+        appending = [asyncio.create_task(boot.writer.append(flush)) for flush in flushes]
+        await until(begun.is_set)
+        for one in appending[:2]:
+            one.cancel()
+    assert await appending[2]
+    assert boot.writer.head is not None
+    assert boot.writer.head.seq == sum(len(flush.records) for flush in flushes)
+
+
+async def test_closing_waits_for_a_commit_that_nobody_waits_for(tmp_path: Path) -> None:
+    boot = Boot(tmp_path)
+    await boot.writer.open(IDENTITY, START)
+    flush = boot.used("one")
+    begun = boot.begun()
+    with boot.slow_disk():
+        appending = asyncio.create_task(boot.writer.append(flush))
+        await until(begun.is_set)
+        appending.cancel()
+        leaving = asyncio.create_task(boot.writer.close())
+        await asyncio.sleep(0)  # its turn: it has begun to wait
+    await leaving
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
+        assert database.execute("SELECT COUNT(*) FROM records").fetchone() == (len(flush.records),)
+
+
+async def test_a_size_that_cannot_be_read_does_not_fail_the_flush_that_is_on_disk(boot: Boot) -> None:
+    def no_pragma(action: int, *_: object) -> int:
+        return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_PRAGMA else sqlite3.SQLITE_OK
+
+    boot.own_connection().set_authorizer(no_pragma)
+    flush = boot.used("one")
+    assert await boot.writer.append(flush, closing=boot.meter.seal(Status.DRAINED))
+    assert boot.writer.head is not None
+    assert boot.writer.head.sealed
+
+
+async def test_a_commit_that_fails_is_undone_and_tried_again(boot: Boot) -> None:
+    database = boot.own_connection()
+    # A constraint that is looked at by COMMIT itself, and not before.
+    database.executescript(
+        "PRAGMA foreign_keys=ON; CREATE TABLE parents (id PRIMARY KEY);"
+        "CREATE TABLE broken (id REFERENCES parents DEFERRABLE INITIALLY DEFERRED);"
+        "CREATE TRIGGER breaks AFTER INSERT ON records BEGIN INSERT INTO broken VALUES (1); END;"
+    )
+    flush = boot.used("one")
+    assert not await boot.writer.append(flush)
+    assert "FOREIGN KEY" in boot.writer.problem
+    database.execute("DROP TRIGGER breaks")
+    assert await boot.writer.retry()
+    assert (boot.writer.problem, boot.writer.head and boot.writer.head.seq) == ("", len(flush.records))
