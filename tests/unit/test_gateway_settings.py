@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumeter_operator.gateway.settings import SettingsInvalid, settings_from
+from gpumeter_operator.environment import SettingsInvalid
+from gpumeter_operator.gateway.settings import settings_from
 
 
 def test_only_the_namespace_has_no_default() -> None:

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from gpumeter_operator.cli.accounts import accounts
-from gpumeter_operator.cli.collector_settings import SettingsInvalid, read_settings
+from gpumeter_operator.cli.collector_settings import read_settings
+from gpumeter_operator.environment import SettingsInvalid
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity
 from gpumeter_usage.record import Account

@@ -6,7 +6,8 @@ import kopf
 import pytest
 
 from gpumeter_operator.decide.credentials import credentials_of, derive
-from gpumeter_operator.settings import SettingsInvalid, configure_kopf, read_settings
+from gpumeter_operator.environment import SettingsInvalid
+from gpumeter_operator.settings import configure_kopf, read_settings
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from gpumeter_operator.environment import Environment
+
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("json", "text")
 # Libraries that report every request of theirs at info.
@@ -16,12 +18,11 @@ _CHATTY = ("httpx2", "httpcore2", "httpx", "httpcore", "aiohttp.access")
 
 
 def configure_logs(environ: Mapping[str, str]) -> None:
-    """Set the root logger up. Raises ValueError with a sentence for a level or a format that there is not."""
-    level = (environ.get("GPUMETER_LOG_LEVEL") or "info").lower()
-    form = (environ.get("GPUMETER_LOG_FORMAT") or "text").lower()
-    for name, value, known in (("GPUMETER_LOG_LEVEL", level, LEVELS), ("GPUMETER_LOG_FORMAT", form, FORMATS)):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; set one of {', '.join(known)}.")
+    """Set the root logger up. Raises SettingsInvalid for a level or a format that there is not."""
+    read = Environment(environ)
+    level = read.choice("GPUMETER_LOG_LEVEL", "info", LEVELS)
+    form = read.choice("GPUMETER_LOG_FORMAT", "json", FORMATS)
+    read.check()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,19 +1,18 @@
 """Configuration of the operator: its environment, and every kopf setting with its reason.
 
-Owns names, defaults and checks of GPUMETER_* variables. Reports all problems at once. Does not know what the values do.
+Owns the names, defaults and limits of its GPUMETER_* variables. Does not know what the values do.
 """
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import kopf
 
-from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES
 from gpumeter_operator.decide.names import FINALIZER
 from gpumeter_operator.decide.workload import Installation
+from gpumeter_operator.environment import Environment
 
 # Not gpumeter.io itself: kopf hides every annotation under its own prefix from the comparison that notices edits, and
 # gpumeter.io/stop is one that a user edits.
@@ -34,70 +33,23 @@ class Settings:
     http_port: int
 
 
-class SettingsInvalid(Exception):
-    """The environment cannot be used; `problems` holds a sentence for each variable that is wrong."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Settings from GPUMETER_*; raises SettingsInvalid with every problem."""
-    problems: list[str] = []
-
-    def number(name: str, default: int, least: int, most: int) -> int:
-        text = environment.get(name, "")
-        if not text:
-            return default
-        if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
-            problems.append(
-                f"{name} is {text!r}; set a whole number from {least} to {most}, or leave it out ({default})."
-            )
-            return default
-        return int(text)
-
-    def choice(name: str, default: str, choices: tuple[str, ...]) -> str:
-        text = environment.get(name, "") or default
-        if text not in choices:
-            problems.append(f"{name} is {text!r}; set one of {', '.join(choices)}.")
-        return text
-
-    image = environment.get("GPUMETER_WORKER_IMAGE", "")
-    if not image:
-        problems.append("GPUMETER_WORKER_IMAGE is not set; name the image that workers run.")
+    read = Environment(environment)
     settings = Settings(
         installation=Installation(
-            worker_image=image,
-            worker_image_pull_policy=choice("GPUMETER_WORKER_IMAGE_PULL_POLICY", "IfNotPresent", PULL_POLICIES),
-            gateway_url=environment.get("GPUMETER_GATEWAY_URL", ""),
+            worker_image=read.needed("GPUMETER_WORKER_IMAGE", "name the image that workers run"),
+            worker_image_pull_policy=read.choice("GPUMETER_WORKER_IMAGE_PULL_POLICY", "IfNotPresent", PULL_POLICIES),
+            gateway_url=read.text("GPUMETER_GATEWAY_URL"),
         ),
-        master_key=_master_key(environment.get("GPUMETER_MASTER_KEY_FILE", ""), problems),
-        status_interval_ms=number("GPUMETER_STATUS_INTERVAL_MS", 3_000, 200, 60_000),
-        deletion_margin_ms=number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
-        http_host=environment.get("GPUMETER_HTTP_HOST", "") or "0.0.0.0",  # noqa: S104 - probes come from the node
-        http_port=number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
+        master_key=read.master_key(),
+        status_interval_ms=read.number("GPUMETER_STATUS_INTERVAL_MS", 3_000, 200, 60_000),
+        deletion_margin_ms=read.number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
+        http_host=read.text("GPUMETER_HTTP_HOST", "0.0.0.0"),  # noqa: S104 - probes come from the node
+        http_port=read.number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
     )
-    if problems:
-        raise SettingsInvalid(problems)
+    read.check()
     return settings
-
-
-def _master_key(path: str, problems: list[str]) -> bytes:
-    if not path:
-        problems.append("GPUMETER_MASTER_KEY_FILE is not set; name the file that holds the release's master key.")
-        return b""
-    try:
-        key = Path(path).read_bytes()
-    except OSError as error:
-        problems.append(f"GPUMETER_MASTER_KEY_FILE names {path}, which cannot be read: {error.strerror}.")
-        return b""
-    if len(key) < MASTER_KEY_MIN_BYTES:
-        problems.append(
-            f"GPUMETER_MASTER_KEY_FILE names {path}, which holds {len(key)} bytes; "
-            f"a master key has at least {MASTER_KEY_MIN_BYTES}."
-        )
-    return key
 
 
 def configure_kopf(settings: Any) -> None:

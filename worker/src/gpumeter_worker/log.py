@@ -1,6 +1,7 @@
 """The worker's log: one line an event, JSON or text, on stderr.
 
-Owns the format. What is logged is the caller's to choose, and never a prompt, a completion or a credential.
+Owns the format, which is the operator's too. What is logged is the caller's to choose, and never a prompt, a completion
+or a credential.
 """
 
 import json
@@ -19,12 +20,12 @@ class JsonFormatter(logging.Formatter):
         fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "logger": record.name.removeprefix("gpumeter_worker."),
+            "logger": record.name,
             "message": record.getMessage(),
         }
         fields |= {name: value for name, value in vars(record).items() if name not in _OWN}
         if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
+            fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
@@ -32,7 +33,7 @@ def configure_logging() -> None:
     """Read GPUMETER_LOG_FORMAT (json or text; json by default) and GPUMETER_LOG_LEVEL."""
     handler = logging.StreamHandler()
     if os.environ.get("GPUMETER_LOG_FORMAT", "json") == "text":
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     else:
         handler.setFormatter(JsonFormatter())
     level = logging.getLevelNamesMapping().get(os.environ.get("GPUMETER_LOG_LEVEL", "info").upper(), logging.INFO)

@@ -5,38 +5,40 @@ Owns the choice of adapters: which mirrors feed the gateway, and that hop keys c
 
 import asyncio
 import logging
-import os
 import signal
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 import click
 
 from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror
-from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES, derive
+from gpumeter_operator.cli.start import settings_or_exit
+from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import API_KEY_LABEL, SERVICE_LABEL
+from gpumeter_operator.environment import Environment
 from gpumeter_operator.gateway.app import serve
-from gpumeter_operator.gateway.settings import Settings, SettingsInvalid, settings_from
+from gpumeter_operator.gateway.settings import Settings, settings_from
 from gpumeter_operator.gateway.world import World
-from gpumeter_operator.logs import configure_logs
 
 
 @click.command()
 def gateway() -> None:
     """Run the OpenAI-compatible front door of all services of the cluster."""
-    try:
-        configure_logs(os.environ)
-        settings = settings_from(os.environ)
-        master_key = settings.master_key_file.read_bytes()
-        if len(master_key) < MASTER_KEY_MIN_BYTES:
-            raise SettingsInvalid(f"{settings.master_key_file} is shorter than {MASTER_KEY_MIN_BYTES} bytes.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"SettingsInvalid: {error}")
+    settings, master_key = settings_or_exit(_read)
     try:
         asyncio.run(_run(settings, master_key))
     except Unreachable as problem:
         sys.exit(str(problem))
+
+
+def _read(environ: Mapping[str, str]) -> tuple[Settings, bytes]:
+    settings = settings_from(environ)
+    read = Environment(environ)
+    master_key = read.master_key(str(settings.master_key_file))
+    read.check()
+    return settings, master_key
 
 
 async def _run(settings: Settings, master_key: bytes) -> None:

@@ -1,0 +1,36 @@
+"""The start of a long-running command: logs are set up and settings read, or every problem is told.
+
+Owns what wrong settings look like and their exit code. Does not know what is set.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import click
+
+from gpumeter_operator.environment import SettingsInvalid
+from gpumeter_operator.logs import configure_logs
+
+WRONG_SETTINGS = 2  # the exit code that click too uses for a command that is used wrongly
+
+S = TypeVar("S")
+
+
+def settings_or_exit(read: Callable[[Mapping[str, str]], S]) -> S:
+    """What `read` makes of the environment; ends the process with a line for each problem when it cannot be used."""
+    problems: list[str] = []
+    try:
+        configure_logs(os.environ)
+    except SettingsInvalid as invalid:
+        problems += invalid.problems
+    try:
+        settings = read(os.environ)
+    except SettingsInvalid as invalid:
+        problems += invalid.problems
+    if not problems:
+        return settings
+    for problem in problems:
+        click.echo(f"SettingsInvalid: {problem}", err=True)
+    sys.exit(WRONG_SETTINGS)
