@@ -14,7 +14,7 @@ from gpumeter_usage.page import (
     encode_page,
     encode_status,
 )
-from gpumeter_usage.period import MINUTE_NS, Granularity, from_rfc3339, next_period, period_from, period_of, rfc3339
+from gpumeter_usage.period import MINUTE_NS, Granularity, from_rfc3339, period_of, rfc3339
 from gpumeter_usage.record import Kind, Record, RecordInvalid, Status, canonical, parse
 
 
@@ -131,14 +131,14 @@ def test_a_status_arrives_as_it_was_sent():
 def test_what_ends_on_an_edge_belongs_to_the_period_that_it_ends():
     assert period_of(MINUTE_NS, Granularity.MINUTE).start_ns == 0
     assert period_of(MINUTE_NS + 1, Granularity.MINUTE).start_ns == MINUTE_NS
-    first = period_from(0, Granularity.HOUR)
-    assert next_period(first).start_ns == first.end_ns
+    first = period_of(1, Granularity.HOUR)
+    assert period_of(first.end_ns + 1, Granularity.HOUR).start_ns == first.end_ns
 
 
 def test_a_period_is_labelled_as_reports_name_it():
     start_ns = from_rfc3339("2026-11-21T14:05:00Z")
-    assert period_from(start_ns, Granularity.MINUTE).label == "20261121t1405"
-    assert period_from(start_ns, Granularity.HOUR).label == "20261121t14"
+    assert period_of(start_ns + 1, Granularity.MINUTE).label == "20261121t1405"
+    assert period_of(start_ns + 1, Granularity.HOUR).label == "20261121t14"
     assert rfc3339(start_ns) == "2026-11-21T14:05:00Z"
 
 

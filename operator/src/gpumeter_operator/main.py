@@ -14,7 +14,6 @@ from gpumeter_operator.flow.operation import Operation
 from gpumeter_operator.settings import HANDLER_BACKOFF_S, Settings, configure_kopf
 
 SERVICES = ("gpumeter.io", "v1alpha1", "inferenceservices")
-log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
@@ -63,7 +62,7 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
     @kopf.on.create(*SERVICES, id="reconcile", registry=registry)
     @kopf.on.update(*SERVICES, id="reconcile", registry=registry)
     async def reconcile(body: Any, memo: Operation, **_: Any) -> None:
-        await _look(memo, body)
+        await memo.look(dict(body))
 
     @kopf.timer(
         *SERVICES,
@@ -74,7 +73,7 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
         registry=registry,
     )
     async def refresh(body: Any, memo: Operation, **_: Any) -> None:
-        await _look(memo, body)
+        await memo.look(dict(body))
 
     @kopf.on.delete(*SERVICES, id="release", backoff=HANDLER_BACKOFF_S, registry=registry)
     async def release(body: Any, memo: Operation, **_: Any) -> None:
@@ -82,12 +81,6 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
             raise kopf.TemporaryError(sentence, delay=HANDLER_BACKOFF_S)
 
     return registry
-
-
-async def _look(operation: Operation, body: Any) -> None:
-    service = dict(body)
-    if (sentence := await operation.look(service)) is not None:
-        log.warning("%s/%s %s", service["metadata"]["namespace"], service["metadata"]["name"], sentence)
 
 
 def _quiet_kopf() -> None:

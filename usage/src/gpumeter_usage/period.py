@@ -55,16 +55,6 @@ def period_of(ended_at_ns: int, granularity: Granularity) -> Period:
     return Period(end_ns - length_ns, end_ns, granularity)
 
 
-def period_from(start_ns: int, granularity: Granularity) -> Period:
-    """The period that starts at or before `start_ns` and holds the time right after it."""
-    return period_of(start_ns + 1, granularity)
-
-
-def next_period(period: Period) -> Period:
-    """The period that follows."""
-    return period_of(period.end_ns + 1, period.granularity)
-
-
 def next_minute_edge_ns(at_ns: int) -> int:
     """The first edge of a UTC minute after `at_ns`."""
     return (at_ns // MINUTE_NS + 1) * MINUTE_NS

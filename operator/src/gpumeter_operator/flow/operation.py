@@ -3,6 +3,7 @@
 Owns start, stop and what alive and ready mean. Does not know kopf, which calls `look` and `leave`.
 """
 
+import logging
 from datetime import timedelta
 
 from gpumeter_operator.adapters.health import HealthServer
@@ -12,6 +13,8 @@ from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler
 from gpumeter_operator.flow.release import Releaser
+
+log = logging.getLogger(__name__)
 
 OVERDUE_MIN_S = 60.0  # a service is looked at every few seconds; a minute without is a frozen loop
 
@@ -49,13 +52,13 @@ class Operation:
         await self._health.close()
         await self._cluster.close()
 
-    async def look(self, service: Manifest) -> str | None:
-        """Reconcile once; a sentence when the API server kept it from being done, to be done again at the next look."""
+    async def look(self, service: Manifest) -> None:
+        """Reconcile once; what the API server keeps from being done is told in the log and done at the next look."""
         try:
             await self._reconciler.reconcile(service)
         except (Refused, Unreachable) as problem:
-            return f"will be looked at again: {problem}"
-        return None
+            metadata = service["metadata"]
+            log.warning("%s/%s will be looked at again: %s", metadata["namespace"], metadata["name"], problem)
 
     async def leave(self, service: Manifest) -> str | None:
         """Let a deleted service end; a sentence when it has to be tried again."""

@@ -164,10 +164,10 @@ async def announce(cluster: Api, service: Manifest, former: Manifest, ready: dic
     before: Manifest = next((one for one in former.get("conditions") or [] if one["type"] == "Ready"), {})
     if (before.get("status"), before.get("reason")) == (ready["status"], ready["reason"]):
         return
-    await publish(cluster, service, Problem(ready["reason"], ready["message"]), is_normal(ready), now)
+    await tell_event(cluster, service, Problem(ready["reason"], ready["message"]), is_normal(ready), now)
 
 
-async def publish(cluster: Api, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
+async def tell_event(cluster: Api, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
     """One log line and one event. An event that is refused (a namespace that ends) is no reason to fail."""
     metadata = service["metadata"]
     level = logging.INFO if normal else logging.WARNING

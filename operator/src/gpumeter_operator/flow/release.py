@@ -18,7 +18,7 @@ from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.status import changes, decide_leaving
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
-from gpumeter_operator.flow.reconcile import announce, publish, write_status
+from gpumeter_operator.flow.reconcile import announce, tell_event, write_status
 
 log = logging.getLogger(__name__)
 
@@ -103,4 +103,4 @@ class Releaser:
             f"At {timestamp(deadline)} the time to hand over usage was over, but {names} had not ended. The service "
             "goes all the same; usage that was not collected by then is booked as unaccounted and billed to nobody.",
         )
-        await publish(self._cluster, service, told, False, self._clock())
+        await tell_event(self._cluster, service, told, False, self._clock())
