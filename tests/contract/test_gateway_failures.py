@@ -191,6 +191,65 @@ async def test_more_requests_than_the_gateway_may_hold_are_refused_and_not_queue
             await asyncio.gather(*waiting, return_exceptions=True)
 
 
+MIB = 1 << 20
+BUDGET = {"body_bytes_max": 2 * MIB, "tenant_held_bytes_max": 2 * MIB, "held_bytes_max": 3 * MIB}
+HELD = "gpumeter_gateway_held_bytes"
+BOLT = {"Authorization": "Bearer key-of-bolt"}
+
+
+def of_size(size: int) -> bytes:
+    return json.dumps(ASK).encode().ljust(size)
+
+
+async def in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(body), 50_000):
+        yield body[at : at + 50_000]
+
+
+async def code_of(answer: aiohttp.ClientResponse) -> str:
+    return str((await answer.json())["error"]["code"])
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_bytes_beyond_a_tenants_share_and_beyond_the_whole_are_refused_and_come_back(announced: bool) -> None:
+    def data(size: int) -> Any:
+        return of_size(size) if announced else in_pieces(of_size(size))
+
+    async with asyncio.timeout(30), gateway_rig(**BUDGET) as rig, aiohttp.ClientSession(rig.url) as http:
+        rig.worker.behaviour = never_answer
+        waiting = [asyncio.create_task(http.post(PATH, data=data(3 * MIB // 2), headers=KEY))]
+        await until_metric(http, HELD, 3 * MIB // 2)
+        async with http.post(PATH, data=data(MIB), headers=KEY) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert await code_of(answer) == "tenant_busy"
+        waiting.append(asyncio.create_task(http.post(PATH, data=data(MIB), headers=BOLT)))  # another's share is free
+        await until_metric(http, HELD, 5 * MIB // 2)
+        async with http.post(PATH, data=data(MIB), headers=BOLT) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert await code_of(answer) == "gateway_busy"
+        assert len(rig.worker.seen) == 2
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await until_metric(http, HELD, 0)
+        rig.worker.behaviour = rig.worker.answer
+        async with http.post(PATH, data=data(3 * MIB // 2), headers=KEY) as answer:
+            assert answer.status == 200
+        await until_metric(http, HELD, 0)
+
+
+async def test_bytes_that_are_announced_and_not_sent_take_no_room() -> None:
+    async with asyncio.timeout(30), gateway_rig(**BUDGET) as rig, aiohttp.ClientSession(rig.url, headers=KEY) as http:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY['Authorization']}\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", rig.gateway.port)
+        writer.write(f"{head}Content-Length: {2 * MIB}\r\n\r\n{{".encode())
+        await until_metric(http, HELD, 1)
+        async with http.post(PATH, data=of_size(3 * MIB // 2)) as answer:
+            assert answer.status == 200
+        writer.close()
+        await until_metric(http, HELD, 0)
+
+
 # Workers
 
 

@@ -22,6 +22,8 @@ from rigs.gateway import MASTER_KEY, ScriptedWorker, begin_stream, chunk, event,
 
 GPUMETER = Path(sys.executable).parent / "gpumeter"
 KEY = {"Authorization": "Bearer key-of-acme"}
+TENANTS = ("acme", "bolt", "corp", "dune")
+MIB = 1 << 20
 
 
 class SmallApiServer:
@@ -64,15 +66,18 @@ def named(name: str, namespace: str, **more: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def api_server(worker_port: int, folder: Path) -> AsyncIterator[tuple[SmallApiServer, Path]]:
-    key = named("key", "gpumeter", labels={"gpumeter.io/api-key": "true", "gpumeter.io/tenant": "acme"})
-    key["data"] = {"sha256": base64.b64encode(digest_of("key-of-acme").encode()).decode()}
+    keys = [
+        named(f"key-{tenant}", "gpumeter", labels={"gpumeter.io/api-key": "true", "gpumeter.io/tenant": tenant})
+        | {"data": {"sha256": base64.b64encode(digest_of(f"key-of-{tenant}").encode()).decode()}}
+        for tenant in TENANTS
+    ]
     workers = named("smollm2-1", "team-a", labels={"kubernetes.io/service-name": "smollm2"}) | {
         "addressType": "IPv4",
         "ports": [{"name": "http", "port": worker_port}],
         "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}}],
     }
     service = named("smollm2", "team-a", uid="uid-1") | {"spec": {"model": {"uri": "file:///m"}}}
-    server = SmallApiServer({SERVICES: [service], SLICES: [workers], KEYS: [key]})
+    server = SmallApiServer({SERVICES: [service], SLICES: [workers], KEYS: keys})
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -160,7 +165,7 @@ async def test_the_command_serves_follows_the_cluster_and_drains_on_sigterm(tmp_
             await answer.content.readany()
 
             await until(lambda: server.watched() == {SERVICES, SLICES, KEYS})
-            server.change(KEYS, "DELETED", named("key", "gpumeter"))
+            server.change(KEYS, "DELETED", named("key-acme", "gpumeter"))
             async with asyncio.timeout(5):
                 while (await http.get(f"{url}/v1/models")).status != 401:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.01)
@@ -182,6 +187,50 @@ async def test_the_command_serves_follows_the_cluster_and_drains_on_sigterm(tmp_
     (done,) = [line["message"] for line in lines if "tenant=acme" in line["message"]]
     assert "service=team-a/smollm2 code=200" in done
     assert "key-of-acme" not in str(lines)
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has ever had in use."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
+
+
+async def test_the_largest_bodies_of_many_tenants_at_once_stay_within_the_pods_memory(tmp_path: Path) -> None:
+    """The chart's default settings and limit. What does not fit is refused, and the gateway goes on."""
+
+    async def never_answer(_: web.Request, __: dict[str, Any]) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    body = json.dumps({"model": "team-a/smollm2", "messages": "x" * (10 * MIB - 100)}).encode()
+    async with (
+        asyncio.timeout(120),
+        serving(ScriptedWorker("uid-1", "smollm2")) as worker,
+        api_server(worker.port, tmp_path) as (_, kubeconfig),
+        gateway_process(kubeconfig) as (process, url),
+        aiohttp.ClientSession() as http,
+    ):
+        await until_ready(url)
+        worker.behaviour = never_answer
+        sending = [
+            asyncio.create_task(
+                http.post(f"{url}/v1/chat/completions", data=body, headers={"Authorization": f"Bearer key-of-{tenant}"})
+            )
+            for tenant in TENANTS
+            for _ in range(6)
+        ]
+        await until(lambda: sum(task.done() for task in sending) + len(worker.seen) == len(sending), within_s=60)
+        refused = [task.result() for task in sending if task.done()]
+        assert {answer.status for answer in refused} == {503}
+        assert {answer.headers["Retry-After"] for answer in refused} == {"1"}
+        assert 3 <= len(worker.seen) <= 9  # 96 MiB hold nine
+        assert peak_bytes(process.pid) < 512 * MIB * 3 // 4
+        for task in sending:
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        worker.behaviour = worker.answer
+        async with http.post(f"{url}/v1/chat/completions", json={"model": "smollm2"}, headers=KEY) as answer:
+            assert answer.status == 200
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,20 @@ def test_every_setting_that_cannot_be_is_told_at_once() -> None:
         assert name in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("GPUMETER_GATEWAY_BODY_BYTES_MAX", str(1 << 30), "one body must fit into a tenant's share"),
+        ("GPUMETER_GATEWAY_HELD_BYTES_MAX", str(16 << 20), "a tenant's share must fit into the whole"),
+    ],
+)
+def test_a_body_fits_into_a_tenants_share_and_the_share_into_the_whole(variable: str, value: str, told: str) -> None:
+    with pytest.raises(SettingsInvalid) as refused:
+        settings_from({"GPUMETER_NAMESPACE": "x", variable: value})
+    assert variable in str(refused.value)
+    assert told in str(refused.value)
+
+
 def test_what_is_set_wins_over_the_default() -> None:
     settings = settings_from({"GPUMETER_NAMESPACE": "x", "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "7.5"})
     assert settings.drain_timeout_s == 7.5

@@ -61,7 +61,7 @@ class Gateway:
             silence_timeout_s=self._settings.silence_timeout_s,
         )
         self._front = Front(self._world, self._relay, telemetry, self._settings, self._hop_key_of)
-        app = web.Application(middlewares=[self._front.around], client_max_size=self._settings.body_bytes_max)
+        app = web.Application(middlewares=[self._front.around])
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self._front.complete),

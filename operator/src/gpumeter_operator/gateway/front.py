@@ -14,6 +14,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gpumeter_operator.gateway import ask, hop, models, refusal
+from gpumeter_operator.gateway.budget import Budget, Hold
 from gpumeter_operator.gateway.keys import tenant_of
 from gpumeter_operator.gateway.models import Service
 from gpumeter_operator.gateway.refusal import Refusal
@@ -63,6 +64,8 @@ class Front:
         self._telemetry = telemetry
         self._settings = settings
         self._hop_key_of = hop_key_of
+        self._budget = Budget(held_max=settings.held_bytes_max, tenant_held_max=settings.tenant_held_bytes_max)
+        telemetry.watch_held(lambda: self._budget.held)
         self.stopping = False
         self.in_flight = 0
         self.idle = asyncio.Event()
@@ -141,12 +144,17 @@ class Front:
         trip.tenant = self._tenant(request)  # before the body: a stranger must not make this process hold one
         if self.in_flight > self._settings.in_flight_max:
             raise Refusal(503, "gateway_busy", "The gateway has as many requests as it may hold.", retry_after_s=1)
-        body = await self._body(request)
-        trip.read_at_s = time.monotonic()
-        asked = ask.read(body)
-        service = models.resolve(self._world.catalogue(), asked.model)
-        trip.service = service.qualified
-        errand = self._errand(request, trip, service, ask.body_for(asked, service.model, body))
+        with self._budget.hold(trip.tenant) as hold:
+            body = await self._body(request, hold)
+            trip.read_at_s = time.monotonic()
+            asked = ask.read(body)
+            service = models.resolve(self._world.catalogue(), asked.model)
+            trip.service = service.qualified
+            body = ask.body_for(asked, service.model, body)
+            del asked  # it keeps the client's bytes; from here on only those for the worker are held
+            return await self._run(request, trip, service, self._errand(request, trip, service, body))
+
+    async def _run(self, request: web.Request, trip: Trip, service: Service, errand: Errand) -> web.StreamResponse:
         self._telemetry.in_flight(service.qualified, +1)
         try:
             if not self._world.endpoints(service):
@@ -165,21 +173,27 @@ class Front:
             raise Refusal(401, "invalid_api_key", message)
         return tenant
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.Request, hold: Hold) -> bytes:
+        """The body. What has arrived is what counts: bytes that are announced and not sent take no room."""
         limit = self._settings.body_bytes_max
         too_large = Refusal(413, "request_too_large", f"The body is too large; at most {limit} bytes are accepted.")
         if (request.content_length or 0) > limit:
             raise too_large
+        hold.require(request.content_length or 0)
+        body = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
-                return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise too_large from None
+                while part := await request.content.readany():
+                    if len(body) + len(part) > limit:
+                        raise too_large
+                    hold.take(len(part))
+                    body += part
         except TimeoutError:
             message = f"The body did not arrive within {self._settings.body_timeout_s:g} s."
             raise Refusal(408, "request_timeout", message) from None
         except web.RequestPayloadError:
             raise Refusal(400, "invalid_body", "The body cannot be read as its headers announce it.") from None
+        return bytes(body)
 
     def _errand(self, request: web.Request, trip: Trip, service: Service, body: bytes) -> Errand:
         claim = hop.Hop(trip.tenant, trip.session, service.uid)

@@ -1,6 +1,6 @@
 """The gateway's settings: environment variables, their defaults and why these.
 
-Owns names, defaults and limits. Does not read the master key itself.
+Owns names, defaults and limits, and which of them contradict each other. Does not read the master key itself.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,9 @@ class Settings:
     host: str = "0.0.0.0"  # noqa: S104 - a pod's address
     port: int = 8080
     body_bytes_max: int = 10 << 20  # a body is held until a worker has it
-    in_flight_max: int = 1024  # bounds memory and connections
+    held_bytes_max: int = 96 << 20  # bodies in flight; in memory up to twice that
+    tenant_held_bytes_max: int = 32 << 20  # one tenant must leave room for others
+    in_flight_max: int = 1024  # bounds connections
     body_timeout_s: float = 30  # a client that sends slowly
     write_timeout_s: float = 60  # a client that reads slowly costs GPU time
     connect_timeout_s: float = 2  # a pod answers in milliseconds or not
@@ -43,6 +45,10 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         host=read.text("GPUMETER_GATEWAY_HOST", DEFAULTS.host),
         port=read.number("GPUMETER_GATEWAY_PORT", DEFAULTS.port, 0, 65_535),
         body_bytes_max=read.number("GPUMETER_GATEWAY_BODY_BYTES_MAX", DEFAULTS.body_bytes_max, 1, COUNT_MAX),
+        held_bytes_max=read.number("GPUMETER_GATEWAY_HELD_BYTES_MAX", DEFAULTS.held_bytes_max, 1, COUNT_MAX),
+        tenant_held_bytes_max=read.number(
+            "GPUMETER_GATEWAY_TENANT_HELD_BYTES_MAX", DEFAULTS.tenant_held_bytes_max, 1, COUNT_MAX
+        ),
         in_flight_max=read.number("GPUMETER_GATEWAY_IN_FLIGHT_MAX", DEFAULTS.in_flight_max, 1, COUNT_MAX),
         body_timeout_s=read.seconds("GPUMETER_GATEWAY_BODY_TIMEOUT_S", DEFAULTS.body_timeout_s),
         write_timeout_s=read.seconds("GPUMETER_GATEWAY_WRITE_TIMEOUT_S", DEFAULTS.write_timeout_s),
@@ -55,9 +61,27 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         read.problems.append(
             "GPUMETER_NAMESPACE is not set; it must name the namespace that holds the API keys' Secrets."
         )
+    read.problems += _contradictions(settings)
     read.check()
     return settings
 
 
 def _own_namespace() -> str:
     return _SERVICE_ACCOUNT_NAMESPACE.read_text().strip() if _SERVICE_ACCOUNT_NAMESPACE.exists() else ""
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """What no body of the greatest length could ever pass."""
+    found = []
+    body, share, whole = settings.body_bytes_max, settings.tenant_held_bytes_max, settings.held_bytes_max
+    if body > share:
+        found.append(
+            f"GPUMETER_GATEWAY_BODY_BYTES_MAX ({body}) is more than GPUMETER_GATEWAY_TENANT_HELD_BYTES_MAX ({share}); "
+            "one body must fit into a tenant's share."
+        )
+    if share > whole:
+        found.append(
+            f"GPUMETER_GATEWAY_TENANT_HELD_BYTES_MAX ({share}) is more than GPUMETER_GATEWAY_HELD_BYTES_MAX ({whole}); "
+            "a tenant's share must fit into the whole."
+        )
+    return found

@@ -4,6 +4,8 @@ Owns names, labels and buckets. `code` is the HTTP status that describes the out
 502 for a stream that broke although its status line had said 200.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _ADDED_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5)
@@ -29,6 +31,9 @@ class Telemetry:
         self._in_flight = Gauge(
             "gpumeter_gateway_in_flight", "Requests that run now, by service.", ("service",), registry=self.registry
         )
+        self._held = Gauge(
+            "gpumeter_gateway_held_bytes", "Bytes of bodies of the requests that run now.", registry=self.registry
+        )
         self._retries = Counter(
             "gpumeter_gateway_retries", "Second attempts, by the failure before.", ("failure",), registry=self.registry
         )
@@ -44,6 +49,10 @@ class Telemetry:
     def in_flight(self, service: str, change: int) -> None:
         """One more or one less."""
         self._in_flight.labels(service).inc(change)
+
+    def watch_held(self, read: Callable[[], int]) -> None:
+        """Where the number of held bytes stands."""
+        self._held.set_function(read)
 
     def retried(self, failure: str) -> None:
         """Count one second attempt."""
