@@ -19,10 +19,19 @@ from gpumeter_operator.billing.accounts import Accounts, PodAccounts
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
 from gpumeter_operator.billing.tariff import PeriodPlan, Priced, per_thousand, plain, price
+from gpumeter_operator.decide.names import (
+    API_VERSION,
+    GRANULARITY_LABEL,
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    PHASE_LABEL,
+    SERVICE_LABEL,
+    TENANT_LABEL,
+)
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
+from gpumeter_usage.tenant import RESERVED_TENANT
 
-API_VERSION = "gpumeter.io/v1alpha1"
 MAX_RANGES = 4096
 MAX_MISSING = 1024
 """What the UsageReport's schema holds; the ledger holds the rest."""
@@ -71,7 +80,7 @@ def reports(of: ServicePeriod) -> tuple[Manifest, ...]:
 def report_name(service: str, tenant: str, period: Period) -> str:
     """The name of a report. Dashes in the tenant are doubled, so no two (service, tenant) pairs can share a name:
     read from the right, the first single dash before the period is the separator."""
-    written = "platform" if tenant == PLATFORM else tenant.replace("-", "--")
+    written = RESERVED_TENANT if tenant == PLATFORM else tenant.replace("-", "--")
     return f"{service}-{written}-{period.label}"
 
 
@@ -109,11 +118,11 @@ def _report(of: ServicePeriod, tenant: str) -> Manifest:
             "name": report_name(of.service, tenant, period),
             "namespace": of.namespace,
             "labels": {
-                "app.kubernetes.io/managed-by": "gpumeter",
-                "gpumeter.io/inferenceservice": of.service,
-                "gpumeter.io/tenant": "platform" if tenant == PLATFORM else tenant,
-                "gpumeter.io/granularity": period.granularity.value,
-                "gpumeter.io/phase": of.verdict.phase.value,
+                MANAGED_BY_LABEL: MANAGED_BY,
+                SERVICE_LABEL: of.service,
+                TENANT_LABEL: RESERVED_TENANT if tenant == PLATFORM else tenant,
+                GRANULARITY_LABEL: period.granularity.value,
+                PHASE_LABEL: of.verdict.phase.value,
             },
         },
         "spec": spec,

@@ -17,7 +17,9 @@ MODEL_LABEL = "llm-d.ai/model"
 MANAGED_BY = "gpumeter"
 WORKER_NAME = "gpumeter-worker"
 API_KEY_LABEL = "gpumeter.io/api-key"  # on the Secret of an API key
-TENANT_LABEL = "gpumeter.io/tenant"
+TENANT_LABEL = "gpumeter.io/tenant"  # on that Secret and on a UsageReport
+GRANULARITY_LABEL = "gpumeter.io/granularity"  # on a UsageReport, as the next
+PHASE_LABEL = "gpumeter.io/phase"
 SLICE_OF_LABEL = "kubernetes.io/service-name"  # Kubernetes' own, on an EndpointSlice
 
 # Annotations.
