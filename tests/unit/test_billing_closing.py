@@ -62,6 +62,25 @@ def test_a_pod_that_went_without_a_seal_is_waited_for_and_then_named() -> None:
     )
 
 
+def test_a_boot_whose_only_trace_is_the_seal_of_the_one_before_it_is_missed() -> None:
+    """It came up, closed its predecessor's chain, and died with its node before its own records were collected."""
+    crashed = BootFacts("boot-1", PERIOD.start_ns, 7, "h", Status.RECOVERED, PERIOD.start_ns + MINUTE_NS)
+    gone = Pod(WORKER, (Span("c", PERIOD.start_ns, PERIOD.end_ns),), (crashed,), gone=True)
+    verdict = verdict_at(PERIOD.end_ns + GRACE_NS, gone)
+    assert (verdict.complete, verdict.missing[0].reason) == (False, "SealMissing")
+
+
+def test_a_container_that_started_after_the_last_seal_is_missed_in_the_periods_that_it_can_have_touched() -> None:
+    drained = BootFacts("boot-1", PERIOD.start_ns + 1, 7, "h", Status.DRAINED, PERIOD.start_ns + MINUTE_NS)
+    first = Span("c1", PERIOD.start_ns, PERIOD.start_ns + MINUTE_NS, True)
+    again = Span("c2", PERIOD.start_ns + 2 * MINUTE_NS, PERIOD.start_ns + 3 * MINUTE_NS, True)
+    verdict = verdict_at(PERIOD.end_ns + GRACE_NS, Pod(WORKER, (first, again), (drained,), gone=True))
+    assert (verdict.complete, verdict.missing[0].reason) == (False, "SealMissing")
+    assert "it started anew at 1970-01-01T01:02:00Z" in verdict.message
+    later = Span("c2", PERIOD.end_ns, PERIOD.end_ns + MINUTE_NS, True)
+    assert verdict_at(SOON_NS, Pod(WORKER, (first, later), (drained,), gone=True)).complete
+
+
 def test_a_boot_that_was_never_sealed_makes_the_period_of_its_end_incomplete() -> None:
     successor = BootFacts("boot-2", PERIOD.start_ns + MINUTE_NS, 3, "h")
     pod = Pod(WORKER, RUNNING, (OPEN_BOOT, successor), settled_ns=PERIOD.end_ns)

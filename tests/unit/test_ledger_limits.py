@@ -1,0 +1,144 @@
+"""What no worker, no figure and no outage may do to the ledger."""
+
+import json
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+
+from gpumeter_operator.adapters.ledger.engine import MIGRATIONS, open_engine, writing
+from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.billing.accept import CLOCK_SKEW_NS, PageRefused
+from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.record import Account, Kind, Status
+from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, started, worker
+
+POD = worker()
+SERVICE = ("team-a", "smollm2")
+NOW_NS = START_NS + 50 * SECOND_NS
+RUNNING = Pricing({}, {})
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return open_ledger(tmp_path / "ledger.db")
+
+
+def a_worker() -> FakeWorker:
+    fake = FakeWorker(POD, START_NS)
+    fake.serve("s-1", "acme", START_NS + 40 * SECOND_NS)
+    return fake
+
+
+def put(path: Path, **values: object) -> None:
+    """A row of records as a damaged disk or a former version may have left it."""
+    with sqlite3.connect(path) as raw:
+        columns = [row[1] for row in raw.execute("PRAGMA table_info(records)")]
+        row = raw.execute("SELECT * FROM records LIMIT 1").fetchone()
+        chosen = dict(zip(columns, row, strict=True)) | values
+        raw.execute(f"INSERT INTO records VALUES ({','.join('?' * len(columns))})", [chosen[name] for name in columns])
+
+
+@pytest.mark.parametrize("column", ["gpu_ns", "prefill_ns", "prompt_tokens", "batch_ns"])
+def test_sums_beyond_64_bits_are_exact(ledger: Ledger, tmp_path: Path, column: str) -> None:
+    fake = a_worker()
+    ledger.take(POD, fake.page("boot-1", 0), NOW_NS)
+    before = sum(getattr(line, column) for line in ledger.lines(*SERVICE, START_NS + MINUTE_NS))
+    for seq in range(100, 104):
+        put(tmp_path / "ledger.db", seq=seq, **{column: 2**63 - 1})
+    after = sum(getattr(line, column) for line in ledger.lines(*SERVICE, START_NS + MINUTE_NS))
+    assert after - before == 4 * (2**63 - 1)
+
+
+@pytest.mark.parametrize("kind", [Kind.ACCOUNT, Kind.SESSION])
+def test_a_boot_cannot_claim_more_time_than_has_passed_on_its_devices(ledger: Ledger, kind: Kind) -> None:
+    pod = replace(POD, devices=2)
+    fake = FakeWorker(pod, START_NS)
+    ledger.observe(pod, [started("c1", START_NS)], NOW_NS)
+    most_ns = 2 * (40 * SECOND_NS + CLOCK_SKEW_NS)
+    session = {"session_id": "s-1", "tenant": "acme", "status": Status.OPEN} if kind is Kind.SESSION else {}
+    for number in range(4):
+        claimed = {"gpu_ns": most_ns // 4} | ({"prefill_ns": most_ns // 4} if session else {})
+        edge_ns = START_NS + 10 * (number + 1) * SECOND_NS
+        fake._append(kind, Account.ATTRIBUTED, edge_ns - 10 * SECOND_NS, edge_ns, **claimed, **session)
+    ledger.take(pod, fake.page("boot-1", 0), NOW_NS)  # all that there is, and every doubt in its favour
+    claimed = {"gpu_ns": SECOND_NS} | ({"prefill_ns": SECOND_NS} if session else {})
+    fake._append(kind, Account.ATTRIBUTED, fake.frontier_ns, START_NS + 40 * SECOND_NS, **claimed, **session)
+    with pytest.raises(PageRefused, match="cannot have spent more than") as refused:
+        ledger.take(pod, fake.page("boot-1", 4), NOW_NS)
+    assert refused.value.reason == "MoreThanTime"
+    assert ledger.boots(pod.worker_uid)[0].committed_seq == 4
+
+
+def test_a_boot_cannot_have_begun_before_its_pod(ledger: Ledger) -> None:
+    ledger.observe(POD, [started("c1", START_NS)], NOW_NS)
+    fake = FakeWorker(POD, START_NS)
+    fake._append(Kind.ACCOUNT, Account.IDLE, 1, START_NS + SECOND_NS, gpu_ns=30 * MINUTE_NS)
+    with pytest.raises(PageRefused, match="its accounts claim 1800000000000 ns"):
+        ledger.take(POD, fake.page("boot-1", 0), NOW_NS)
+
+
+def test_a_service_that_cannot_be_closed_stops_no_other(ledger: Ledger, tmp_path: Path) -> None:
+    life = [started("c1", START_NS), ended("c1", NOW_NS), gone(NOW_NS)]
+    for number, service in enumerate(("a-broken", "smollm2"), start=1):
+        fake = FakeWorker(worker(number, service=service), START_NS)
+        fake.spend(Account.IDLE, NOW_NS)
+        fake.seal()
+        ledger.observe(fake.identity, life, NOW_NS)
+        ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
+    put(tmp_path / "ledger.db", worker_uid="pod-uid-1", seq=9, service="team-a/a-broken", kind="account", account="?")
+    closer = Closer(ledger, 10 * SECOND_NS)
+    for _ in range(2):
+        closer.close_all(RUNNING, START_NS + 2 * MINUTE_NS)
+    assert finals(ledger, ("team-a", "a-broken")) == {}
+    assert len(finals(ledger)) == 1
+    assert [alarm[:2] for alarm in ledger.alarms()] == [("CloseFailed", "team-a/a-broken")]
+
+
+def plan(price: str) -> bytes:
+    return json.dumps({"currency": "EUR", "rates": [{"gpuClass": "h100", "perGpuHour": price}]}).encode()
+
+
+def priced(ledger: Ledger, minute: int) -> tuple[str, str]:
+    status = finals(ledger)[START_NS + minute * MINUTE_NS, PLATFORM]["status"]
+    return status.get("amount", ""), next(each["message"] for each in status["conditions"] if each["type"] == "Priced")
+
+
+def test_after_an_outage_periods_are_priced_by_the_plan_that_was_in_force_when_they_began(ledger: Ledger) -> None:
+    """Nobody opened a period for five minutes, and the plan changed, changed back, and was deleted meanwhile."""
+    ledger.observe(POD, [started("c1", START_NS)], NOW_NS)
+    ledger.keep_plan("default", 1, plan("60"), START_NS + 1)
+    ledger.keep_plan("default", 2, plan("120"), START_NS + 90 * SECOND_NS)
+    ledger.keep_plan("default", 3, plan("60"), START_NS + 150 * SECOND_NS)
+    ledger.note_plans(["default"], START_NS + 160 * SECOND_NS)
+    ledger.note_plans([], START_NS + 210 * SECOND_NS)
+    ledger.note_plans([], START_NS + 220 * SECOND_NS)
+    newest = ledger.keep_plan("default", 1, plan("240"), START_NS + 290 * SECOND_NS)
+    Closer(ledger, SECOND_NS).close_all(Pricing({}, {"default": newest}), START_NS + 310 * SECOND_NS)
+    amounts = [priced(ledger, minute)[0] for minute in range(1, 6)]
+    assert amounts == ["4", "1", "2", "1", ""]
+    assert "as it stood at 2026-11-21T10:05:10Z" in priced(ledger, 1)[1], "nothing was known when it began"
+    assert "(version 1) when the period began" in priced(ledger, 2)[1]
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = open_engine(url, read_only=False)
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql("INSERT INTO boots VALUES ('pod-uid-1', 'boot-1', 5, 7, 'h', '', 0)")
+        connection.exec_driver_sql("INSERT INTO progress VALUES ('pod-uid-1', 5, 6, 'silent')")
+        connection.exec_driver_sql("INSERT INTO price_plans VALUES ('default', 'f00', 1, '{}', 10)")
+    engine.dispose()
+    ledger = Ledger(url)
+    boot = ledger.boots("pod-uid-1")[0]
+    assert (boot.committed_seq, boot.accounts_ns, boot.slices_ns) == (7, 0, 0)
+    assert [ledger.plan_in_force("default", at_ns) for at_ns in (9, 10)] == [None, "f00"]
