@@ -12,7 +12,7 @@ from gpumeter_operator.cli.collector_settings import read_settings
 from gpumeter_operator.environment import SettingsInvalid
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity
-from gpumeter_usage.record import Account
+from gpumeter_usage.record import Account, Kind
 from rigs.ledger import START_NS, FakeWorker, ended, gone, open_ledger, started, worker
 
 
@@ -44,6 +44,24 @@ def test_accounts_prints_every_pod_and_period_to_the_nanosecond(path: Path) -> N
     ] + ["equal"]
     assert lines[2][12] == "20.000000000", "what follows the seal is drain"
     assert "accounts = allocated: yes (2 rows" in told.output
+
+
+def test_accounts_tell_a_rest_that_the_next_period_takes_back_from_one_that_stays(tmp_path: Path) -> None:
+    """A step that straddles the edge of a minute: a second short in one, a second long in the next."""
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), FakeWorker(worker(), START_NS)
+    fake.spend(Account.IDLE, START_NS + 59 * SECOND_NS)
+    fake.frontier_ns = START_NS + 60 * SECOND_NS
+    fake._append(Kind.ACCOUNT, Account.IDLE, fake.frontier_ns, START_NS + 90 * SECOND_NS, gpu_ns=31 * SECOND_NS)
+    ledger.observe(fake.identity, [started("c", START_NS), ended("c", START_NS + 90 * SECOND_NS)], START_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 91 * SECOND_NS)
+    ledger.settle(fake.identity.worker_uid, START_NS + 5 * MINUTE_NS)
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 10 * MINUTE_NS)
+    ledger.close()
+    told = run(tmp_path / "ledger.db").output
+    assert "unaccounted: 0.000000000 s (0.000 % of allocated) in sum; 2.000000000 s (2.222 % of allocated)" in told
+    assert "leaves a rest in one period that the next takes back" in told
+    data = json.loads(run(tmp_path / "ledger.db", "-o", "json").stdout)
+    assert data["unaccounted"] == {"sum": 0, "absolute": 2 * SECOND_NS}
 
 
 def test_accounts_as_data_can_be_narrowed(path: Path) -> None:
