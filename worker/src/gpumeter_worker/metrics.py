@@ -12,7 +12,6 @@ from prometheus_client.registry import Collector
 
 from gpumeter_usage.record import Status
 from gpumeter_worker.engine.messages import StepReport
-from gpumeter_worker.metering.meter import Totals
 
 if TYPE_CHECKING:
     from gpumeter_worker.worker import Worker
@@ -78,7 +77,7 @@ class Observations:
         else:
             self._first_s.observe((now_ns - begun_ns) / 1e9)
 
-    def session(self, status: Status, prompt_tokens: int, totals: Totals) -> None:
+    def session(self, status: Status) -> None:
         """A session ended."""
         self._sessions.labels(status.value).inc()
 

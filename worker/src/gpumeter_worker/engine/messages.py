@@ -70,7 +70,6 @@ class Ready:
     device_name: str
     gpu_uuid: str
     dtype: str
-    kv_token_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,6 @@ class ModelRunner:
             device_name=name,
             gpu_uuid=uuid,
             dtype=str(self._dtype).removeprefix("torch."),
-            kv_token_bytes=self._kv_token_bytes(),
         )
 
     def _load(self, options: EngineOptions) -> Any:

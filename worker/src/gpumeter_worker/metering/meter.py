@@ -84,7 +84,6 @@ class Meter:
         self.identity = identity
         self.profile = profile
         self.accounts = Accounts(started_ns)
-        self.unknown_steps = 0
         self._sessions: dict[str, _Session] = {}
         self._slices: dict[str, _Slice] = {}
         self._records: list[Record] = []
@@ -109,7 +108,6 @@ class Meter:
         for part, share_ns in zip(parts, shares_ns, strict=True):
             session = self._sessions.get(part.session_id)
             if session is None:  # no tenant asked for it: the platform pays
-                self.unknown_steps += 1
                 continue
             attributed_ns += share_ns
             self._add(part, session, share_ns, len(parts))
@@ -128,14 +126,6 @@ class Meter:
         running.status = status
         self._close(self.accounts.end(at_ns))
         return session.totals
-
-    def totals(self, session_id: str) -> Totals:
-        """What a session in flight has used so far."""
-        return self._sessions[session_id].totals
-
-    def in_flight(self) -> tuple[str, ...]:
-        """The sessions in flight, oldest first."""
-        return tuple(self._sessions)
 
     def cut(self, at_ns: int) -> Flush | None:
         """Everything up to the frontier that no flush has stated yet, or None if there is nothing."""
