@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +85,12 @@ class Ledger:
 class WorkerProcess:
     """One process over a folder that outlives it."""
 
-    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str] | None = None,
+        command: Sequence[str | Path] = (COMMAND, "serve"),
+    ) -> None:
         self.folder = folder
         credentials = folder / "credentials"
         credentials.mkdir(parents=True, exist_ok=True)
@@ -115,7 +120,7 @@ class WorkerProcess:
         } | (environment or {})
         self.log_file = folder / f"worker-{uuid.uuid4().hex[:8]}.log"
         with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen([COMMAND, "serve"], env=self.environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
     @property
     def url(self) -> str:
@@ -201,9 +206,11 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker(folder: Path, environment: dict[str, str] | None = None) -> Iterator[WorkerProcess]:
+def worker(
+    folder: Path, environment: dict[str, str] | None = None, command: Sequence[str | Path] = (COMMAND, "serve")
+) -> Iterator[WorkerProcess]:
     """A worker that is gone afterwards."""
-    process = WorkerProcess(folder, environment)
+    process = WorkerProcess(folder, environment, command)
     try:
         yield process
     finally:

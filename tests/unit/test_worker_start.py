@@ -142,6 +142,7 @@ def test_readiness_tells_the_first_reason_that_stands_against_serving() -> None:
     good = {
         "phase": Phase.SERVING,
         "draining": False,
+        "clock_problem": "",
         "engine_ready": True,
         "engine_problem": "",
         "journal_open": True,
@@ -159,6 +160,7 @@ def test_readiness_tells_the_first_reason_that_stands_against_serving() -> None:
         ({"journal_open": False}, "Starting"),
         ({"journal_problem": "m"}, "JournalUnusable"),
         ({"draining": True}, "Draining"),
+        ({"clock_problem": "m"}, "ClockJumped"),
     ]
     so_far = good
     for change, reason in against:

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 
@@ -60,13 +60,6 @@ class Boot:
         return journal._database
 
 
-async def until(what: Callable[[], bool]) -> None:
-    """Poll until something is true."""
-    async with asyncio.timeout(10):
-        while not what():
-            await asyncio.sleep(0.005)
-
-
 @pytest_asyncio.fixture
 async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
     made = Boot(tmp_path)
@@ -80,7 +73,7 @@ async def test_a_flush_whose_caller_left_in_the_middle_is_stored_once_and_the_se
     begun = boot.begun()
     with boot.slow_disk():
         appending = asyncio.create_task(boot.writer.append(first))
-        await until(begun.is_set)
+        assert await asyncio.to_thread(begun.wait, 10)
         appending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await appending
@@ -96,7 +89,7 @@ async def test_a_caller_that_leaves_before_its_turn_changes_no_order(boot: Boot)
     begun = boot.begun()
     with boot.slow_disk():
         appending = [asyncio.create_task(boot.writer.append(flush)) for flush in flushes]
-        await until(begun.is_set)
+        assert await asyncio.to_thread(begun.wait, 10)
         for one in appending[:2]:
             one.cancel()
     assert await appending[2]
@@ -111,7 +104,7 @@ async def test_closing_waits_for_a_commit_that_nobody_waits_for(tmp_path: Path) 
     begun = boot.begun()
     with boot.slow_disk():
         appending = asyncio.create_task(boot.writer.append(flush))
-        await until(begun.is_set)
+        assert await asyncio.to_thread(begun.wait, 10)
         appending.cancel()
         leaving = asyncio.create_task(boot.writer.close())
         await asyncio.sleep(0)  # its turn: it has begun to wait

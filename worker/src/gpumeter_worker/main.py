@@ -7,6 +7,7 @@ anything is served.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -35,9 +36,9 @@ def serve(dev: bool, model: str) -> None:
     """Serve one model: OpenAI's API on port 8000, usage records on port 8001."""
     started_ns = process_started_ns()
     # As process 1 of a container a signal without a handler is ignored, and Python's imports take a second.
-    stop_wanted: list[int] = []
+    told_to_stop_s: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stop_wanted.append(received))
+        signal.signal(number, lambda *_: told_to_stop_s.append(time.monotonic()))
     configure_logging()
     try:
         settings, path = _prepared(dev, model)
@@ -45,7 +46,7 @@ def serve(dev: bool, model: str) -> None:
         sys.exit(diagnosis.report(failure))
     from gpumeter_worker.serve import serve as run  # noqa: PLC0415 - a second of import that a wrong machine need not wait for
 
-    sys.exit(run(settings, path, started_ns, stop_wanted))
+    sys.exit(run(settings, path, started_ns, told_to_stop_s))
 
 
 @main.command()

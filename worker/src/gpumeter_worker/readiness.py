@@ -24,6 +24,7 @@ class Condition:
 
     phase: Phase
     draining: bool
+    clock_problem: str
     engine_ready: bool
     engine_problem: str
     journal_open: bool
@@ -41,6 +42,8 @@ _STARTING = {
 
 def readiness(condition: Condition) -> Readiness:
     """The first thing that stands against serving."""
+    if condition.clock_problem:  # told while it drains, because it is why
+        return Readiness(False, "ClockJumped", condition.clock_problem)
     if condition.draining:
         return Readiness(False, "Draining", "the worker is stopping and admits nothing new")
     if condition.journal_problem:

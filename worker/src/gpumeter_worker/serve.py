@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 from gpumeter_worker import diagnosis
 from gpumeter_worker.api.app import api_app
 from gpumeter_worker.api.usage import usage_app
+from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.settings import Settings
 from gpumeter_worker.worker import Worker
 
@@ -25,28 +27,45 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 _LAST_RESPONSES_S = 5
+_CLOSE_S = 2.0
 
 
-def serve(settings: Settings, path: Path | None, started_ns: int, stop_wanted: list[int]) -> int:
-    """Serve until SIGTERM; returns the exit code. `stop_wanted` holds the signals that came before the loop ran."""
+def serve(
+    settings: Settings,
+    path: Path | None,
+    started_ns: int,
+    told_to_stop_s: list[float],
+    read_anchor: Callable[[], Anchor] = Anchor.now,
+) -> int:
+    """Serve until SIGTERM, or until only a new boot can go on; returns the exit code.
+
+    `told_to_stop_s` holds when signals came before the loop ran; a kubelet counts from the first.
+    """
     try:
-        return asyncio.run(_serve(settings, path, started_ns, stop_wanted))
+        return asyncio.run(_serve(settings, path, started_ns, told_to_stop_s, read_anchor))
     except diagnosis.StartupFailed as failure:
         return diagnosis.report(failure)
 
 
-async def _serve(settings: Settings, path: Path | None, started_ns: int, stop_wanted: list[int]) -> int:
+async def _serve(
+    settings: Settings,
+    path: Path | None,
+    started_ns: int,
+    told_to_stop_s: list[float],
+    read_anchor: Callable[[], Anchor],
+) -> int:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def wanted() -> None:
+        told_to_stop_s.append(time.monotonic())
         (stop_now if stop.is_set() else stop).set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, wanted)
-    if stop_wanted:
+    if told_to_stop_s:
         stop.set()
-    worker = Worker(settings, started_ns)
+    worker = Worker(settings, started_ns, read_anchor)
     servers = [
         (_Server(api_app(worker)), _listen(settings.http_host, settings.http_port)),
         (_Server(usage_app(worker)), _listen(settings.http_host, settings.usage_port)),
@@ -55,13 +74,13 @@ async def _serve(settings: Settings, path: Path | None, started_ns: int, stop_wa
         log.info("%s on port %d", name, listening.getsockname()[1])
     serving = [asyncio.create_task(server.serve([listening])) for server, listening in servers]
     running = asyncio.create_task(worker.run(path))
-    stopping = asyncio.create_task(stop.wait())
+    leaving = [asyncio.create_task(event.wait()) for event in (stop, worker.wants_to_leave)]
     try:
-        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((running, *leaving), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             await worker.abandon()
             running.result()  # raises what went wrong
-        await worker.drain(stop_now)
+        await worker.drain(stop_now, told_to_stop_s[0] if told_to_stop_s else time.monotonic())
         return 0
     finally:
         running.cancel()
@@ -70,7 +89,9 @@ async def _serve(settings: Settings, path: Path | None, started_ns: int, stop_wa
         for server, _ in servers:
             server.should_exit = True
         await asyncio.gather(*serving, return_exceptions=True)
-        await worker.journal.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await worker.journal.close()
 
 
 class _Server(uvicorn.Server):

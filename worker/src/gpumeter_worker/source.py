@@ -3,9 +3,11 @@
 Owns the meaning of spec.model.uri. Does not know what is in a model.
 """
 
+import asyncio
 import logging
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -69,6 +71,33 @@ def fetch(uri: str, revision: str, cache: Path) -> Path:
         ) from None
     finally:
         finished.set()
+
+
+async def fetch_aside(uri: str, revision: str, cache: Path) -> Path:
+    """`fetch` in a thread that does not keep the process from leaving: a download may take an hour."""
+    loop = asyncio.get_running_loop()
+    fetched: asyncio.Future[Path] = loop.create_future()
+
+    def work() -> None:
+        try:
+            path = fetch(uri, revision, cache)
+        except BaseException as error:
+            outcome: BaseException | Path = error
+        else:
+            outcome = path
+        with suppress(RuntimeError):  # the loop is closed: the worker left
+            loop.call_soon_threadsafe(settle, outcome)
+
+    def settle(outcome: BaseException | Path) -> None:
+        if fetched.done():
+            return
+        if isinstance(outcome, BaseException):
+            fetched.set_exception(outcome)
+        else:
+            fetched.set_result(outcome)
+
+    threading.Thread(target=work, name="fetch", daemon=True).start()
+    return await fetched
 
 
 def _show_progress(cache: Path, finished: threading.Event) -> None:

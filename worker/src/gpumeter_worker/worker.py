@@ -7,10 +7,9 @@ calls it) and computes no shares (metering does). Lives in the event loop of the
 import asyncio
 import logging
 import signal
-import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
 from gpumeter_worker.api.sessions import End, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
+from gpumeter_worker.deadline import Deadline, leave_by
 from gpumeter_worker.engine.link import EngineLink
 from gpumeter_worker.engine.messages import (
     Cancel,
@@ -56,6 +56,8 @@ _HEALTHY_S = 60.0
 
 _KILLED_STARTS_MAX = 3
 _CUT_OFF_S = 10.0
+_ENGINE_STOP_S = 5.0
+_SEAL_S = 20.0
 
 _STATUS = {
     Finish.STOP: Status.FINISHED,
@@ -66,11 +68,15 @@ _STATUS = {
 
 
 class Worker:
-    """The state of a worker. `run` returns only by StartupFailed; `drain` ends the boot's chain."""
+    """The state of a worker. `run` returns only by StartupFailed; `drain` ends the boot's chain.
 
-    def __init__(self, settings: Settings, started_ns: int) -> None:
+    `wants_to_leave` is set when only a new boot can go on; `read_anchor` looks at the machine's clocks.
+    """
+
+    def __init__(self, settings: Settings, started_ns: int, read_anchor: Callable[[], Anchor] = Anchor.now) -> None:
         self.settings = settings
-        self.anchor = Anchor.now()
+        self.anchor = read_anchor()
+        self._read_anchor = read_anchor
         self._started_ns = self.anchor.utc_ns(started_ns)
         identity = Identity(
             worker_uid=settings.worker_uid,
@@ -94,6 +100,9 @@ class Worker:
         self._killed_starts = 0
         self._engine_ready_ns = 0
         self._draining = False
+        self._clock_problem = ""
+        self.wants_to_leave = asyncio.Event()
+        self._flush_ends = False
         self._flush_wanted = asyncio.Event()
         self._lost = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -108,7 +117,9 @@ class Worker:
         self._flushing = asyncio.create_task(self._flush_often())
         if path is None:
             self._enter(Phase.LOAD, time.monotonic_ns())
-            path = await self._fetch()
+            path = await source.fetch_aside(
+                self.settings.model_uri, self.settings.model_revision, self.settings.model_cache
+            )
             diagnosis.check_model_files(path)
         tokenizer = asyncio.create_task(asyncio.to_thread(Tokenizer, path))
         options = self._options(path)
@@ -135,6 +146,7 @@ class Worker:
             Condition(
                 phase=self.meter.accounts.phase,
                 draining=self._draining,
+                clock_problem=self._clock_problem,
                 engine_ready=self.engine is not None and self.tokenizer is not None,
                 engine_problem=self._engine_problem,
                 journal_open=self.journal.head is not None,
@@ -186,32 +198,37 @@ class Worker:
         flush = self.meter.cut(self._now_ns())
         return await self.journal.append(flush) if flush else True
 
-    async def drain(self, cut_short: asyncio.Event) -> None:
-        """Admit nothing, finish or cut off what runs, seal the chain, wait for the seal's acknowledgement."""
+    async def drain(self, cut_short: asyncio.Event, told_s: float) -> None:
+        """Admit nothing, finish or cut off what runs, seal the chain, wait for the seal's acknowledgement.
+
+        `told_s` is when the worker was told to leave: from there on there is one deadline for all of it.
+        """
         self._draining = True
+        drain_timeout_s = self.settings.drain_timeout_ms / 1000
+        deadline = leave_by(told_s, drain_timeout_s)
         self._enter(Phase.DRAIN, time.monotonic_ns())
         log.info("draining %d sessions", len(self.sessions))
-        await self._until(self.sessions.emptied, self.settings.drain_timeout_ms / 1000, cut_short)
+        await self._until(self.sessions.emptied, Deadline(told_s + drain_timeout_s), drain_timeout_s, cut_short)
         for session in self.sessions.all():
             self.take_back(session, Status.CANCELLED)
-        await self._until(self.sessions.emptied, _CUT_OFF_S)
+        await self._until(self.sessions.emptied, deadline, _CUT_OFF_S)
         if self._link is not None:
-            self._link.kill() if self.engine is None else await self._link.stop()
+            wait_s = deadline.left_s(time.monotonic(), _ENGINE_STOP_S)
+            self._link.kill() if self.engine is None else await self._link.stop(wait_s)
         if len(self.sessions):
-            await self._until(self._lost, _CUT_OFF_S)
-        if self._flushing is not None:
-            self._flushing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._flushing
-        await self._seal()
-        await self._until_acknowledged(cut_short)
+            await self._until(self._lost, deadline, _CUT_OFF_S)
+        await self._end_flushing(deadline)
+        await self._seal(deadline, cut_short)
+        await self._until_acknowledged(deadline, cut_short)
 
     async def abandon(self) -> None:
         """Start-up failed: keep what was measured. The next boot on this volume seals the chain."""
-        if self._flushing is not None:
-            self._flushing.cancel()
+        deadline = Deadline(time.monotonic() + _SEAL_S)
+        await self._end_flushing(deadline)
         if self.journal.head is not None:
-            await self.flush()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):
+                    await self.flush()
 
     def _on_events(self, link: EngineLink, events: Sequence[Event]) -> None:
         if link is not self._link:
@@ -252,7 +269,7 @@ class Worker:
         status = session.outcome if session.outcome and finish is Finish.CANCELLED else _STATUS[finish]
         totals = self.meter.end(session.session_id, status, self._now_ns())
         self.sessions.finish(session, End(finish, status, totals, message))
-        self.observed.session(status, len(session.prompt), totals)
+        self.observed.session(status)
         self._flush_wanted.set()
         return totals
 
@@ -310,66 +327,70 @@ class Worker:
     async def _flush_often(self) -> None:
         checkpoint_s = self.settings.checkpoint_interval_ms / 1000
         while True:
-            # Not wait_for: Python 3.11's may swallow a cancellation.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_RETRY_S if self.journal.problem else checkpoint_s):
                     await self._flush_wanted.wait()
             if self._flush_wanted.is_set():
                 await asyncio.sleep(_RETRY_S if self.journal.problem else _GROUP_COMMIT_S)
+            if self._flush_ends:
+                return
             self._flush_wanted.clear()
             try:
+                self._look_at_clock()
                 await self.flush()
             except Exception:
                 log.exception("a flush failed; it is tried again")
 
-    async def _seal(self) -> None:
+    async def _end_flushing(self, deadline: Deadline) -> None:
+        """By a flag and never by a cancellation: a flush in the middle is finished before anything follows it."""
+        self._flush_ends = True
+        self._flush_wanted.set()
+        if self._flushing is not None:
+            await asyncio.wait((self._flushing,), timeout=deadline.left_s(time.monotonic(), _SEAL_S))
+
+    def _look_at_clock(self) -> None:
+        if self._draining or self._clock_problem:
+            return
+        self._clock_problem = self.anchor.problem(self._read_anchor())
+        if self._clock_problem:
+            log.error("%s", self._clock_problem)
+            self.wants_to_leave.set()
+
+    async def _seal(self, deadline: Deadline, cut_short: asyncio.Event) -> None:
         if self.journal.head is None:
             return
         flush = self.meter.cut(self._now_ns()) or self.meter.nothing()
-        if await self.journal.append(flush, closing=self.meter.seal(Status.DRAINED)):
+        try:
+            async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):
+                sealed = await self.journal.append(flush, closing=self.meter.seal(Status.DRAINED))
+                while not sealed and not cut_short.is_set():
+                    await asyncio.sleep(_RETRY_S)
+                    sealed = await self.journal.retry()
+        except TimeoutError:
+            sealed = False
+        if sealed:
             log.info("sealed at record %d", self.journal.head.seq)
+        else:
+            log.error("the chain could not be sealed (%s); the next boot seals it", self.journal.problem or "too slow")
 
-    async def _until_acknowledged(self, cut_short: asyncio.Event) -> None:
-        deadline = time.monotonic() + self.settings.seal_grace_ms / 1000
+    async def _until_acknowledged(self, deadline: Deadline, cut_short: asyncio.Event) -> None:
+        now_s = time.monotonic()
+        until_s = now_s + deadline.left_s(now_s, self.settings.seal_grace_ms / 1000)
         while (head := self.journal.head) is not None and head.acknowledged_seq < head.seq:
-            if time.monotonic() >= deadline or cut_short.is_set():
+            if time.monotonic() >= until_s or cut_short.is_set():
                 if self.settings.seal_grace_ms:
                     log.warning("records up to %d were not acknowledged in time; they stay in the journal", head.seq)
                 return
             await asyncio.sleep(0.02)
 
-    async def _until(self, event: asyncio.Event, timeout_s: float, cut_short: asyncio.Event | None = None) -> None:
+    async def _until(
+        self, event: asyncio.Event, deadline: Deadline, limit_s: float, cut_short: asyncio.Event | None = None
+    ) -> None:
         waits = [asyncio.create_task(one.wait()) for one in (event, cut_short) if one is not None]
+        timeout_s = deadline.left_s(time.monotonic(), limit_s)
         await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
-
-    async def _fetch(self) -> Path:
-        """In a thread that does not keep the process from leaving: a download may take an hour."""
-        loop = asyncio.get_running_loop()
-        fetched: asyncio.Future[Path] = loop.create_future()
-
-        def work() -> None:
-            settings = self.settings
-            try:
-                path = source.fetch(settings.model_uri, settings.model_revision, settings.model_cache)
-            except BaseException as error:
-                outcome: BaseException | Path = error
-            else:
-                outcome = path
-            with suppress(RuntimeError):  # the loop is closed: the worker left
-                loop.call_soon_threadsafe(settle, outcome)
-
-        def settle(outcome: BaseException | Path) -> None:
-            if fetched.done():
-                return
-            if isinstance(outcome, BaseException):
-                fetched.set_exception(outcome)
-            else:
-                fetched.set_result(outcome)
-
-        threading.Thread(target=work, name="fetch", daemon=True).start()
-        return await fetched
 
     def _options(self, path: Path) -> EngineOptions:
         settings = self.settings

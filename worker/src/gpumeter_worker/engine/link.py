@@ -21,8 +21,6 @@ from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Shutd
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_SHUTDOWN_S = 5.0
-
 # Threads that spin while they wait starve each other where cores are shared: measured on two busy cores, one request
 # got 1.2 to 2.8 tokens/s with OpenMP's default and 9 to 12.6 with this. Whoever sets it otherwise is obeyed.
 _ENGINE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -63,11 +61,11 @@ class EngineLink:
         """Queue a command; admission bounds how many there can be."""
         self._outgoing.put(command)
 
-    async def stop(self) -> None:
-        """Ask the engine to leave after its step; kill it if it does not."""
+    async def stop(self, timeout_s: float) -> None:
+        """Ask the engine to leave after its step; kill it if it does not in time."""
         self._outgoing.put(Shutdown())
         try:
-            async with asyncio.timeout(_SHUTDOWN_S):
+            async with asyncio.timeout(timeout_s):
                 await asyncio.to_thread(self._process.wait)
         except TimeoutError:
             self.kill()

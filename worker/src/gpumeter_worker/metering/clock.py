@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+_READINGS = 5
+_CLOSE_NS = 1_000_000
+_TOLERANCE_NS = 5 * 10**9
+"""What UTC may move before a boot's line is given up: beyond a leap second or a slow clock that is set right, and well
+below the minute by which a ledger lets records lie in its future."""
+
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
@@ -20,14 +26,28 @@ class Anchor:
 
     @staticmethod
     def now() -> "Anchor":
-        """The middle of two readings of the monotonic clock is when UTC was read."""
-        before_ns = time.monotonic_ns()
-        utc_ns = time.time_ns()
-        return Anchor(utc_ns - (before_ns + time.monotonic_ns()) // 2)
+        """The middle of two readings of the monotonic clock is when UTC was read; the closest two of a few."""
+        readings = []
+        for _ in range(_READINGS):
+            before_ns, utc_ns, after_ns = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+            readings.append((after_ns - before_ns, utc_ns - (before_ns + after_ns) // 2))
+            if after_ns - before_ns < _CLOSE_NS:
+                break
+        return Anchor(min(readings)[1])
 
     def utc_ns(self, monotonic_ns: int) -> int:
         """UTC nanoseconds of a reading of CLOCK_MONOTONIC, in this process or another of the same machine."""
         return monotonic_ns + self.offset_ns
+
+    def problem(self, now: "Anchor") -> str:
+        """A sentence when UTC, read anew, is too far from this line to bill by it; else empty."""
+        moved_ns = now.offset_ns - self.offset_ns
+        if abs(moved_ns) <= _TOLERANCE_NS:
+            return ""
+        return (
+            f"the node's clock was moved by {moved_ns / 1e9:+.1f} s since this worker started, and its records go by "
+            "the clock of then; it drains, and starts anew by the clock as it is now"
+        )
 
 
 def process_started_ns() -> int:
