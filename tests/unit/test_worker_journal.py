@@ -166,6 +166,19 @@ def test_a_page_holds_no_more_than_was_asked_for(tmp_path: Path) -> None:
     assert [parse(link.body).seq for link in page.links] == [4, 5, 6, 7]
 
 
+def test_a_page_ends_where_a_flush_ends_so_that_no_slice_arrives_without_its_account(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    first, second = boot.used("one"), boot.used("two")
+    boot.journal.append(first)
+    boot.journal.append(second)
+    reader = Reader(tmp_path, "worker", "team/model")
+    for limit in range(len(first.records), len(first.records) + len(second.records)):
+        page = reader.page("a", 0, limit)
+        assert page is not None and len(page.links) == len(first.records)
+    cut = reader.page("a", 0, len(first.records) - 1)
+    assert cut is not None and len(cut.links) == len(first.records) - 1, "a flush larger than a page is cut"
+
+
 def test_another_workers_journal_is_refused(tmp_path: Path) -> None:
     Boot(tmp_path, "a").journal.close()
     stranger = Identity("other", "b", "team/model", "model", "cpu", "host")

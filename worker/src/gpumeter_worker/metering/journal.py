@@ -30,7 +30,8 @@ CREATE TABLE IF NOT EXISTS boots (
     acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS records (
-    boot_id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (boot_id, seq)
+    boot_id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, body BLOB NOT NULL,
+    flush_end_seq INTEGER NOT NULL, PRIMARY KEY (boot_id, seq)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -161,12 +162,13 @@ class Journal:
 
     def _chain(self, boot_id: str, seq: int, head_hash: str, records: tuple[Record, ...]) -> None:
         rows = []
+        flush_end_seq = seq + len(records)
         for record in records:
             seq += 1
             joined = link(head_hash, canonical(replace(record, boot_id=boot_id, seq=seq)))
             head_hash = joined.hash
-            rows.append((boot_id, seq, joined.hash, joined.body))
-        self._database.executemany("INSERT INTO records VALUES (?, ?, ?, ?)", rows)
+            rows.append((boot_id, seq, joined.hash, joined.body, flush_end_seq))
+        self._database.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?)", rows)
         self._database.execute(
             "UPDATE boots SET head_seq = ?, head_hash = ? WHERE boot_id = ?", (seq, head_hash, boot_id)
         )
@@ -234,16 +236,23 @@ class Reader:
         return Page(self._worker_uid, self._service, boot_id, after, watermark_ns[0], tuple(links))
 
     def _links(self, boot_id: str, after: int, limit: int) -> list[Link]:
+        """Whole flushes, as many as fit: slices of sessions must not arrive without the accounts that they sum to.
+
+        Only a flush that is larger than a page is cut.
+        """
         links: list[Link] = []
-        size_bytes = 0
-        for digest, body in self._database.execute(
-            "SELECT hash, body FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?", (boot_id, after, limit)
+        size_bytes = whole = 0
+        for digest, body, seq, flush_end_seq in self._database.execute(
+            "SELECT hash, body, seq, flush_end_seq FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?",
+            (boot_id, after, limit),
         ):
             links.append(Link(digest, bytes(body)))
             size_bytes += len(body)
+            if seq == flush_end_seq:
+                whole = len(links)
             if size_bytes > MAX_PAGE_BODY_BYTES:
                 break
-        return links
+        return links[: whole or len(links)]
 
     def close(self) -> None:
         """Give the file back."""
