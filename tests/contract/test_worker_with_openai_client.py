@@ -220,7 +220,7 @@ def test_bad_requests_never_hurt_the_good_one_that_runs_beside_them(served: Work
         (b"[" * 100_000, 400),
         (b'{"model": "smollm2", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
         (b'{"model": "smollm2", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-        (b'{"model": "smollm2", "messages": [{"role": "user", "content": "' + b"a" * 5 * 2**20 + b'"}]}', 413),
+        (b'{"model": "smollm2", "messages": [{"role": "user", "content": "' + b"a" * 11 * 2**20 + b'"}]}', 413),
     ]
     with ThreadPoolExecutor(3) as threads:
         answers = [threads.submit(good) for _ in range(3)]
