@@ -220,6 +220,25 @@ async def test_pods_that_went_while_nobody_watched_accrue_nothing_more(tmp_path:
     assert status["completeness"]["missing"][0]["reason"] == "SealMissing"
 
 
+async def test_a_pod_that_went_unseen_takes_nothing_back_from_the_final_periods_that_saw_it_run(tmp_path: Path) -> None:
+    """Its worker fell silent at 30 s; the pod stood until the first minute was closed without it, and was gone then."""
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
+    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
+    ledger.settle(fake.identity.worker_uid, fake.frontier_ns)
+    closer = Closer(ledger, MINUTE_NS)
+    closer.close_all(Pricing({}, {}), START_NS + 2 * MINUTE_NS + SECOND_NS)
+    later_ns = START_NS + 10 * MINUTE_NS
+    collector = Collector(ledger, Workers(), inline, Clock(later_ns))
+    await CollectRound(ledger, collector, inline, pods=dict, services=dict, lookup=nowhere).recover(later_ns)
+    closer.close_all(Pricing({}, {}), later_ns)
+    pod = ledger.pods("team-a", "smollm2", 0)[0]
+    assert (pod.gone, pod.spans[0].ended_ns, pod.spans[0].end_known) == (True, START_NS + MINUTE_NS, False)
+    assert ledger.adjustments("team-a", "smollm2") == []
+    rows = ledger.pod_accounts(fake.identity.worker_uid)
+    assert [(end, accounts.allocated) for end, accounts in rows] == [(START_NS + MINUTE_NS, MINUTE_NS)]
+
+
 async def test_the_last_state_of_a_removed_pod_is_kept(tmp_path: Path) -> None:
     ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
     of, services = fake.identity, {("team-a", "smollm2"): service_manifest(fake.identity)}

@@ -67,9 +67,9 @@ class CollectRound:
     async def recover(self, now_ns: int) -> None:
         """At the start, when pods are known: remember workers, and book the end of those that went unseen.
 
-        Their containers ended at some time since they were heard last; that is what is booked, and no more, for a pod
-        must not accrue after it is gone. Raises LedgerUnavailable, and Unreachable and Refused where it cannot be known
-        whether a pod is gone; it may be called again then.
+        Their containers ended at some time since they were heard or counted as running last; that is what is booked,
+        and no more, for a pod must not accrue after it is gone. Raises LedgerUnavailable, and Unreachable and Refused
+        where it cannot be known whether a pod is gone; it may be called again then.
         """
         uids = {pod["metadata"]["uid"] for pod in self._pods().values()}
         for pod in await self._execute(self._ledger.not_gone):
@@ -81,7 +81,9 @@ class CollectRound:
                 self._astray[worker.worker_uid] = found
             else:
                 log.info("Pod %s/%s went while nobody watched.", worker.namespace, worker.pod)
-                await self._execute(partial(self._ledger.observe, worker, _went_unseen(pod, now_ns), now_ns))
+                final_ns = await self._execute(partial(self._ledger.last_final_ns, worker.namespace, worker.service))
+                events = _went_unseen(pod, final_ns, now_ns)
+                await self._execute(partial(self._ledger.observe, worker, events, now_ns))
 
     async def run(self, token_of: Callable[[str], str], now_ns: int) -> None:
         """One round. `token_of` gives the usage token for a service's uid. Raises LedgerUnavailable.
@@ -246,9 +248,11 @@ def _runs(events: tuple[ContainerEvent, ...]) -> bool:
     return bool(started - over)
 
 
-def _went_unseen(pod: Pod, now_ns: int) -> list[ContainerEvent]:
+def _went_unseen(pod: Pod, final_ns: int, now_ns: int) -> list[ContainerEvent]:
+    # A container without an end ran through every period that is Final: the pod was still there when they were closed,
+    # however long ago its worker had fallen silent.
     signs = [pod.settled_ns, *(boot.sealed_ns for boot in pod.boots), *(boot.started_ns for boot in pod.boots)]
-    last_sign_ns = min(now_ns, max(signs))
+    last_sign_ns = min(now_ns, max(final_ns, *signs))
     vanished = [
         ContainerEvent(span.container_id, "vanished", max(span.started_ns, last_sign_ns))
         for span in pod.spans
