@@ -2,11 +2,16 @@
 
 import json
 import sqlite3
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from gpumeter_operator.billing.report import canonical_report
+from gpumeter_operator.billing.tariff import canonical_spec
 from gpumeter_operator.cli.accounts import accounts
 from gpumeter_operator.cli.collector_settings import read_settings
 from gpumeter_operator.environment import SettingsInvalid
@@ -26,9 +31,20 @@ def path(tmp_path: Path) -> Path:
     life = [started("c", START_NS), ended("c", START_NS + 90 * SECOND_NS), gone(START_NS + 91 * SECOND_NS)]
     ledger.observe(fake.identity, life, START_NS + 91 * SECOND_NS)
     ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 91 * SECOND_NS)
-    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 10 * MINUTE_NS)
+    spec = canonical_spec({"currency": "EUR", "rates": [{"gpuClass": "h100", "perGpuHour": "2.39"}]})
+    plans = {"default": ledger.keep_plan("default", 1, spec, START_NS)}
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, plans), START_NS + 10 * MINUTE_NS)
     ledger.close()
     return tmp_path / "ledger.db"
+
+
+def change(path: Path, table: str, statement: str, *values: object) -> None:
+    """What somebody does to a ledger who may write its file."""
+    raw = sqlite3.connect(path)
+    raw.execute(f"DROP TRIGGER {table}_no_update")
+    raw.execute(statement, values)
+    raw.commit()
+    raw.close()
 
 
 def run(path: Path, *arguments: str) -> Result:
@@ -84,6 +100,69 @@ def test_accounts_names_what_was_changed_and_ends_with_1(path: Path) -> None:
     assert "team-a/smollm2-1 boot boot-1 seq 2: its bytes or those before it were changed" in told.output
     assert "beta used 50000000000 ns and has no report" in told.output
     assert "accounts = allocated: NO" in told.output
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("gpu_ns", 1),
+        ("tenant", "beta"),
+        ("kind", "seal"),
+        ("account", "idle"),
+        ("session_id", "s-2"),
+        ("ended_at", START_NS),
+        ("service", "team-a/other"),
+        ("status", "finished"),
+        ("prompt_tokens", 8),
+    ],
+)
+def test_a_column_that_says_something_else_than_its_record_is_told(path: Path, column: str, value: object) -> None:
+    change(path, "records", f"UPDATE records SET {column} = ? WHERE seq = 2", value)
+    told = run(path, "--check")
+    assert told.exit_code == 1
+    assert f"team-a/smollm2-1 boot boot-1 seq 2: the column {column} is {value!r}, its bytes say" in told.output
+
+
+def change_report(path: Path, edit: Callable[[dict[str, Any]], object], *, digest: bool = True) -> None:
+    """Change acme's Final report of the first minute, with its digest or without."""
+    raw = sqlite3.connect(path)
+    key = "tenant = 'acme' AND phase = 'Final' AND period_end_ns = " + str(START_NS + MINUTE_NS)
+    report = json.loads(raw.execute(f"SELECT body FROM reports WHERE {key}").fetchone()[0])
+    raw.close()
+    edit(report)
+    body = canonical_report(report)
+    hashed = ", digest = " + repr(sha256(body).hexdigest()) if digest else ""
+    change(path, "reports", f"UPDATE reports SET body = ?{hashed} WHERE {key}", body)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("amount", "0.01", "amount is 0.01, its records at the plan's rates say 0.033194444444"),
+        ("amountDue", None, "amountDue is None, where there is a price"),
+        ("sessions", 7, "sessions is 7, its records say 0"),
+        ("prefillGpuNanoseconds", "1", "prefillGpuNanoseconds is 1, its records say 16666666666"),
+        ("tokens", {"prompt": 8, "completion": 11}, "tokens.prompt is 8, its records say 7"),
+    ],
+)
+def test_a_final_report_that_states_what_its_records_do_not_is_told(
+    path: Path, field: str, value: object, told: str
+) -> None:
+    assert run(path, "--check").exit_code == 0
+    change_report(path, lambda report: report["status"].update({field: value}))
+    checked = run(path, "--check")
+    assert checked.exit_code == 1
+    assert f"acme's {told}" in checked.output
+
+
+def test_a_report_and_a_price_plan_that_were_changed_beside_their_hashes_are_told(path: Path) -> None:
+    change_report(path, lambda report: report["metadata"].update(name="other"), digest=False)
+    assert "the bytes of acme's Final report are not those of its digest" in run(path, "--check").output
+    change(path, "price_plans", "UPDATE price_plans SET spec = CAST(replace(spec, '2.39', '1.39') AS BLOB)")
+    told = run(path, "--check")
+    assert told.exit_code == 1
+    assert "price plan default: the spec that is kept under the hash" in told.output
+    assert "acme's price plan is not the one with which the period was opened" in told.output
 
 
 def test_accounts_that_do_not_add_up_end_with_1(path: Path) -> None:

@@ -1,25 +1,32 @@
 """The check of a bill from raw bytes: chains, sums and reports, recomputed without anything that was derived before.
 
-Owns the comparison of what the ledger keeps (bodies, frozen accounts, published reports) with itself. Uses no column,
-no fold and no sum of the collector's, so that a fault there is found here. Each difference becomes one sentence.
+Owns the comparison of what the ledger keeps (bodies, columns, frozen accounts, reports, price plans) with itself. Uses
+no column, no fold, no sum and no price of the collector's but to compare it, so that a fault there is found here. Each
+difference becomes one sentence.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from hashlib import sha256
 from typing import Any
 
 from gpumeter_operator.billing.accounts import Accounts
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
 from gpumeter_operator.billing.schedule import Schedule
-from gpumeter_usage.period import rfc3339
+from gpumeter_operator.billing.tariff import AMOUNT_STEP, HOUR_NS, PricePlan
+from gpumeter_usage.period import Period, rfc3339
+from gpumeter_usage.record import ENDED
 
-RawRow = tuple[str, int, str, bytes, int]
-"""(boot_id, seq, hash, body, end of the period in which it is booked), in the order of the keys."""
+RawRow = tuple[str, int, str, bytes, int, Mapping[str, Any]]
+"""(boot_id, seq, hash, body, end of the period in which it is booked, what the columns beside the body say), in the
+order of the keys."""
 
 _OF_RECORDS = ("init", "load", "warmup", "nonbillable", "host_gap")
+_USED = ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 @dataclass(slots=True)
@@ -32,11 +39,15 @@ class Recount:
     hashes: dict[int, dict[str, list[tuple[str, int, str]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
+    used: dict[int, dict[str, dict[str, int]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
+    )
+    gpu_class: str = ""
 
 
 def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: Iterable[Adjustment]) -> Recount:
     """Verify every chain of a pod from its first byte and sum its records anew."""
-    found = Recount()
+    found = Recount(gpu_class=pod.worker.gpu_class)
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     moved = {
         (adjustment.closed_end_ns, adjustment.booked_end_ns)
@@ -44,7 +55,7 @@ def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: I
         if adjustment.worker_uid == pod.worker.worker_uid
     }
     heads: dict[str, tuple[int, str]] = {}
-    for boot_id, seq, given_hash, body, booked_end_ns in rows:
+    for boot_id, seq, given_hash, body, booked_end_ns, columns in rows:
         where = f"{name} boot {boot_id} seq {seq}"
         last_seq, last_hash = heads.get(boot_id, (0, "0" * 64))
         if seq != last_seq + 1:
@@ -55,6 +66,11 @@ def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: I
         record = json.loads(body)
         if (record["worker_uid"], record["boot_id"], record["seq"]) != (pod.worker.worker_uid, boot_id, seq):
             found.problems.append(f"{where}: its bytes name another record")
+        found.problems += [
+            f"{where}: the column {name} is {value!r:.80}, its bytes say {record.get(name)!r:.80}"
+            for name, value in columns.items()
+            if value != record.get(name)
+        ]
         of_end_ns = schedule.period_of(record["ended_at"]).end_ns
         if of_end_ns != booked_end_ns and (of_end_ns, booked_end_ns) not in moved:
             found.problems.append(f"{where}: is booked in the period until {rfc3339(booked_end_ns)} without a reason")
@@ -117,35 +133,43 @@ def check_accounts(
 
 
 def check_reports(
-    end_ns: int, reports: Mapping[str, Mapping[str, Any]], found: Iterable[Recount], allocated_ns: int
+    period: Period,
+    reports: Mapping[str, Mapping[str, Any]],
+    found: Iterable[Recount],
+    allocated_ns: Mapping[str, int],
+    plan: PricePlan | None,
 ) -> list[str]:
     """Compare the Final reports of a service for a period with the raw records of all its pods.
 
-    `allocated_ns` is what was allocated to its pods; the reports, with the platform's, must add up to it.
+    `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
+    it. `plan` is the price plan with which the period was opened.
     """
-    found = list(found)
+    found, end_ns = list(found), period.end_ns
     problems = []
     when = f"the period that ended {rfc3339(end_ns)}"
     billed_ns = sum(int(report["status"]["gpuNanoseconds"]) for report in reports.values())
-    if billed_ns != allocated_ns:
-        problems.append(f"{when}: its reports sum to {billed_ns} ns, allocated were {allocated_ns} ns")
-    raw: dict[str, int] = defaultdict(int)
+    if billed_ns != sum(allocated_ns.values()):
+        problems.append(f"{when}: its reports sum to {billed_ns} ns, allocated were {sum(allocated_ns.values())} ns")
+    raw: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # by tenant and class of GPU
+    used: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     hashes: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for each in found:
         for tenant, gpu_ns in each.tenants[end_ns].items():
-            raw[tenant] += gpu_ns
+            raw[tenant][each.gpu_class] += gpu_ns
         for owner, of_owner in each.hashes[end_ns].items():
             hashes[owner] += of_owner
+        for tenant, figures in each.used[end_ns].items():
+            for name, figure in figures.items():
+                used[tenant][name] += figure
     for tenant in sorted(raw.keys() | reports.keys() | hashes.keys()):
+        raw_ns = sum(raw[tenant].values())
         report = reports.get(tenant)
         if report is None:
-            problems.append(f"{when}: {tenant} used {raw[tenant]} ns and has no report")
+            problems.append(f"{when}: {tenant} used {raw_ns} ns and has no report")
             continue
         status = report["status"]
-        if tenant != PLATFORM and int(status["gpuNanoseconds"]) != raw[tenant]:
-            problems.append(
-                f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {raw[tenant]} ns"
-            )
+        if tenant != PLATFORM and int(status["gpuNanoseconds"]) != raw_ns:
+            problems.append(f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {raw_ns} ns")
         if status["recordCount"] != len(hashes[tenant]):
             problems.append(
                 f"{when}: {tenant}'s report counts {status['recordCount']} records of {len(hashes[tenant])}"
@@ -153,7 +177,64 @@ def check_reports(
         digest = sha256("".join(each for *_, each in hashes[tenant]).encode()).hexdigest()
         if status.get("digest") != digest:
             problems.append(f"{when}: the digest of {tenant}'s report is not that of its records")
+        problems += [f"{when}: {tenant}'s {problem}" for problem in _figures_that_differ(status, used[tenant])]
+        by_class = {gpu_class: raw[tenant][gpu_class] for gpu_class in allocated_ns}
+        if tenant == PLATFORM:
+            of_tenants = [of_tenant for name, of_tenant in raw.items() if name != PLATFORM]
+            by_class = {each: ns - sum(of[each] for of in of_tenants) for each, ns in allocated_ns.items()}
+        problems += [f"{when}: {tenant}'s {told}" for told in _prices_that_differ(report, plan, by_class, period)]
     return problems
+
+
+def check_kept(
+    reports: Iterable[tuple[int, str, str, bytes, str]], plans: Iterable[tuple[str, str, bytes]]
+) -> list[str]:
+    """Compare the bytes of kept reports (end of the period, tenant, phase, bytes, digest) and of price plans (name,
+    hash, spec) with the hashes that are kept beside them."""
+    problems = [
+        f"the period that ended {rfc3339(end_ns)}: the bytes of {tenant}'s {phase} report are not those of its digest"
+        for end_ns, tenant, phase, body, digest in reports
+        if sha256(body).hexdigest() != digest
+    ]
+    return problems + [
+        f"price plan {name}: the spec that is kept under the hash {digest:.16}… has another one"
+        for name, digest, spec in plans
+        if sha256(spec).hexdigest() != digest
+    ]
+
+
+def _figures_that_differ(status: Mapping[str, Any], used: Mapping[str, int]) -> Iterable[str]:
+    tokens = status.get("tokens") or {}
+    stated = {
+        "prefillGpuNanoseconds": (status.get("prefillGpuNanoseconds"), used["prefill_ns"]),
+        "decodeGpuNanoseconds": (status.get("decodeGpuNanoseconds"), used["decode_ns"]),
+        "sessions": (status.get("sessions"), used["sessions"]),
+        "tokens.prompt": (tokens.get("prompt"), used["prompt_tokens"]),
+        "tokens.cached": (tokens.get("cached"), used["cached_tokens"]),
+        "tokens.completion": (tokens.get("completion"), used["completion_tokens"]),
+        "tokens.total": (tokens.get("total"), used["prompt_tokens"] + used["completion_tokens"]),
+    }
+    for name, (figure, raw) in stated.items():
+        if str(figure) != str(raw):
+            yield f"{name} is {figure}, its records say {raw}"
+
+
+def _prices_that_differ(
+    report: Mapping[str, Any], plan: PricePlan | None, by_class: Mapping[str, int], period: Period
+) -> Iterable[str]:
+    """In fractions and not as the bill was priced, so that a fault of its decimals shows."""
+    given_hash = report["spec"].get("pricePlanHash")
+    if given_hash != (plan.hash if plan else None):
+        yield "price plan is not the one with which the period was opened"
+    rates = [(gpu_ns, plan.rate(each, period.start_ns) if plan else None) for each, gpu_ns in by_class.items()]
+    priced = plan is not None and all(rate is not None for _, rate in rates)
+    due = sum((gpu_ns * Fraction(rate.per_gpu_hour) / Fraction(HOUR_NS) for gpu_ns, rate in rates if rate), Fraction(0))
+    for name in ("amount", "amountDue"):
+        stated = report["status"].get(name)
+        if (stated is not None) != priced:
+            yield f"{name} is {stated}, where there is {'a' if priced else 'no'} price"
+        elif stated is not None and abs(Fraction(Decimal(stated)) - due) > Fraction(AMOUNT_STEP) / 2:
+            yield f"{name} is {stated}, its records at the plan's rates say {float(due):.12f}"
 
 
 def _count(found: Recount, record: Mapping[str, Any], given_hash: str, booked_end_ns: int) -> None:
@@ -161,6 +242,10 @@ def _count(found: Recount, record: Mapping[str, Any], given_hash: str, booked_en
         found.accounts[booked_end_ns][record["account"]] += record["gpu_ns"]
     elif record["kind"] == "session" and record["account"] == "attributed":
         found.tenants[booked_end_ns][record["tenant"]] += record["gpu_ns"]
+        used = found.used[booked_end_ns][record["tenant"]]
+        for name in _USED:
+            used[name] += record[name]
+        used["sessions"] += record["status"] in ENDED
     owner = record["tenant"] or PLATFORM
     found.hashes[booked_end_ns][owner].append((record["boot_id"], record["seq"], given_hash))
 

@@ -18,7 +18,7 @@ import click
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.accounts import Accounts, horizon_ns
-from gpumeter_operator.billing.audit import Recount, check_accounts, check_reports, recount
+from gpumeter_operator.billing.audit import Recount, check_accounts, check_kept, check_reports, recount
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
@@ -88,6 +88,7 @@ def accounts(
         for each in services:
             rows += [row for row in rows_of(reader, each, time.time_ns()) if row.period.end_ns > since]
             problems += audit(reader, each) if check else []
+        problems += check_kept([], reader.kept_plans()) if check else []
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
         sys.exit(2)
@@ -118,22 +119,24 @@ def audit(reader: Reader, service: Service) -> list[str]:
     final_ns = reader.last_final_ns(*service)
     recounts: list[Recount] = []
     problems: list[str] = []
-    allocated_ns: dict[int, int] = {}
+    allocated_ns: dict[int, dict[str, int]] = {}  # by end of period and class of GPU
     for pod in reader.pods(*service, 0):
         frozen = reader.pod_accounts(pod.worker.worker_uid)
-        found = recount(pod, reader.bodies(pod.worker.worker_uid), schedule, adjustments)
+        found = recount(pod, reader.kept_records(pod.worker.worker_uid), schedule, adjustments)
         problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns)
         recounts.append(found)
         for end_ns, of_period in frozen:
-            allocated_ns[end_ns] = allocated_ns.get(end_ns, 0) + of_period.allocated
+            of_class = allocated_ns.setdefault(end_ns, {})
+            of_class[pod.worker.gpu_class] = of_class.get(pod.worker.gpu_class, 0) + of_period.allocated
     reports: dict[int, dict[str, dict[str, object]]] = {}
     for end_ns, tenant, body in reader.final_reports(*service):
         reports.setdefault(end_ns, {})[tenant] = json.loads(body)
+    told = check_kept(reader.kept_reports(*service), [])
     for end_ns in sorted(reports.keys() | allocated_ns.keys()):
-        problems += [
-            f"{service[0]}/{service[1]}: {problem}"
-            for problem in check_reports(end_ns, reports.get(end_ns, {}), recounts, allocated_ns.get(end_ns, 0))
-        ]
+        opened, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
+        plan = opened.plan if opened else None
+        told += check_reports(schedule.period_of(end_ns), reports.get(end_ns, {}), recounts, of_class, plan)
+    problems += [f"{service[0]}/{service[1]}: {problem}" for problem in told]
     return problems
 
 

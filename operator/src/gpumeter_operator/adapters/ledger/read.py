@@ -245,12 +245,35 @@ class Reader:
 
     def bodies(self, worker_uid: str) -> Iterator[tuple[str, int, str, bytes, int]]:
         """(boot_id, seq, hash, body, booked_end_ns) of all records of a worker, in the order of their keys."""
-        r = t.records.c
-        query = select(r.boot_id, r.seq, r.hash, r.body, r.booked_end_ns).where(r.worker_uid == worker_uid)
+        return (row[:5] for row in self.kept_records(worker_uid))
+
+    def kept_records(self, worker_uid: str) -> Iterator[tuple[str, int, str, bytes, int, dict[str, Any]]]:
+        """The same, and what the columns beside the body say: those that were read from it, by name."""
+        r = t.records
+        derived = [column.name for column in r.columns if column.name not in ("hash", "body", "booked_end_ns")]
         with reading(self.engine) as connection:
-            rows = connection.execution_options(yield_per=5000).execute(query.order_by(r.boot_id, r.seq))
-            for row in rows:
-                yield row.boot_id, row.seq, row.hash, row.body, row.booked_end_ns
+            rows = connection.execution_options(yield_per=5000).execute(
+                select(r).where(r.c.worker_uid == worker_uid).order_by(r.c.boot_id, r.c.seq)
+            )
+            for row in rows.mappings():
+                columns = {name: row[name] for name in derived}
+                yield row["boot_id"], row["seq"], row["hash"], row["body"], row["booked_end_ns"], columns
+
+    def kept_reports(self, namespace: str, service: str) -> list[tuple[int, str, str, bytes, str]]:
+        """(end of the period, tenant, phase, bytes, digest) of every version of a service's reports that is kept."""
+        r = t.reports.c
+        query = select(r.period_end_ns, r.tenant, r.phase, r.body, r.digest)
+        query = query.where(r.namespace == namespace, r.service == service)
+        with reading(self.engine) as connection:
+            rows = connection.execute(query.order_by(r.period_end_ns, r.tenant, r.phase))
+            return [(row[0], row[1], row[2], row[3], row[4]) for row in rows]
+
+    def kept_plans(self) -> list[tuple[str, str, bytes]]:
+        """(name, hash, spec) of every version of every price plan that was seen."""
+        p = t.price_plans.c
+        with reading(self.engine) as connection:
+            rows = connection.execute(select(p.name, p.hash, p.spec).order_by(p.name, p.version))
+            return [(row[0], row[1], row[2]) for row in rows]
 
     def alarms(self) -> list[tuple[str, str, str]]:
         """(reason, worker_uid, message) of every alarm, oldest first."""
