@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,24 @@ async def test_a_worker_that_misbehaves_is_an_alarm_and_hurts_nobody_else(
     assert ledger.boots(good.identity.worker_uid)[0].committed_seq == good.boot.acknowledged_seq == len(good.boot.links)
     held = next(pod for pod in ledger.pods("team-a", "smollm2", 0) if pod.worker == bad.identity)
     assert told in held.problem
+
+
+async def test_a_fault_that_is_told_with_another_number_in_every_pull_is_one_alarm_of_each_boot(tmp_path: Path) -> None:
+    ledger, workers, fake = open_ledger(tmp_path / "ledger.db"), Workers(), a_worker(1)
+    fake.restart("boot-2", START_NS + 31 * SECOND_NS)
+    fake.spend(Account.LOAD, START_NS + 40 * SECOND_NS)
+    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    collector, asked = Collector(ledger, workers, inline, Clock(NOW_NS)), count(1)
+
+    def damaged(_: Page) -> web.Response:
+        return web.Response(status=500, text=f"seq {next(asked)} cannot be read")
+
+    async with serving(fake, damaged) as target:
+        for _ in range(3):
+            assert not await collector.pull(fake.identity, target)
+    await workers.close()
+    assert [alarm[0] for alarm in ledger.alarms()] == ["WorkerRefuses", "WorkerRefuses"]
+    assert collector.counters.alarms == {"WorkerRefuses": 6}
 
 
 async def test_a_worker_with_anothers_token_is_not_believed(tmp_path: Path) -> None:

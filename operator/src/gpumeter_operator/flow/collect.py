@@ -6,6 +6,7 @@ nobody else is touched. What is acceptable is decided in billing.accept, what is
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MAX_PULLS = 32
 """Workers that are asked at the same time: bounds memory (a page each) and connections."""
+
+FIGURES = re.compile(r"[0-9a-f]{16,}|[0-9]+")
+"""A fault that lasts is told with another seq or hash in every pull; without them it is one alarm of a boot."""
 
 MAX_TOLD = 4  # of a worker's refused boots in one sentence; the alarms tell of all
 
@@ -148,7 +152,7 @@ class Collector:
                 reason, kept = type(refusal).__name__, None
                 if isinstance(refusal, PageRefused):
                     reason, kept = refusal.reason, refusal.kept
-                await self._alarm(worker, reason, str(refusal), kept)
+                await self._alarm(worker, reason, str(refusal), kept, boot.boot_id)
                 refusals.append(str(refusal))
         listed = {boot.boot_id for boot in status.boots}
         for lost in (boot for boot in known.values() if boot.seal is Status.NONE and boot.boot_id not in listed):
@@ -195,14 +199,16 @@ class Collector:
         except LedgerUnavailable as problem:
             self.counters.ledger_problem = str(problem)
 
-    async def _alarm(self, worker: Worker, reason: str, message: str, kept: bool | None = None) -> None:
+    async def _alarm(
+        self, worker: Worker, reason: str, message: str, kept: bool | None = None, boot_id: str = ""
+    ) -> None:
         self.counters.alarms[reason] = self.counters.alarms.get(reason, 0) + 1
         new = kept
         if new is None:
             try:
-                new = await self._execute(
-                    partial(self._ledger.raise_alarm, reason, worker.worker_uid, message, self._clock_ns())
-                )
+                alarm = partial(self._ledger.raise_alarm, reason, worker.worker_uid, message, self._clock_ns())
+                fault = FIGURES.sub("#", message)
+                new = await self._execute(partial(alarm, fault=fault, boot_id=boot_id))
             except LedgerUnavailable as problem:
                 self.counters.ledger_problem = str(problem)
                 new = True

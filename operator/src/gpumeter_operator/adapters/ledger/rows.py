@@ -213,6 +213,7 @@ def raise_alarm(
     reason: str,
     worker_uid: str,
     message: str,
+    fault: str = "",
     boot_id: str = "",
     seq: int = 0,
     ended_at: int = 0,
@@ -220,8 +221,11 @@ def raise_alarm(
     their_hash: str = "",
     their_body: bytes = b"",
 ) -> bool:
-    """Keep an alarm unless the same is kept already; returns whether it is new."""
-    told = "\0".join((reason, worker_uid, boot_id, str(seq), their_hash, message))
+    """Keep an alarm unless the same is kept already; returns whether it is new.
+
+    `fault` is what the trouble is recognised by where the message tells it in ever other figures.
+    """
+    told = "\0".join((reason, worker_uid, boot_id, str(seq), their_hash, fault or message))
     fingerprint = sha256(told.encode("utf-8", "backslashreplace")).hexdigest()
     a = t.alarms.c
     if connection.scalar(select(a.id).where(a.fingerprint == fingerprint)) is not None:

@@ -137,10 +137,21 @@ class Ledger(Reader):
         worker_uid: str,
         message: str,
         now_ns: int,
+        *,
+        fault: str = "",
+        boot_id: str = "",
     ) -> bool:
-        """Keep an alarm; returns whether it is a new one."""
+        """Keep an alarm; returns whether it is a new one. `fault` stands for the message where that changes."""
         with self._writing() as connection:
-            return rows.raise_alarm(connection, now_ns, reason=reason, worker_uid=worker_uid, message=message)
+            return rows.raise_alarm(
+                connection,
+                now_ns,
+                reason=reason,
+                worker_uid=worker_uid,
+                message=message,
+                fault=fault,
+                boot_id=boot_id[:256],
+            )
 
     def keep_plan(self, name: str, version: int, spec: bytes, now_ns: int) -> str:
         """Keep a version of a price plan, once, and that it is in force from now on; returns its hash."""
