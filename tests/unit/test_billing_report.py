@@ -151,7 +151,10 @@ def test_losses_and_gains_of_two_pods_do_not_hide_each_other() -> None:
         PodPeriod(WORKER, PodAccounts(Accounts(allocated=1000, idle=1000 - off, unaccounted=off)), ())
         for off in (9, -9)
     )
-    assert condition(by_tenant(hour(pods=pods))[PLATFORM], "Reconciled")["status"] == "False"
+    told = condition(by_tenant(hour(pods=pods))[PLATFORM], "Reconciled")
+    assert told["status"] == "False"
+    assert told["message"].startswith("18 ns are unaccounted without regard to sign, 0 ns in sum; up to 2 ns")
+    assert "A step that crosses the period's edge belongs to the period in which it ends" in told["message"]
 
 
 def test_time_measured_by_the_hosts_clock_is_marked() -> None:

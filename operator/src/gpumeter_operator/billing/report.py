@@ -245,14 +245,19 @@ def _reconciled(of: ServicePeriod, total: Accounts, condition: Any) -> Any:
         return condition("Reconciled", "False", "SlicesDisagree", "; ".join(problems)[:32_000] + ".")
     residual_ns = sum(abs(pod.booked.accounts.unaccounted) for pod in of.pods)
     bound_ns = total.allocated * RECONCILED_PER_MILLE // 1000
-    message = f"{residual_ns} ns are unaccounted; up to {bound_ns} ns (0.1 % of {total.allocated} ns allocated) may be."
+    signed_ns = total.unaccounted
+    in_sum = "" if signed_ns == residual_ns else f" without regard to sign, {signed_ns} ns in sum"
+    bound = f"up to {bound_ns} ns (0.1 % of {total.allocated} ns allocated) may be."
+    message = f"{residual_ns} ns are unaccounted{in_sum}; {bound}"
     if residual_ns <= bound_ns:
         return condition("Reconciled", "True", "WithinBound", message)
     return condition(
         "Reconciled",
         "False",
         "UnaccountedTime",
-        message + " Kubernetes states container times in whole seconds, so a start or an end leaves up to a second.",
+        message + " Kubernetes states container times in whole seconds, so a start or an end leaves up to a second. "
+        "A step that crosses the period's edge belongs to the period in which it ends: what it leaves in one, the "
+        "next gives back.",
     )
 
 
