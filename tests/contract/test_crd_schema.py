@@ -25,6 +25,9 @@ def own_fields(plural: str) -> list[tuple[str, dict[str, Any]]]:
     return [(path, field) for path, field in fields(schema_of(plural)) if path.startswith(("spec", "status"))]
 
 
+TOLD = ("digest", "previousDigest", "sessions", "accounts.unaccounted")
+
+
 @pytest.mark.parametrize("plural", CRDS)
 def test_every_rule_has_a_manifest_that_it_refuses_and_every_such_manifest_a_rule(plural: str) -> None:
     rules = Counter(rule["message"] for _, field in fields(schema_of(plural)) for rule in field.get(RULE_KEY, ()))
@@ -85,3 +88,12 @@ def test_text_in_rules_has_a_bound(plural: str) -> None:
         if "maxLength" not in field and "enum" not in field
     ]
     assert unbound == []
+
+
+def test_the_text_of_a_report_promises_what_reports_hold() -> None:
+    said = dict(own_fields("usagereports"))
+    told = {name: said[f"status.{name}"]["description"] for name in TOLD}
+    assert "previousDigest" not in told["digest"], "no report names the one before"
+    assert "not written yet" in told["previousDigest"]
+    assert "ended in the period" in told["sessions"]
+    assert "crosses the period's edge" in told["accounts.unaccounted"]
