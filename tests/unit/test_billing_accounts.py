@@ -80,6 +80,13 @@ def test_a_worker_that_drained_owns_the_tail_of_its_container_as_drain() -> None
     assert tail == 2 * (10 * SECOND_NS - 7)
 
 
+def test_a_process_that_was_forked_before_its_container_started_owns_its_tail_too() -> None:
+    former = Span("c1", 2 * SECOND_NS, 9 * SECOND_NS, True)
+    own = Span("c2", 20 * SECOND_NS, 40 * SECOND_NS, True)
+    boot = BootFacts("b", 20 * SECOND_NS - 120_000_000, 9, "h", Status.DRAINED, 39 * SECOND_NS)
+    assert drain_tail_ns(pod(former, own, boots=(boot,)), PERIOD, MINUTE_NS) == 2 * SECOND_NS
+
+
 def test_the_tail_of_a_drained_boot_never_reaches_into_the_next_one() -> None:
     # Kubernetes rounds starts down: the second container seems to have begun before the first was sealed.
     spans = (Span("a", 0, 10 * SECOND_NS, True), Span("b", 10 * SECOND_NS))

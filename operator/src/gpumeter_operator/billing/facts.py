@@ -95,9 +95,12 @@ class Pod:
 
 
 def span_of(spans: Iterable[Span], boot: BootFacts) -> Span | None:
-    """The container of a boot: the last that started before it. Kubernetes rounds a start down to the second."""
-    before = [span for span in spans if span.started_ns <= boot.started_ns]
-    return max(before, key=lambda span: span.started_ns, default=None)
+    """The container of a boot: the one whose start is nearest to the boot's.
+
+    Kubernetes rounds a start down to the second, so most boots begin after it. But the runtime forks the process before
+    it starts the container and looks at the clock, so a boot may begin a moment before its container, too.
+    """
+    return min(spans, key=lambda span: (abs(span.started_ns - boot.started_ns), span.started_ns), default=None)
 
 
 @dataclass(frozen=True, slots=True)
