@@ -47,7 +47,7 @@ $(UV): requirements/tools.txt
 $(VENV)/.ready: $(UV) requirements/dev.txt usage/pyproject.toml operator/pyproject.toml worker/pyproject.toml
 	@echo "Installing the development environment into $(VENV) (with torch about 7 GB; 1-3 minutes when nothing is cached)"
 	@[ -x $(PY) ] || $(UV) venv --quiet --python $(PYTHON) $(VENV)
-	@$(UV) pip install --python $(PY) --require-hashes -r requirements/dev.txt 2>&1 | grep -vE '^ [+~-] |^Using Python' || [ $${PIPESTATUS[0]} -eq 0 ]
+	@$(UV) pip install --python $(PY) --require-hashes -r requirements/dev.txt 2>&1 | grep --line-buffered -vE '^ [+~-] |^Using Python' || [ $${PIPESTATUS[0]} -eq 0 ]
 	@$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation -e usage -e operator -e worker
 	@touch $@
 

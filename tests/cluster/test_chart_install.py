@@ -98,6 +98,18 @@ def test_a_named_master_key_must_hold_a_key(release: str, helm: Run, kubectl: Ru
     assert install_dry(helm, "masterKey.existingSecret=keyed").returncode == 0
 
 
+def test_a_second_install_is_refused_because_two_operators_would_undo_each_others_work(
+    release: str, namespace: str, helm: Run
+) -> None:
+    refused = install_dry(helm, namespace=namespace)
+    assert refused.returncode != 0
+    assert (
+        "gpumeter is installed already, as release gpumeter in namespace gpumeter-system, and serves the whole cluster; "
+        "upgrade that release, or uninstall it first."
+    ) in refused.stderr
+    assert install_dry(helm, namespace=release).returncode == 0, "its own upgrade is no second install"
+
+
 def test_a_kept_secret_without_a_key_is_refused(namespace: str, helm: Run, kubectl: Run) -> None:
     kubectl("create", "secret", "generic", "gpumeter-master-key", "--from-literal=key=x", "-n", namespace)
     refused = install_dry(helm, namespace=namespace)

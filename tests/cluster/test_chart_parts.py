@@ -197,5 +197,6 @@ def test_the_uninstall_check_refuses_while_a_service_exists(
     assert refused.stderr == (
         f"1 InferenceService exists: {release}/smollm2. Delete them first (kubectl delete "
         "inferenceservices.gpumeter.io --all --all-namespaces), because only a running operator and collector can "
-        "collect their last usage and let them go; then run helm uninstall again.\n"
+        "collect their last usage and let them go; then run helm uninstall again. (Add --no-hooks to it only where "
+        "another gpumeter goes on serving them.)\n"
     )

@@ -145,6 +145,10 @@ def chat(demo: Demo, keys: dict[str, str], port: int, seconds: float, output: Pa
         )
     output.write_text(as_json(exchanges))
     print(f"\n{table(exchanges)}\n")
+    print(
+        "Aborted and refused on purpose. An aborted request is billed, though its client was told no figure; a refused "
+        "one is not. The bill's tokens include the prompts'.\n"
+    )
     found = surprises(exchanges)
     finished = {one.tenant for one in exchanges if one.outcome is Outcome.FINISHED}
     found += [f"no request of {tenant} finished" for tenant in keys if tenant not in finished]

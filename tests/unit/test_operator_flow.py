@@ -243,6 +243,17 @@ async def test_what_may_go_well_later_is_raised_and_told_to_nobody(world: World,
     assert "status" not in world.api.writes
 
 
+async def test_a_field_that_no_pod_has_becomes_a_condition_though_the_api_server_calls_it_its_own_failure(
+    world: World,
+) -> None:
+    sentence = "failed to create typed patch object: .spec.template.spec.nodeSelectr: field not declared in schema"
+    world.api.refusals["Deployment"] = Refused(500, "Unknown", sentence)
+    await world.look()
+    ready = world.ready()
+    assert (ready["status"], ready["reason"]) == ("False", "WorkloadRefused")
+    assert ".spec.template.spec.nodeSelectr: field not declared in schema" in ready["message"]
+
+
 async def test_an_event_that_is_refused_is_no_failure(world: World) -> None:
     world.api.refusals["Event"] = Refused(403, "Forbidden", "the namespace is being terminated")
     assert "status" in await world.look()

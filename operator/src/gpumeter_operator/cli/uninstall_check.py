@@ -36,7 +36,7 @@ def refusal(names: Sequence[str]) -> str | None:
     return (
         f"{count}: {shown}. Delete them first (kubectl delete inferenceservices.gpumeter.io --all --all-namespaces), "
         "because only a running operator and collector can collect their last usage and let them go; then run helm "
-        "uninstall again."
+        "uninstall again. (Add --no-hooks to it only where another gpumeter goes on serving them.)"
     )
 
 

@@ -55,7 +55,7 @@ class Children:
                 self._fleet.learn(applied)
                 written = True
         except Refused as refusal:
-            if refusal.status in _TRY_AGAIN or "because it is being terminated" in refusal.message:
+            if _may_pass(refusal):
                 raise
             return written, (_refusal(refusal),)
         return written, ()
@@ -122,6 +122,13 @@ class Children:
                 "service of the same name; it is taken over as soon as it is gone.",
             )
         return None
+
+
+def _may_pass(refusal: Refused) -> bool:
+    """Whether the same write may be taken later. A field that no schema has is answered with 500 and never is."""
+    if "failed to create typed patch object" in refusal.message:
+        return False
+    return refusal.status in _TRY_AGAIN or "because it is being terminated" in refusal.message
 
 
 def _refusal(refusal: Refused) -> Problem:
