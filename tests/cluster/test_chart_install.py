@@ -104,8 +104,8 @@ def test_a_second_install_is_refused_because_two_operators_would_undo_each_other
     refused = install_dry(helm, namespace=namespace)
     assert refused.returncode != 0
     assert (
-        "gpumeter is installed already, as release gpumeter in namespace gpumeter-system, and serves the whole cluster; "
-        "upgrade that release, or uninstall it first."
+        "gpumeter is installed already, as release gpumeter in namespace gpumeter-system, and serves the whole "
+        "cluster; upgrade that release, or uninstall it first."
     ) in refused.stderr
     assert install_dry(helm, namespace=release).returncode == 0, "its own upgrade is no second install"
 
