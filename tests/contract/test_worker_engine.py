@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from gpumeter_worker.engine.loop import Engine
-from gpumeter_worker.engine.messages import Ended, EngineOptions, Event, StepReport, Submit
+from gpumeter_worker.engine.messages import Cancel, Ended, EngineOptions, Event, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metering.clock import HostClock
@@ -87,8 +87,8 @@ def tokens_of(events: Sequence[Event]) -> dict[str, list[int]]:
     given: dict[str, list[int]] = {}
     for event in events:
         if isinstance(event, StepReport):
-            for session, token in event.tokens:
-                given.setdefault(session, []).append(token)
+            for token in event.tokens:
+                given.setdefault(token.session_id, []).append(token.token)
     return given
 
 
@@ -128,7 +128,7 @@ def test_a_cancelled_neighbour_and_a_slot_used_again_change_no_token(
 
     def cancel(turn: int) -> None:
         if turn == 4:
-            engine.cancel("0")
+            engine.cancel(Cancel("0"))
 
     events = run(engine, [greedy(number, prompts[number]) for number in (0, 2, 3)], cancel)
     given = tokens_of(events)

@@ -64,6 +64,6 @@ def test_a_kind_of_model_gets_generates_tokens_in_mixed_batches_with_forced_chun
     given: dict[str, list[int]] = {}
     while engine.busy:
         for event in engine.turn():
-            for session, token in event.tokens if isinstance(event, StepReport) else ():
-                given.setdefault(session, []).append(token)
+            for token in event.tokens if isinstance(event, StepReport) else ():
+                given.setdefault(token.session_id, []).append(token.token)
     assert given == {str(number): tokens for number, tokens in enumerate(expected)}

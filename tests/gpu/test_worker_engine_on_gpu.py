@@ -59,8 +59,8 @@ def test_greedy_tokens_equal_generate_in_mixed_batches_in_fp32() -> None:
     given: dict[str, list[int]] = {}
     for event in run(gpu_runner("float32"), submits):
         if isinstance(event, StepReport):
-            for session, token in event.tokens:
-                given.setdefault(session, []).append(token)
+            for token in event.tokens:
+                given.setdefault(token.session_id, []).append(token.token)
     for submit in submits:
         made = reference.generate(torch.tensor([submit.prompt], device="cuda"), max_new_tokens=16, do_sample=False)
         assert given[submit.session_id] == made[0, len(submit.prompt) :].tolist()

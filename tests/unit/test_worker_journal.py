@@ -39,7 +39,7 @@ class Boot:
     def used(self, session: str, gpu_ns: int = 1000) -> Flush:
         """A flush that holds a whole session."""
         self.meter.begin(session, "acme", self.now)
-        self.meter.step(self.now, self.now + gpu_ns, gpu_ns, [Part(session, 1, 0, True, 1)])
+        self.meter.step(self.now, self.now + gpu_ns, gpu_ns, [Part(session, 1, 0, True, 1, prompt_tokens=1)])
         self.now += gpu_ns
         self.meter.end(session, Status.FINISHED, self.now)
         flush = self.meter.cut(self.now)

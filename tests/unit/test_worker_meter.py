@@ -23,7 +23,7 @@ def decode(session: str, context: int = 10) -> Part:
 
 
 def prefill(session: str, tokens: int) -> Part:
-    return Part(session, tokens, 0, prefill=True, sampled=1)
+    return Part(session, tokens, 0, prefill=True, sampled=1, prompt_tokens=tokens)
 
 
 def of_session(flush: Flush | None, session: str) -> list[Record]:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumeter_worker.engine.loop import INVALID_TOKEN, Engine
-from gpumeter_worker.engine.messages import Ended, Event, StepReport, Submit
+from gpumeter_worker.engine.loop import INVALID_TOKEN, Engine, Sampled
+from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
 from gpumeter_worker.engine.sequence import Finish, Sampling, Sequence
 from gpumeter_worker.metering.clock import StepClock, StepTime
@@ -27,11 +27,11 @@ class Counting:
         self.plans: list[list[tuple[str, int]]] = []
         self.answers: dict[str, int] = {}
 
-    def run(self, plan: Row[Work], clock: StepClock) -> list[int]:
+    def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
         self.plans.append([(work.sequence.session_id, work.count) for work in plan])
         self.times.append(StepTime(self.now, self.now + 10, 10))
         self.now += 10
-        return [self.answers.get(w.sequence.session_id, len(w.sequence.tokens)) for w in plan if w.samples]
+        return [Sampled(self.answers.get(w.sequence.session_id, len(w.sequence.tokens))) for w in plan if w.samples]
 
     def begin(self) -> None: ...
 
@@ -105,8 +105,8 @@ def test_a_cancel_takes_effect_before_the_next_step_and_is_confirmed() -> None:
     one.submit(submit("goes", 2, 50))
     one.submit(submit("stays", 2, 2))
     one.turn()
-    one.cancel("goes")
-    one.cancel("goes")
+    one.cancel(Cancel("goes"))
+    one.cancel(Cancel("goes"))
     events = drive(one)
     assert [(e.session_id, e.finish) for e in events if isinstance(e, Ended)] == [
         ("goes", Finish.CANCELLED),
@@ -120,7 +120,7 @@ def test_a_cancel_of_one_that_waits_gives_its_place_to_the_next() -> None:
     one = engine(device, slots=1)
     for name in ("a", "b", "c"):
         one.submit(submit(name, 2, 1))
-    one.cancel("b")
+    one.cancel(Cancel("b"))
     events = drive(one)
     assert [(e.session_id, e.finish) for e in events if isinstance(e, Ended)] == [
         ("b", Finish.CANCELLED),
@@ -155,7 +155,7 @@ def test_a_row_without_valid_numbers_fails_alone() -> None:
 
 def test_a_step_needs_room_for_every_running_sequence() -> None:
     with pytest.raises(ValueError, match="one token of every running sequence"):
-        Scheduler(Limits(slots=8, step_tokens=7))
+        Scheduler(Limits(sequences=8, step_tokens=7))
 
 
 @given(
@@ -168,14 +168,14 @@ def test_every_token_is_computed_once_within_the_budget_and_the_slots(
 ) -> None:
     scheduler = Scheduler(Limits(slots, slots + extra))
     for number, (prompt, wanted) in enumerate(requests):
-        scheduler.add(Sequence.of(str(number), list(range(prompt)), Sampling(max_tokens=wanted)))
+        scheduler.add(Sequence(str(number), 0, "", list(range(prompt)), prompt, Sampling(max_tokens=wanted)))
     computed: dict[str, int] = {}
     for _ in range(10_000):
         plan = scheduler.plan()
         if not plan:
             break
         assert sum(work.count for work in plan) <= slots + extra
-        used = [work.sequence.slot for work in plan]
+        used = [work.sequence.blocks[0] for work in plan]
         assert len(set(used)) == len(used) <= slots
         for work in plan:
             sequence = work.sequence

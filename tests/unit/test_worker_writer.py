@@ -34,7 +34,7 @@ class Boot:
     def used(self, session: str) -> Flush:
         """A flush that holds a whole session of a microsecond."""
         self.meter.begin(session, "acme", self.now)
-        self.meter.step(self.now, self.now + 1000, 1000, [Part(session, 1, 0, True, 1)])
+        self.meter.step(self.now, self.now + 1000, 1000, [Part(session, 1, 0, True, 1, prompt_tokens=1)])
         self.now += 1000
         self.meter.end(session, Status.FINISHED, self.now)
         flush = self.meter.cut(self.now)

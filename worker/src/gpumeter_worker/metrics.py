@@ -65,7 +65,7 @@ class Observations:
         """A step was reported."""
         self._step_s.observe(step.gpu_ns / 1e9)
         self._batch.observe(len(step.parts))
-        self._prompt.inc(sum(part.new_tokens for part in step.parts if part.prefill))
+        self._prompt.inc(sum(part.prompt_tokens for part in step.parts))
         self._generated.inc(len(step.tokens))
         self.kv_tokens_now = step.kv_tokens
         self.kv_tokens.set(step.kv_tokens)
@@ -106,7 +106,7 @@ class WorkerState(Collector):
         waiting = worker.sessions.waiting
         running = len(worker.sessions) - waiting
         engine = worker.engine
-        capacity = engine.max_batch_size * engine.max_model_len if engine else 0
+        capacity = engine.cache_tokens if engine else 0
         model = worker.settings.model_name
         for name, text, value in (
             ("vllm:num_requests_waiting", "Requests that no step has held yet", waiting),

@@ -18,7 +18,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker import diagnosis, source
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
-from gpumeter_worker.api.sessions import End, Session, Sessions
+from gpumeter_worker.api.sessions import Choice, End, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
 from gpumeter_worker.engine.link import EngineLink
@@ -33,12 +33,12 @@ from gpumeter_worker.engine.messages import (
     StepReport,
     Submit,
 )
-from gpumeter_worker.engine.sequence import Finish, Sampling
+from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import uncalibrated
 from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.metering.lease import lease
-from gpumeter_worker.metering.meter import Identity, Meter, Totals
+from gpumeter_worker.metering.meter import Identity, Meter
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations
 from gpumeter_worker.readiness import Condition, Readiness, readiness
@@ -165,10 +165,10 @@ class Worker:
             raise unavailable(state.reason, state.message, retry_after_s=1 if self._draining else 5)
         return self.engine, self.tokenizer
 
-    def submit(self, caller: Caller, prompt: list[int], sampling: Sampling) -> Session:
-        """Admit a request that was checked against the model. Raises Refused."""
+    def submit(self, caller: Caller, choices: list[Choice]) -> Session:
+        """Admit a request whose choices were checked against the model. Raises Refused."""
         engine, _ = self.refuse_unless_ready()
-        if len(self.sessions) >= engine.max_batch_size + self.settings.max_queue_length:
+        if self.sessions.sequences + len(choices) > engine.max_batch_size + self.settings.max_queue_length:
             raise Refused(
                 429,
                 "queue_full",
@@ -179,17 +179,21 @@ class Worker:
             raise Refused(
                 409, "session_used", "this session was served already; every request needs a session of its own"
             )
-        session = Session(caller.session_id, caller.tenant, prompt)
+        session = Session(caller.session_id, caller.tenant, choices)
         self.meter.begin(session.session_id, session.tenant, self.anchor.utc_ns(session.begun_ns))
         self.sessions.add(session)
-        self._send(Submit(session.session_id, prompt, sampling))
+        for index, choice in enumerate(choices):
+            self._send(
+                Submit(session.session_id, choice.prompt, choice.sampling, index, caller.tenant, choice.counts_prompt)
+            )
         return session
 
-    def take_back(self, session: Session, outcome: Status) -> None:
-        """Stop a session before the engine's next step; it keeps what it used. Nothing happens when it has ended."""
-        if not session.ended and session.outcome is None:
-            session.outcome = outcome
-            self._send(Cancel(session.session_id))
+    def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
+        """Stop a session, or one choice of it, before the engine's next step. What has ended stays as it is."""
+        for number, choice in enumerate(session.choices):
+            if index in (None, number) and choice.finish is None and choice.outcome is None:
+                choice.outcome = outcome
+                self._send(Cancel(session.session_id, number))
 
     async def flush(self) -> bool:
         """Journal everything up to the frontier; True when it is on disk."""
@@ -253,25 +257,31 @@ class Worker:
         for part in step.parts:
             if (session := self.sessions.get(part.session_id)) is not None:
                 session.stepped = True
-        for session_id, token in step.tokens:
-            if (session := self.sessions.get(session_id)) is not None:
-                self.observed.token(session.begun_ns, session.last_token_ns, now_ns)
-                session.last_token_ns = now_ns
-                session.line.put_nowait(token)
+        for token in step.tokens:
+            if (session := self.sessions.get(token.session_id)) is not None:
+                choice = session.choices[token.choice]
+                self.observed.token(session.begun_ns, choice.last_token_ns, now_ns)
+                choice.last_token_ns = now_ns
+                choice.line.put_nowait(token)
 
     def _on_ended(self, ended: Ended) -> None:
         session = self.sessions.get(ended.session_id)
         if session is not None:
-            self._finish(session, ended.finish, ended.message)
+            self._finish(session, session.choices[ended.choice], ended.finish, ended.message)
 
-    def _finish(self, session: Session, finish: Finish, message: str) -> Totals:
+    def _finish(self, session: Session, choice: Choice, finish: Finish, message: str) -> None:
         # What the API process took back is what it says; that the engine then saw a cancel is only how it was done.
-        status = session.outcome if session.outcome and finish is Finish.CANCELLED else _STATUS[finish]
+        choice.outcome = choice.outcome if choice.outcome and finish is Finish.CANCELLED else _STATUS[finish]
+        choice.finish = finish
+        choice.line.put_nowait(finish)
+        outcomes = [one.outcome for one in session.choices if one.finish is not None]
+        if len(outcomes) < len(session.choices):
+            return
+        status = next((one for one in (Status.FAILED, Status.CANCELLED) if one in outcomes), Status.FINISHED)
         totals = self.meter.end(session.session_id, status, self._now_ns())
-        self.sessions.finish(session, End(finish, status, totals, message))
+        self.sessions.finish(session, End(status, totals, message))
         self.observed.session(status)
         self._flush_wanted.set()
-        return totals
 
     def _on_ready(self, ready: Ready) -> None:
         self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
@@ -292,7 +302,9 @@ class Worker:
                 self._killed_starts += 1
         self.engine = None
         for session in self.sessions.all():
-            self._finish(session, Finish.FAILED, f"{how} while it served this request")
+            for choice in session.choices:
+                if choice.finish is None:
+                    self._finish(session, choice, Finish.FAILED, f"{how} while it served this request")
         self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
         if self._killed_starts >= _KILLED_STARTS_MAX and not self._failed.done():
             self._failed.set_exception(

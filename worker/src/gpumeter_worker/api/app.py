@@ -17,6 +17,7 @@ from gpumeter_worker.api.errors import Refused, bad_parameter, error_document, e
 from gpumeter_worker.api.identity import Caller, caller
 from gpumeter_worker.api.requests import Generation, chat_request, completion_request, read_json
 from gpumeter_worker.api.responses import CHAT, COMPLETION, Answer, EventStream, Shape, WholeAnswer
+from gpumeter_worker.api.sessions import Choice
 from gpumeter_worker.api.text import TextStream
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metrics import exposition
@@ -103,7 +104,7 @@ async def _generate(
     generation, prompt = await read(read_json(body))
     engine, tokenizer = worker.refuse_unless_ready()
     sampling = _sampling(generation, prompt, engine.max_model_len)
-    session = worker.submit(called_by, prompt, sampling)
+    session = worker.submit(called_by, [Choice(prompt, sampling)])
     text = TextStream(tokenizer.decode, prompt, generation.stop)
     answer = Answer(worker, session, text, shape, generation.model, generation.include_usage)
     return EventStream(answer) if generation.stream else WholeAnswer(answer)

@@ -19,6 +19,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker.api.errors import error_document
 from gpumeter_worker.api.sessions import End, Session
 from gpumeter_worker.api.text import TextStream
+from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.metering.meter import Totals
 from gpumeter_worker.worker import Worker
@@ -91,7 +92,7 @@ class WholeAnswer(Response):
             await Response(body, status, headers, "application/json")(scope, receive, send)
             return
         document = answer.head(answer.shape.whole)
-        document["choices"] = [answer.shape.choice(text, _finish_reason(answer, end))]
+        document["choices"] = [answer.shape.choice(text, _finish_reason(answer))]
         await Response(_with_usage(document, end.totals), 200, headers, "application/json")(scope, receive, send)
 
 
@@ -130,7 +131,7 @@ class EventStream(Response):
         if _went_wrong(end):
             yield _with_usage(_failure(end)[1], end.totals)
             return
-        yield self._chunk({}, _finish_reason(answer, end))
+        yield self._chunk({}, _finish_reason(answer))
         if answer.include_usage:
             document = answer.head(answer.shape.chunk)
             document["choices"] = []
@@ -156,7 +157,7 @@ def _with_usage(document: dict[str, Any], totals: Totals) -> bytes:
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": totals.cached_tokens},
     }
     numbers = _json(usage)[:-1] + b',"gpu_seconds":' + gpu_seconds(totals.gpu_ns).encode() + b"}"
     return _json(document)[:-1] + b',"usage":' + numbers + b"}"
@@ -165,12 +166,13 @@ def _with_usage(document: dict[str, Any], totals: Totals) -> bytes:
 async def _pieces(answer: Answer) -> AsyncIterator[str]:
     """Text as it becomes certain, until the session's usage is final."""
     session, text = answer.session, answer.text
-    while isinstance(item := await session.line.get(), int):
-        piece = text.push(item)
+    while isinstance(item := await session.choices[0].line.get(), Token):
+        piece = text.push(item.token)
         if piece:
             yield piece
         if text.stopped:
             answer.worker.take_back(session, Status.FINISHED)
+    await session.over.wait()
     if rest := text.finish():
         yield rest
 
@@ -212,8 +214,8 @@ def _failure(end: End) -> tuple[int, dict[str, Any]]:
     return 500, error_document(500, "engine_failed", f"{end.message}; send the request again")
 
 
-def _finish_reason(answer: Answer, end: End) -> str:
-    return "length" if end.finish is Finish.LENGTH and not answer.text.stopped else "stop"
+def _finish_reason(answer: Answer) -> str:
+    return "length" if answer.session.choices[0].finish is Finish.LENGTH and not answer.text.stopped else "stop"
 
 
 def _json(document: dict[str, Any]) -> bytes:

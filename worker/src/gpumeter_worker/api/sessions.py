@@ -1,6 +1,6 @@
 """The sessions of this worker: who waits for which tokens, and which ids were used.
 
-Owns each session's line of tokens from the engine to its response. Does not know what a token costs.
+Owns the line of tokens from the engine to each choice of a session's response. Does not know what a token costs.
 """
 
 import asyncio
@@ -9,7 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from gpumeter_usage.record import Status
-from gpumeter_worker.engine.sequence import Finish
+from gpumeter_worker.engine.messages import Token
+from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.meter import Totals
 
 _REMEMBERED = 100_000
@@ -18,12 +19,25 @@ _REMEMBERED = 100_000
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a session ended and what it used; final."""
+    """How a session ended and what it used; final, and the same for all its choices."""
 
-    finish: Finish
     status: Status
     totals: Totals
     message: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a session: one of several answers to a prompt, or the answer to one of several prompts."""
+
+    prompt: list[int]
+    sampling: Sampling
+    counts_prompt: bool = True
+    outcome: Status | None = None
+    """What the API process decided when it took the choice back: finished (a stop string), cancelled or failed."""
+    finish: Finish | None = None
+    last_token_ns: int = 0
+    line: "asyncio.Queue[Token | Finish]" = field(default_factory=asyncio.Queue)
 
 
 @dataclass(slots=True, eq=False)
@@ -32,14 +46,11 @@ class Session:
 
     session_id: str
     tenant: str
-    prompt: list[int]
+    choices: list[Choice]
     begun_ns: int = field(default_factory=time.monotonic_ns)
-    outcome: Status | None = None
-    """What the API process decided when it took the session back: finished (a stop string), cancelled or failed."""
     stepped: bool = False
-    last_token_ns: int = 0
-    line: "asyncio.Queue[int | End]" = field(default_factory=asyncio.Queue)
     end: End | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def ended(self) -> bool:
@@ -58,6 +69,11 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self._in_flight)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences they are together."""
+        return sum(len(session.choices) for session in self._in_flight.values())
 
     @property
     def waiting(self) -> int:
@@ -88,6 +104,6 @@ class Sessions:
         if len(self._used) > _REMEMBERED:
             self._used.popitem(last=False)
         session.end = end
-        session.line.put_nowait(end)
+        session.over.set()
         if not self._in_flight:
             self.emptied.set()

@@ -90,8 +90,8 @@ def step_context(rows: Sequence[Work], cache: SlotCache, device: str) -> StepCon
     chunks: list[_Chunk] = []
     for work in rows:
         if work.prefill:
-            chunks.append(_Chunk(work.sequence.slot, len(slots), work.count, work.sequence.computed))
-        slots += [work.sequence.slot] * work.count
+            chunks.append(_Chunk(work.sequence.blocks[0], len(slots), work.count, work.sequence.computed))
+        slots += [work.sequence.blocks[0]] * work.count
         positions += range(work.sequence.computed, work.sequence.computed + work.count)
     decode_rows = len(rows) - len(chunks)
     return StepContext(

@@ -7,9 +7,10 @@ runner does) and no channel.
 from collections import deque
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
-from typing import Protocol
+from random import Random
+from typing import NamedTuple, Protocol
 
-from gpumeter_worker.engine.messages import Ended, Event, StepReport, Submit
+from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit, Token
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
 from gpumeter_worker.engine.sequence import Finish, Sequence, finish_after
 from gpumeter_worker.metering.clock import StepClock
@@ -19,10 +20,18 @@ INVALID_TOKEN = -1
 """What a runner returns for a row whose logits are no numbers."""
 
 
+class Sampled(NamedTuple):
+    """A new token. `top` holds the likeliest ones with their natural log probabilities, where they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Runner(Protocol):
     """Runs a planned step on the device, between the clock's begin and end."""
 
-    def run(self, plan: Row[Work], clock: StepClock) -> list[int]:
+    def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
         """One new token for every work that samples, in the plan's order."""
 
 
@@ -31,7 +40,7 @@ class _Unreported:
     """A step whose time is not known yet, and the sessions that ended since it was launched."""
 
     parts: tuple[Part, ...]
-    tokens: tuple[tuple[str, int], ...]
+    tokens: tuple[Token, ...]
     running: int
     kv_tokens: int
     ended: list[Ended] = field(default_factory=list)
@@ -50,7 +59,6 @@ class Engine:
         self._max_length = max_length
         self._unreported: deque[_Unreported] = deque()
         self._ended: list[Ended] = []
-        self._kv_tokens = 0
 
     @property
     def waiting(self) -> int:
@@ -69,13 +77,22 @@ class Engine:
 
     def submit(self, command: Submit) -> None:
         """A request that the API process admitted."""
-        self._scheduler.add(Sequence.of(command.session_id, command.prompt, command.sampling))
+        self._scheduler.add(
+            Sequence(
+                session_id=command.session_id,
+                choice=command.choice,
+                tenant=command.tenant,
+                tokens=list(command.prompt),
+                prompt_length=len(command.prompt),
+                sampling=command.sampling,
+                counts_prompt=command.counts_prompt,
+                random=Random(command.sampling.seed),
+            )
+        )
 
-    def cancel(self, session_id: str) -> None:
+    def cancel(self, command: Cancel) -> None:
         """Takes effect before the next step; what has ended already has said so."""
-        sequence = self._scheduler.cancel(session_id)
-        if sequence is not None:
-            self._kv_tokens -= sequence.computed
+        for sequence in self._scheduler.cancel(command.session_id, command.choice):
             self._end(sequence, Finish.CANCELLED)
 
     def turn(self) -> list[Event]:
@@ -85,37 +102,36 @@ class Engine:
             self._postprocess(plan, self._runner.run(plan, self._clock))
         return self._report()
 
-    def _postprocess(self, plan: list[Work], sampled: list[int]) -> None:
+    def _postprocess(self, plan: list[Work], sampled: list[Sampled]) -> None:
         next_token = iter(sampled)
         parts, tokens, finished = [], [], []
         for work in plan:
             sequence = work.sequence
-            given = 0
-            context = sequence.computed
+            parts.append(_part(work))
             sequence.computed += work.count
-            self._kv_tokens += work.count
-            if work.samples:
-                token = next(next_token)
-                if token == INVALID_TOKEN:
-                    finished.append((sequence, Finish.FAILED))
-                else:
-                    given = 1
-                    sequence.tokens.append(token)
-                    tokens.append((sequence.session_id, token))
-                    if finish := finish_after(sequence, self._eos_ids, self._max_length):
-                        finished.append((sequence, finish))
-            parts.append(Part(sequence.session_id, work.count, context, work.prefill, given))
+            sequence.cached = 0
+            self._scheduler.computed(sequence)
+            if not work.samples:
+                continue
+            new = next(next_token)
+            if new.token == INVALID_TOKEN:
+                finished.append((sequence, Finish.FAILED))
+                continue
+            sequence.tokens.append(new.token)
+            tokens.append(Token(sequence.session_id, sequence.choice, *new))
+            parts[-1] = parts[-1]._replace(sampled=1)
+            if finish := finish_after(sequence, self._eos_ids, self._max_length):
+                finished.append((sequence, finish))
         running = self._scheduler.running
         for sequence, _ in finished:
             self._scheduler.leave(sequence)
-            self._kv_tokens -= sequence.computed
-        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, self._kv_tokens))
+        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, self._scheduler.cache_tokens))
         for sequence, finish in finished:
             self._end(sequence, finish)
 
     def _end(self, sequence: Sequence, finish: Finish) -> None:
         message = "the model gave no valid probabilities for this request" if finish is Finish.FAILED else ""
-        ended = Ended(sequence.session_id, finish, message)
+        ended = Ended(sequence.session_id, finish, sequence.choice, message)
         (self._unreported[-1].ended if self._unreported else self._ended).append(ended)
 
     def _report(self) -> list[Event]:
@@ -130,3 +146,21 @@ class Engine:
             )
             events += step.ended
         return events
+
+
+def _part(work: Work) -> Part:
+    """A sequence's part in a step that has not moved it on yet."""
+    sequence = work.sequence
+    start, end = sequence.computed - sequence.cached, sequence.computed + work.count
+    settled = max(0, min(end, sequence.prompt_length) - max(start, 0)) if not work.recompute else 0
+    counts = sequence.counts_prompt and start < sequence.prompt_length
+    return Part(
+        session_id=sequence.session_id,
+        new_tokens=work.count,
+        context_tokens=sequence.computed,
+        prefill=work.prefill,
+        sampled=0,
+        prompt_tokens=settled if counts else 0,
+        cached_tokens=sequence.cached if counts else 0,
+        recompute=work.recompute,
+    )

@@ -5,6 +5,7 @@ Owns the vocabulary; knows no transport. Times are readings of CLOCK_MONOTONIC, 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.accounts import Phase
@@ -24,6 +25,9 @@ class EngineOptions:
     max_wait_ms: int
     threads: int
     memory_bytes: int  # what the cache may not exceed on a CPU; 0: unknown
+    cuda_graphs: bool = True
+    compile: bool = False
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,20 @@ class Submit:
     session_id: str
     prompt: list[int]
     sampling: Sampling
+    choice: int = 0
+    """A session may ask for several sequences at once: several choices, or several prompts."""
+    tenant: str = ""
+    """Who shares the GPU fairly with whom; the engine knows no more about it."""
+    counts_prompt: bool = True
+    """False for a further choice of a prompt that was submitted already."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop this one before the next step. The engine always answers with `Ended`, unless it ended already."""
+    """Stop a session, or one choice of it, before the next step. Every sequence answers with `Ended`, unless it did."""
 
     session_id: str
+    choice: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,20 @@ class Ready:
     device_name: str
     gpu_uuid: str
     dtype: str
+    cache_tokens: int
+    """How many tokens the cache holds, all sequences together."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about what was asked for and is not so: a compile that failed, for example."""
+
+
+class Token(NamedTuple):
+    """A token that a step gave a sequence. `top` holds the likeliest ones with their natural log probabilities."""
+
+    session_id: str
+    choice: int
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +105,7 @@ class StepReport:
     ended_ns: int
     gpu_ns: int
     parts: tuple[Part, ...]
-    tokens: tuple[tuple[str, int], ...]
+    tokens: tuple["Token", ...]
     running: int
     kv_tokens: int
     """Tokens in the cache after the step."""
@@ -88,10 +113,11 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """No later step holds this session. Comes after every step that did."""
+    """No later step holds this sequence. Comes after every step that did."""
 
     session_id: str
     finish: Finish
+    choice: int = 0
     message: str = ""
 
 

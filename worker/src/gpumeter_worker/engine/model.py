@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from gpumeter_worker.engine import attention
+from gpumeter_worker.engine.loop import Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready
 from gpumeter_worker.engine.sampling import choose
 from gpumeter_worker.engine.scheduler import Work
@@ -59,7 +60,7 @@ class ModelRunner:
         self.slots = self._fit(options)
         self._cache = self._make_cache()
 
-    def run(self, plan: Sequence[Work], clock: StepClock) -> list[int]:
+    def run(self, plan: Sequence[Work], clock: StepClock) -> list[Sampled]:
         """One forward pass over the packed rows of a plan, and one new token for every work that samples."""
         rows = attention.order(plan)
         with torch.inference_mode():
@@ -89,7 +90,7 @@ class ModelRunner:
             clock.end()
             found = [] if chosen is None else chosen.tolist()
         by_work = dict(zip(map(id, sampling), found, strict=True))
-        return [by_work[id(work)] for work in plan if work.samples]
+        return [Sampled(by_work[id(work)]) for work in plan if work.samples]
 
     def warm_up(self, clock: StepClock, step_tokens: int) -> None:
         """Run a large chunk and a full batch of decodes once, so that no user's first step pays for start-up."""
@@ -97,9 +98,9 @@ class ModelRunner:
             most = step_tokens if self._device != "cpu" else min(step_tokens, _CPU_WARM_TOKENS)
             count = max(1, min(most, self.max_model_len - 2))
             sampling = Sampling(max_tokens=2, temperature=1.0, top_p=0.9, seed=0)
-            chunk = EngineSequence("", [1] * count, count, sampling, slot=0)
+            chunk = EngineSequence("", 0, "", [1] * count, count, sampling, blocks=[0])
             self.run([Work(chunk, count, samples=True, prefill=True)], clock)
-            decodes = [EngineSequence("", [1], 1, sampling, slot=slot) for slot in range(self.slots)]
+            decodes = [EngineSequence("", 0, "", [1], 1, sampling, blocks=[slot]) for slot in range(self.slots)]
             self.run([Work(one, 1, samples=True, prefill=False) for one in decodes], clock)
         except attention.AttentionUnsupported as error:
             raise LoadFailed("ModelInvalid", f"{error}; serve another model") from error
@@ -125,6 +126,7 @@ class ModelRunner:
             device_name=name,
             gpu_uuid=uuid,
             dtype=str(self._dtype).removeprefix("torch."),
+            cache_tokens=self.slots * self.max_model_len,
         )
 
     def _load(self, options: EngineOptions) -> Any:

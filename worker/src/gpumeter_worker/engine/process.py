@@ -97,7 +97,7 @@ def _take_commands(
                 if idle and not deadline:
                     deadline = time.monotonic() + options.max_wait_ms / 1000
             case Cancel():
-                engine.cancel(command.session_id)
+                engine.cancel(command)
             case Shutdown():
                 return False
 

@@ -11,30 +11,34 @@ from gpumeter_worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`slots` sequences run at once; a step computes at most `step_tokens` tokens."""
+    """`sequences` run at once; a step computes at most `step_tokens` tokens."""
 
-    slots: int
+    sequences: int
     step_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """`count` tokens of a sequence, from `sequence.computed` on. `samples`: the last of them yields a new token."""
+    """`count` tokens of a sequence, from `sequence.computed` on. `samples`: the last of them yields a new token.
+
+    `recompute`: they were computed before and lost by a preemption.
+    """
 
     sequence: Sequence
     count: int
     samples: bool
     prefill: bool
+    recompute: bool = False
 
 
 class Scheduler:
     """Continuous batching: every step takes each running sequence one token further and fills up with prompt chunks."""
 
     def __init__(self, limits: Limits) -> None:
-        if limits.slots < 1 or limits.step_tokens < limits.slots:
+        if limits.sequences < 1 or limits.step_tokens < limits.sequences:
             raise ValueError("a step must have room for one token of every running sequence")
         self._limits = limits
-        self._free = list(range(limits.slots))[::-1]
+        self._free = list(range(limits.sequences))[::-1]
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -64,31 +68,41 @@ class Scheduler:
                 budget -= prefills[-1].count
         while self._waiting and self._free and budget > 0:
             sequence = self._waiting.popleft()
-            sequence.slot = self._free.pop()
+            sequence.blocks = [self._free.pop()]
             self._running.append(sequence)
             prefills.append(_chunk(sequence, budget))
             budget -= prefills[-1].count
         # Neighbours in the cache are read without being gathered first.
-        decodes.sort(key=lambda work: work.sequence.slot)
+        decodes.sort(key=lambda work: work.sequence.blocks)
         return decodes + prefills
 
     def leave(self, sequence: Sequence) -> None:
         """A running sequence is done with its slot; the lowest free slot is used next, which keeps the batch dense."""
         self._running.remove(sequence)
-        self._free.append(sequence.slot)
+        self._free.append(sequence.blocks[0])
         self._free.sort(reverse=True)
 
-    def cancel(self, session_id: str) -> Sequence | None:
-        """Take a sequence out, wherever it is; None when it is not (or no longer) here."""
-        for sequence in self._waiting:
-            if sequence.session_id == session_id:
-                self._waiting.remove(sequence)
-                return sequence
-        for sequence in self._running:
-            if sequence.session_id == session_id:
-                self.leave(sequence)
-                return sequence
-        return None
+    def cancel(self, session_id: str, choice: int | None) -> list[Sequence]:
+        """Take a session's sequences out, or one of them, wherever they are; those that were still here."""
+
+        def meant(sequence: Sequence) -> bool:
+            return sequence.session_id == session_id and choice in (None, sequence.choice)
+
+        gone = [one for one in self._waiting if meant(one)]
+        for sequence in gone:
+            self._waiting.remove(sequence)
+        for sequence in [one for one in self._running if meant(one)]:
+            self.leave(sequence)
+            gone.append(sequence)
+        return gone
+
+    def computed(self, sequence: Sequence) -> None:
+        """A step has moved this sequence on."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of running sequences in the cache."""
+        return sum(sequence.computed for sequence in self._running)
 
 
 def _chunk(sequence: Sequence, budget: int) -> Work:

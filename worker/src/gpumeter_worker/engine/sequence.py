@@ -19,32 +19,57 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary."""
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 keep the whole vocabulary.
+
+    Penalties act on the logits before the temperature: `repetition` (1: none) on tokens of prompt and answer,
+    `frequency` and `presence` (0: none) on tokens of the answer. `logprobs` None asks for none; a number for the chosen
+    token's and for those of that many likeliest ones.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    min_tokens: int = 0
+    """Before this many tokens nothing that would end the sequence is chosen."""
+    stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`computed` counts the tokens whose keys and values are in the cache; the rest of `tokens` is still to be run."""
+    """`computed` counts the tokens whose keys and values are in the cache; the rest of `tokens` is still to be run.
+
+    `blocks` are the cache's blocks that hold them, in order. `recompute_until`: up to here the keys and values were
+    computed once already and lost by a preemption, so the platform pays for computing them again.
+    """
 
     session_id: str
+    choice: int
+    tenant: str
     tokens: list[int]
     prompt_length: int
     sampling: Sampling
+    counts_prompt: bool = True
+    """Choices of one prompt count its tokens once: the first one does."""
     computed: int = 0
-    slot: int = -1
+    recompute_until: int = 0
+    cached: int = 0
+    """Tokens that were found in the prefix cache and that no step has reported yet."""
+    blocks: list[int] = field(default_factory=list)
     random: Random = field(default_factory=Random)
 
-    @staticmethod
-    def of(session_id: str, prompt: list[int], sampling: Sampling) -> "Sequence":
-        """A sequence that waits for its first step."""
-        return Sequence(session_id, list(prompt), len(prompt), sampling, random=Random(sampling.seed))
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from every other sequence of the engine."""
+        return self.session_id, self.choice
 
     @property
     def prefilling(self) -> bool:
@@ -59,7 +84,8 @@ class Sequence:
 
 def finish_after(sequence: Sequence, eos_ids: frozenset[int], max_length: int) -> Finish | None:
     """Whether the token that a sequence was just given is its last one."""
-    if sequence.tokens[-1] in eos_ids and not sequence.sampling.ignore_eos:
+    last = sequence.tokens[-1]
+    if (last in eos_ids and not sequence.sampling.ignore_eos) or last in sequence.sampling.stop_ids:
         return Finish.STOP
     if sequence.generated >= sequence.sampling.max_tokens or len(sequence.tokens) >= max_length:
         return Finish.LENGTH

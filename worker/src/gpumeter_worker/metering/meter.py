@@ -28,13 +28,21 @@ class Identity:
 
 
 class Part(NamedTuple):
-    """One sequence's part in a step. `sampled` counts the tokens that the step gave it."""
+    """One sequence's part in a step. `sampled` counts the tokens that the step gave it.
+
+    `prompt_tokens` counts those of the prompt that are settled by this step, once for all choices of a prompt:
+    computed now, or found in the prefix cache (`cached_tokens` of them). `recompute`: the work was done once and lost
+    by the platform's own preemption, so no tenant pays for it again.
+    """
 
     session_id: str
     new_tokens: int
     context_tokens: int
     prefill: bool
     sampled: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    recompute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,7 @@ class Totals:
 
     gpu_ns: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
 
 
@@ -72,6 +81,7 @@ class _Slice:
     gpu_ns: int = 0
     prefill_ns: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     steps: int = 0
     batch_ns: int = 0
@@ -105,12 +115,14 @@ class Meter:
         self._close(closed)
         shares_ns = split(booked_ns, [Load(part.new_tokens, part.context_tokens) for part in parts], self.profile)
         attributed_ns = 0
+        seen: set[str] = set()
         for part, share_ns in zip(parts, shares_ns, strict=True):
             session = self._sessions.get(part.session_id)
-            if session is None:  # no tenant asked for it: the platform pays
+            if session is None or part.recompute:  # no tenant asked for it: the platform pays
                 continue
             attributed_ns += share_ns
-            self._add(part, session, share_ns, len(parts))
+            self._add(part, session, share_ns, len(parts), first=part.session_id not in seen)
+            seen.add(part.session_id)
         self.accounts.own(attributed_ns, booked_ns - attributed_ns)
         return shares_ns
 
@@ -145,18 +157,20 @@ class Meter:
         """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
         return seal(self.identity, self.accounts.frontier_ns, status)
 
-    def _add(self, part: Part, session: _Session, share_ns: int, batch: int) -> None:
+    def _add(self, part: Part, session: _Session, share_ns: int, batch: int, *, first: bool) -> None:
         frontier_ns = self.accounts.frontier_ns
         running = self._slices.get(part.session_id) or self._slice(part.session_id, session, frontier_ns)
         running.ended_ns = frontier_ns
         running.gpu_ns += share_ns
         running.prefill_ns += share_ns if part.prefill else 0
-        running.prompt_tokens += part.new_tokens if part.prefill else 0
+        running.prompt_tokens += part.prompt_tokens
+        running.cached_tokens += part.cached_tokens
         running.completion_tokens += part.sampled
-        running.steps += 1
+        running.steps += first  # a session's choices may share a step, which is one step of the session
         running.batch_ns += share_ns * batch
         session.totals.gpu_ns += share_ns
-        session.totals.prompt_tokens += part.new_tokens if part.prefill else 0
+        session.totals.prompt_tokens += part.prompt_tokens
+        session.totals.cached_tokens += part.cached_tokens
         session.totals.completion_tokens += part.sampled
 
     def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
@@ -202,6 +216,7 @@ class Meter:
             prefill_ns=running.prefill_ns,
             decode_ns=running.gpu_ns - running.prefill_ns,
             prompt_tokens=running.prompt_tokens,
+            cached_tokens=running.cached_tokens,
             completion_tokens=running.completion_tokens,
             steps=running.steps,
             batch_ns=running.batch_ns,
