@@ -1,15 +1,14 @@
 """One worker from process start to seal: joins engine, meter, journal and sessions.
 
-Owns what happens when: admission, the engine's events, flushes, restarts of the engine, drain. Speaks no HTTP (api.app
-calls it) and computes no shares (metering does). Lives in the event loop of the API process.
+Owns what happens when: admission, the engine's events, flushes, drain. Speaks no HTTP (api.app calls it), computes no
+shares (metering does) and starts no engine (the supervisor does). Lives in the event loop of the API process.
 """
 
 import asyncio
 import logging
-import signal
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +20,11 @@ from gpumeter_worker.api.identity import Caller
 from gpumeter_worker.api.sessions import Choice, End, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
-from gpumeter_worker.engine.link import EngineLink
 from gpumeter_worker.engine.messages import (
     Cancel,
     Ended,
     EngineOptions,
     Event,
-    Fatal,
     PhaseEntered,
     Ready,
     StepReport,
@@ -43,6 +40,7 @@ from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations
 from gpumeter_worker.readiness import Condition, Readiness, readiness
 from gpumeter_worker.settings import Settings
+from gpumeter_worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +48,6 @@ _GROUP_COMMIT_S = 0.05
 """How long a session's end waits for others to share its transaction; with the disk's time well under 200 ms."""
 
 _RETRY_S = 1.0
-_BACK_OFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-_HEALTHY_S = 60.0
-"""An engine that served this long starts anew without the back-off of its predecessors."""
-
-_KILLED_STARTS_MAX = 3
 _CUT_OFF_S = 10.0
 _ENGINE_STOP_S = 5.0
 _SEAL_S = 20.0
@@ -93,19 +86,12 @@ class Worker:
         self.sessions = Sessions()
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
-        self.engine: Ready | None = None
-        self._link: EngineLink | None = None
-        self._engine_problem = ""
-        self._engine_starts = 0
-        self._killed_starts = 0
-        self._engine_ready_ns = 0
+        self.engines = Supervisor(self._on_event, self._on_lost)
         self._draining = False
         self._clock_problem = ""
         self.wants_to_leave = asyncio.Event()
         self._flush_ends = False
         self._flush_wanted = asyncio.Event()
-        self._lost = asyncio.Event()
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._flushing: asyncio.Task[None] | None = None
 
     async def run(self, path: Path | None) -> None:
@@ -121,24 +107,15 @@ class Worker:
                 self.settings.model_uri, self.settings.model_revision, self.settings.model_cache
             )
             diagnosis.check_model_files(path)
-        tokenizer = asyncio.create_task(asyncio.to_thread(Tokenizer, path))
-        options = self._options(path)
         try:
-            while True:
-                self._lost.clear()
-                self._link = EngineLink(options, self._on_events, self._on_lost)
-                self.tokenizer = await tokenizer
-                lost = asyncio.create_task(self._lost.wait())
-                await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
-                lost.cancel()
-                if self._failed.done():
-                    self._failed.result()
-                await asyncio.sleep(self._back_off_s())
-                if self._draining:
-                    await asyncio.Event().wait()
+            await asyncio.gather(self._read_tokenizer(path), self.engines.run(self._options(path)))
         finally:
-            if self._link is not None:
-                self._link.kill()
+            self.engines.kill()
+
+    @property
+    def engine(self) -> Ready | None:
+        """What the engine that serves now said of itself."""
+        return self.engines.ready
 
     def readiness(self) -> Readiness:
         """Whether new work is admitted, and why not."""
@@ -148,7 +125,7 @@ class Worker:
                 draining=self._draining,
                 clock_problem=self._clock_problem,
                 engine_ready=self.engine is not None and self.tokenizer is not None,
-                engine_problem=self._engine_problem,
+                engine_problem=self.engines.problem,
                 journal_open=self.journal.head is not None,
                 journal_problem=self.journal.problem,
                 journal_full=self.journal.full,
@@ -183,7 +160,7 @@ class Worker:
         self.meter.begin(session.session_id, session.tenant, self.anchor.utc_ns(session.begun_ns))
         self.sessions.add(session)
         for index, choice in enumerate(choices):
-            self._send(
+            self.engines.send(
                 Submit(session.session_id, choice.prompt, choice.sampling, index, caller.tenant, choice.counts_prompt)
             )
         return session
@@ -193,7 +170,7 @@ class Worker:
         for number, choice in enumerate(session.choices):
             if index in (None, number) and choice.finish is None and choice.outcome is None:
                 choice.outcome = outcome
-                self._send(Cancel(session.session_id, number))
+                self.engines.send(Cancel(session.session_id, number))
 
     async def flush(self) -> bool:
         """Journal everything up to the frontier; True when it is on disk."""
@@ -208,6 +185,7 @@ class Worker:
         `told_s` is when the worker was told to leave: from there on there is one deadline for all of it.
         """
         self._draining = True
+        self.engines.leave()
         drain_timeout_s = self.settings.drain_timeout_ms / 1000
         deadline = leave_by(told_s, drain_timeout_s)
         self._enter(Phase.DRAIN, time.monotonic_ns())
@@ -216,11 +194,9 @@ class Worker:
         for session in self.sessions.all():
             self.take_back(session, Status.CANCELLED)
         await self._until(self.sessions.emptied, deadline, _CUT_OFF_S)
-        if self._link is not None:
-            wait_s = deadline.left_s(time.monotonic(), _ENGINE_STOP_S)
-            self._link.kill() if self.engine is None else await self._link.stop(wait_s)
+        await self.engines.stop(deadline.left_s(time.monotonic(), _ENGINE_STOP_S))
         if len(self.sessions):
-            await self._until(self._lost, deadline, _CUT_OFF_S)
+            await self._until(self.engines.lost, deadline, _CUT_OFF_S)
         await self._end_flushing(deadline)
         await self._seal(deadline, cut_short)
         await self._until_acknowledged(deadline, cut_short)
@@ -234,21 +210,19 @@ class Worker:
                 async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):
                     await self.flush()
 
-    def _on_events(self, link: EngineLink, events: Sequence[Event]) -> None:
-        if link is not self._link:
-            return
-        for event in events:
-            match event:
-                case StepReport():
-                    self._on_step(event)
-                case Ended():
-                    self._on_ended(event)
-                case PhaseEntered():
-                    self._enter(event.phase, event.at_ns)
-                case Ready():
-                    self._on_ready(event)
-                case Fatal() if not self._failed.done():
-                    self._failed.set_exception(diagnosis.StartupFailed(event.reason, event.message))
+    async def _read_tokenizer(self, path: Path) -> None:
+        self.tokenizer = await asyncio.to_thread(Tokenizer, path)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case StepReport():
+                self._on_step(event)
+            case Ended():
+                self._on_ended(event)
+            case PhaseEntered():
+                self._enter(event.phase, event.at_ns)
+            case Ready():
+                self._on_ready(event)
 
     def _on_step(self, step: StepReport) -> None:
         self.meter.step(self.anchor.utc_ns(step.started_ns), self.anchor.utc_ns(step.ended_ns), step.gpu_ns, step.parts)
@@ -285,53 +259,25 @@ class Worker:
 
     def _on_ready(self, ready: Ready) -> None:
         self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
-        self.engine, self._engine_problem = ready, ""
-        self._engine_ready_ns, self._killed_starts = time.monotonic_ns(), 0
         if not self._draining:
             self._enter(Phase.SERVING, ready.at_ns)
         log.info("ready: %s on %s in %s", self.settings.model_name, ready.device_name, ready.dtype)
 
-    def _on_lost(self, link: EngineLink, how: str) -> None:
-        if link is not self._link:
-            return
+    def _on_lost(self, how: str) -> None:
         if not self._draining:
             log.error("%s with %d sessions in flight", how, len(self.sessions))
-            self._engine_problem = f"{how}; it is being started again"
             self.observed.engine_lost()
-            if self.engine is None and f"signal {signal.SIGKILL.value}" in how:
-                self._killed_starts += 1
-        self.engine = None
         for session in self.sessions.all():
             for choice in session.choices:
                 if choice.finish is None:
                     self._finish(session, choice, Finish.FAILED, f"{how} while it served this request")
         self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
-        if self._killed_starts >= _KILLED_STARTS_MAX and not self._failed.done():
-            self._failed.set_exception(
-                diagnosis.StartupFailed(
-                    diagnosis.OUT_OF_MEMORY,
-                    "the engine was killed three times while it loaded the model, most likely for memory; raise "
-                    "resources.memory or use a smaller model",
-                )
-            )
-        self._lost.set()
-
-    def _back_off_s(self) -> float:
-        if self._engine_ready_ns and time.monotonic_ns() - self._engine_ready_ns > _HEALTHY_S * 1e9:
-            self._engine_starts = 0
-        wait_s = _BACK_OFF_S[min(self._engine_starts, len(_BACK_OFF_S) - 1)]
-        self._engine_starts += 1
-        return wait_s
 
     def _enter(self, phase: Phase, at_ns: int) -> None:
         if self._draining and phase is not Phase.DRAIN:
             return
         self.meter.enter(phase, self.anchor.utc_ns(at_ns))
         self._flush_wanted.set()
-
-    def _send(self, command: Submit | Cancel) -> None:
-        if self._link is not None:
-            self._link.send(command)
 
     def _now_ns(self) -> int:
         return self.anchor.utc_ns(time.monotonic_ns())
