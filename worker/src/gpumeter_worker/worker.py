@@ -17,7 +17,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker import diagnosis, source
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
-from gpumeter_worker.api.sessions import Choice, End, Session, Sessions
+from gpumeter_worker.api.sessions import Choice, End, Finished, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
 from gpumeter_worker.engine.messages import (
@@ -167,10 +167,15 @@ class Worker:
 
     def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
         """Stop a session, or one choice of it, before the engine's next step. What has ended stays as it is."""
-        for number, choice in enumerate(session.choices):
-            if index in (None, number) and choice.finish is None and choice.outcome is None:
-                choice.outcome = outcome
-                self.engines.send(Cancel(session.session_id, number))
+        taken = [
+            choice
+            for number, choice in enumerate(session.choices)
+            if index in (None, number) and choice.finish is None and choice.outcome is None
+        ]
+        for choice in taken:
+            choice.outcome = outcome
+        if taken:
+            self.engines.send(Cancel(session.session_id, index))
 
     async def flush(self) -> bool:
         """Journal everything up to the frontier; True when it is on disk."""
@@ -236,7 +241,7 @@ class Worker:
                 choice = session.choices[token.choice]
                 self.observed.token(session.begun_ns, choice.last_token_ns, now_ns)
                 choice.last_token_ns = now_ns
-                choice.line.put_nowait(token)
+                session.line.put_nowait(token)
 
     def _on_ended(self, ended: Ended) -> None:
         session = self.sessions.get(ended.session_id)
@@ -246,14 +251,15 @@ class Worker:
     def _finish(self, session: Session, choice: Choice, finish: Finish, message: str) -> None:
         # What the API process took back is what it says; that the engine then saw a cancel is only how it was done.
         choice.outcome = choice.outcome if choice.outcome and finish is Finish.CANCELLED else _STATUS[finish]
-        choice.finish = finish
-        choice.line.put_nowait(finish)
+        choice.finish, choice.message = finish, message
+        session.line.put_nowait(Finished(session.choices.index(choice), finish))
         outcomes = [one.outcome for one in session.choices if one.finish is not None]
         if len(outcomes) < len(session.choices):
             return
         status = next((one for one in (Status.FAILED, Status.CANCELLED) if one in outcomes), Status.FINISHED)
         totals = self.meter.end(session.session_id, status, self._now_ns())
-        self.sessions.finish(session, End(status, totals, message))
+        why = next((one.message for one in session.choices if one.message), "")
+        self.sessions.finish(session, End(status, totals, why))
         self.observed.session(status)
         self._flush_wanted.set()
 

@@ -4,8 +4,8 @@ Owns the routes and the order of checks: who calls, how large, what is asked, wh
 Computes nothing itself.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,13 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from gpumeter_worker.api.errors import Refused, bad_parameter, error_document, error_response
+from gpumeter_worker.api.admission import choices
+from gpumeter_worker.api.answer import Answer, ChoiceText
+from gpumeter_worker.api.errors import Refused, error_document, error_response
+from gpumeter_worker.api.generate import BatchAnswer
 from gpumeter_worker.api.identity import Caller, caller
-from gpumeter_worker.api.requests import Generation, chat_request, completion_request, read_json
-from gpumeter_worker.api.responses import CHAT, COMPLETION, Answer, EventStream, Shape, WholeAnswer
-from gpumeter_worker.api.sessions import Choice
-from gpumeter_worker.api.text import TextStream
-from gpumeter_worker.engine.sequence import Sampling
+from gpumeter_worker.api.parameters import Generation
+from gpumeter_worker.api.requests import Prompt, chat_request, completion_request, generate_request, read_json
+from gpumeter_worker.api.responses import CHAT, COMPLETION, EventStream, Shape, Wanted, WholeAnswer
 from gpumeter_worker.metrics import exposition
 from gpumeter_worker.worker import Worker
 
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 _DISCARD_BYTES = 32 * 2**20
 """How much of a body that is too large is read and thrown away, because a client that is still sending when its
 connection closes sees a reset instead of the reason."""
+
+_BODY_IDLE_S = 20.0
+"""How long a client may be silent in the middle of its body."""
 
 
 def api_app(worker: Worker) -> FastAPI:
@@ -38,40 +42,46 @@ def api_app(worker: Worker) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Continue a conversation."""
-
-        async def read(values: dict[str, Any]) -> tuple[Generation, list[int]]:
-            _, tokenizer = worker.refuse_unless_ready()
-            asked = chat_request(values)
-            _refuse_other_model(asked.generation, worker)
-            return asked.generation, await tokenizer.conversation(asked.messages)
-
-        return await _generate(worker, request, CHAT, read)
+        called_by, values = await _asked(worker, request)
+        engine, tokenizer = worker.refuse_unless_ready()
+        asked = chat_request(values, engine.vocabulary)
+        _refuse_other_model(asked.generation.model, worker)
+        prompt = await tokenizer.conversation(asked.conversation, engine.max_model_len)
+        answer = _admit(worker, called_by, asked.generation, [prompt], "messages")
+        return _openai(answer, asked.generation, CHAT)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        """Continue a text."""
+        """Continue a text, or several."""
+        called_by, values = await _asked(worker, request)
+        engine, _ = worker.refuse_unless_ready()
+        asked = completion_request(values, engine.vocabulary)
+        _refuse_other_model(asked.generation.model, worker)
+        prompts = await _encoded(worker, asked.prompts, "prompt")
+        answer = _admit(worker, called_by, asked.generation, prompts, "prompt")
+        return _openai(answer, asked.generation, COMPLETION)
 
-        async def read(values: dict[str, Any]) -> tuple[Generation, list[int]]:
-            engine, tokenizer = worker.refuse_unless_ready()
-            asked = completion_request(values, engine.vocabulary)
-            _refuse_other_model(asked.generation, worker)
-            prompt = asked.prompt
-            return asked.generation, await tokenizer.text(prompt) if isinstance(prompt, str) else prompt
-
-        return await _generate(worker, request, COMPLETION, read)
+    @app.post("/generate")
+    async def generate(request: Request) -> Response:
+        """The plain batch call."""
+        called_by, values = await _asked(worker, request)
+        asked = generate_request(values, worker.settings.model_name)
+        _refuse_other_model(asked.generation.model, worker)
+        prompts = await _encoded(worker, asked.prompts, "inputs")
+        return BatchAnswer(_admit(worker, called_by, asked.generation, prompts, "inputs"), asked)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         """The one model that is served here."""
         caller(request.headers.get("authorization"), worker.settings)
-        model = {
-            "id": worker.settings.model_name,
-            "object": "model",
-            "created": 0,
-            "owned_by": worker.settings.service,
-            "max_model_len": worker.engine.max_model_len if worker.engine else None,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [_model(worker, worker.settings.model_name)]})
+
+    @app.get("/v1/models/{model:path}")
+    async def model(request: Request, model: str) -> Response:
+        """The model by its name, or by the name of its service."""
+        caller(request.headers.get("authorization"), worker.settings)
+        _refuse_other_model(model, worker)
+        return JSONResponse(_model(worker, model))
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -93,21 +103,33 @@ def api_app(worker: Worker) -> FastAPI:
     return app
 
 
-async def _generate(
-    worker: Worker,
-    request: Request,
-    shape: Shape,
-    read: Callable[[dict[str, Any]], Awaitable[tuple[Generation, list[int]]]],
-) -> Response:
-    called_by: Caller = caller(request.headers.get("authorization"), worker.settings)
-    body = await read_body(request, worker.settings.max_body_bytes)
-    generation, prompt = await read(read_json(body))
+async def _asked(worker: Worker, request: Request) -> tuple[Caller, dict[str, Any]]:
+    """Who asks, and the object that was sent. Raises Refused."""
+    called_by = caller(request.headers.get("authorization"), worker.settings)
+    return called_by, read_json(await read_body(request, worker.settings.max_body_bytes))
+
+
+async def _encoded(worker: Worker, prompts: list[Prompt], param: str) -> list[list[int]]:
     engine, tokenizer = worker.refuse_unless_ready()
-    sampling = _sampling(generation, prompt, engine.max_model_len)
-    session = worker.submit(called_by, [Choice(prompt, sampling)])
-    text = TextStream(tokenizer.decode, prompt, generation.stop)
-    answer = Answer(worker, session, text, shape, generation.model, generation.include_usage)
-    return EventStream(answer) if generation.stream else WholeAnswer(answer)
+    return [
+        await tokenizer.text(prompt, engine.max_model_len, param) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
+def _admit(worker: Worker, called_by: Caller, asked: Generation, prompts: list[list[int]], param: str) -> Answer:
+    """From here on the request is a session, and whoever gets it must see it to its end. Raises Refused."""
+    engine, tokenizer = worker.refuse_unless_ready()
+    wanted = choices(asked, prompts, engine, worker.settings.max_queue_length, param)
+    session = worker.submit(called_by, wanted)
+    return Answer(
+        worker, session, tokenizer, [ChoiceText(tokenizer, one, asked.stop, engine.eos_ids) for one in wanted]
+    )
+
+
+def _openai(answer: Answer, asked: Generation, shape: Shape) -> Response:
+    wanted = Wanted(shape, asked.model, asked.logprobs is not None, asked.include_usage)
+    return EventStream(answer, wanted) if asked.stream else WholeAnswer(answer, wanted)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -118,7 +140,16 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise too_large
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
+    stream = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(_BODY_IDLE_S):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            message = f"nothing of the body came for {_BODY_IDLE_S:.0f} s; send the request again, whole"
+            raise Refused(408, "body_timeout", message, headers={"Connection": "close"}) from None
+        if chunk is None:
+            break
         size += len(chunk)
         if size > limit + _DISCARD_BYTES:
             raise too_large
@@ -131,37 +162,24 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _sampling(generation: Generation, prompt: list[int], max_model_len: int) -> Sampling:
-    """Refuses what does not fit, at the door."""
-    if not prompt:
-        raise bad_parameter("prompt", "the prompt has no tokens")
-    room = max_model_len - len(prompt)
-    wanted = generation.max_tokens or 1
-    if room < wanted:
-        more = f" and {wanted} more are asked for" if generation.max_tokens else ""
-        raise bad_parameter(
-            generation.max_tokens_param if room > 0 and generation.max_tokens else "messages",
-            f"the prompt has {len(prompt)} tokens{more}; this model holds {max_model_len}",
-            "context_length_exceeded",
-        )
-    return Sampling(
-        max_tokens=generation.max_tokens or room,
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        seed=generation.seed,
-        ignore_eos=generation.ignore_eos,
-    )
-
-
-def _refuse_other_model(generation: Generation, worker: Worker) -> None:
-    if generation.model not in (worker.settings.model_name, worker.settings.service):
+def _refuse_other_model(model: str, worker: Worker) -> None:
+    if model not in (worker.settings.model_name, worker.settings.service):
         raise Refused(
             404,
             "model_not_found",
-            f"the model {generation.model!r:.100} is not served here; this worker serves {worker.settings.model_name}",
+            f"the model {model!r:.100} is not served here; this worker serves {worker.settings.model_name}",
             "model",
         )
+
+
+def _model(worker: Worker, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": worker.settings.service,
+        "max_model_len": worker.engine.max_model_len if worker.engine else None,
+    }
 
 
 def translate_errors(app: FastAPI) -> None:

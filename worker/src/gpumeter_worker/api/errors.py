@@ -36,7 +36,9 @@ def error_document(status: int, code: str, message: str, param: str | None = Non
     """OpenAI's error object."""
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    sayable = message.encode(errors="replace").decode()  # what a client sent may be quoted, and may be no text
+    named = None if param is None else param.encode(errors="replace").decode()
+    return {"error": {"message": sayable, "type": kind, "param": named, "code": code}}
 
 
 def error_response(refused: Refused) -> JSONResponse:

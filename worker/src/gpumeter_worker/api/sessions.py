@@ -1,12 +1,13 @@
 """The sessions of this worker: who waits for which tokens, and which ids were used.
 
-Owns the line of tokens from the engine to each choice of a session's response. Does not know what a token costs.
+Owns the line of tokens from the engine to a session's response. Does not know what a token costs.
 """
 
 import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from gpumeter_usage.record import Status
 from gpumeter_worker.engine.messages import Token
@@ -36,8 +37,16 @@ class Choice:
     outcome: Status | None = None
     """What the API process decided when it took the choice back: finished (a stop string), cancelled or failed."""
     finish: Finish | None = None
+    message: str = ""
+    """Why it failed, where it did."""
     last_token_ns: int = 0
-    line: "asyncio.Queue[Token | Finish]" = field(default_factory=asyncio.Queue)
+
+
+class Finished(NamedTuple):
+    """A choice got its last token; the session's usage is final only when all have."""
+
+    choice: int
+    finish: Finish
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +56,8 @@ class Session:
     session_id: str
     tenant: str
     choices: list[Choice]
+    line: "asyncio.Queue[Token | Finished]" = field(default_factory=asyncio.Queue)
+    """One for all choices: what comes is written in the order in which it came."""
     begun_ns: int = field(default_factory=time.monotonic_ns)
     stepped: bool = False
     end: End | None = None
@@ -72,8 +83,8 @@ class Sessions:
 
     @property
     def sequences(self) -> int:
-        """How many sequences they are together."""
-        return sum(len(session.choices) for session in self._in_flight.values())
+        """How many sequences of theirs have not ended."""
+        return sum(choice.finish is None for session in self._in_flight.values() for choice in session.choices)
 
     @property
     def waiting(self) -> int:
