@@ -1,0 +1,51 @@
+"""What ends a worker for good: one word and one sentence, in log, termination message and condition.
+
+Owns the reasons and how they leave the process. Does not know how anything is found out.
+"""
+
+import sys
+from pathlib import Path
+
+EXIT_CODE = 3
+TERMINATION_LOG = Path("/dev/termination-log")
+
+ARCHITECTURE_UNKNOWN = "ArchitectureUnknown"
+DRIVER_TOO_OLD = "DriverTooOld"
+DTYPE_UNSUPPORTED = "DtypeUnsupported"
+GPU_NOT_FOUND = "GpuNotFound"
+JOURNAL_UNUSABLE = "JournalUnusable"
+MODEL_ACCESS_DENIED = "ModelAccessDenied"
+MODEL_CACHE_FULL = "ModelCacheFull"
+MODEL_CACHE_UNUSABLE = "ModelCacheUnusable"
+MODEL_INVALID = "ModelInvalid"
+MODEL_NOT_FOUND = "ModelNotFound"
+MODEL_SOURCE_UNREACHABLE = "ModelSourceUnreachable"
+MODEL_SOURCE_UNSUPPORTED = "ModelSourceUnsupported"
+OUT_OF_MEMORY = "OutOfMemory"
+SETTINGS_INVALID = "SettingsInvalid"
+SHARED_MEMORY_TOO_SMALL = "SharedMemoryTooSmall"
+
+
+class StartupFailed(Exception):
+    """This worker cannot serve here, and trying again will not help until somebody changes something."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+    @property
+    def line(self) -> str:
+        """`Reason: sentence`, as the termination message and so the service's condition show it."""
+        return f"{self.reason}: {self.message}"
+
+
+def report(failure: StartupFailed) -> int:
+    """Tell the log and the kubelet; returns the exit code."""
+    print(failure.line, file=sys.stderr, flush=True)
+    try:
+        if TERMINATION_LOG.exists():
+            TERMINATION_LOG.write_text(failure.line[:4000])
+    except OSError as error:
+        print(f"the termination log cannot be written: {error}", file=sys.stderr)
+    return EXIT_CODE

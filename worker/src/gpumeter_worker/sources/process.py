@@ -1,0 +1,82 @@
+"""`python -m gpumeter_worker.sources.process`: fetches one model and tells how far it is.
+
+Owns the life of the process that fetches. A process of its own, because the libraries' threads cannot be cancelled, and
+a worker that is told to leave must not wait for a download. It is asked by one JSON line on its standard input and
+answers with JSON lines: `told` now and then, in the end `path`, or `reason` and `message`. It ends when its input
+closes, so it never outlives the worker.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import TextIO
+
+from gpumeter_worker.failure import MODEL_SOURCE_UNREACHABLE, StartupFailed
+from gpumeter_worker.log import configure_logging
+from gpumeter_worker.sources.fetch import Patience, fetch
+from gpumeter_worker.sources.location import Location, remote
+from gpumeter_worker.sources.progress import Progress
+from gpumeter_worker.sources.remote import first_line
+
+log = logging.getLogger("gpumeter_worker.sources.process")
+
+_TELL_S = 1.0
+_LOG_EVERY = 5  # of the sentences that are told
+
+
+def main() -> int:
+    """Serve one request."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker decides when a terminal's Ctrl-C ends it
+    configure_logging()
+    asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with, args=(sys.stdin,), name="leave", daemon=True).start()
+    progress = Progress()
+    threading.Thread(target=_tell, args=(progress,), name="tell", daemon=True).start()
+    location = Location(asked["uri"], asked["revision"], asked["allow_pickle"])
+    owner = f"{asked['owner'][:60]}-{uuid.uuid4().hex[:8]}"
+    patience = Patience(**asked.get("patience", {}))
+    try:
+        path = fetch(remote(location, os.environ), Path(asked["cache"]), owner, progress, patience)
+    except StartupFailed as failure:
+        _say(reason=failure.reason, message=failure.message)
+    except Exception as error:
+        log.exception("fetching the model failed")
+        how = f"{type(error).__name__}: {first_line(error)}"
+        _say(reason=MODEL_SOURCE_UNREACHABLE, message=f"{asked['uri']} cannot be fetched ({how}); see the worker's log")
+    else:
+        log.info("the model is in %s", path)
+        _say(path=str(path))
+    sys.stdout.flush()
+    os._exit(0)  # the libraries' threads may still hold connections; nothing is left to be written
+
+
+def _tell(progress: Progress) -> None:
+    ended = threading.Event()
+    count, last = 0, ""
+    while not ended.wait(_TELL_S):
+        text = progress.text()
+        if text == last:
+            continue
+        _say(told=text)
+        last = text
+        if count % _LOG_EVERY == 0:
+            log.info("%s", text)
+        count += 1
+
+
+def _say(**what: str) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def _leave_with(parent: TextIO) -> None:
+    parent.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
