@@ -10,7 +10,7 @@ from gpumeter_worker import source
 from gpumeter_worker.diagnosis import StartupFailed, check_device, check_model_files, use_writable_places
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease, lease
-from gpumeter_worker.readiness import Condition, readiness
+from gpumeter_worker.readiness import Condition, Loss, readiness
 from gpumeter_worker.settings import SettingsInvalid, from_environment
 
 SECOND = 10**9
@@ -144,7 +144,7 @@ def test_readiness_tells_the_first_reason_that_stands_against_serving() -> None:
         "draining": False,
         "clock_problem": "",
         "engine_ready": True,
-        "engine_problem": "",
+        "engine_loss": None,
         "journal_open": True,
         "journal_problem": "",
         "journal_full": "",
@@ -156,7 +156,7 @@ def test_readiness_tells_the_first_reason_that_stands_against_serving() -> None:
         ({"journal_full": "m"}, "JournalFull"),
         ({"engine_ready": False, "phase": Phase.WARMUP}, "WarmingUp"),
         ({"engine_ready": False, "phase": Phase.LOAD}, "Loading"),
-        ({"engine_problem": "m"}, "EngineRestarting"),
+        ({"engine_loss": Loss("EngineHung", "the engine process hung")}, "EngineHung"),
         ({"journal_open": False}, "Starting"),
         ({"journal_problem": "m"}, "JournalUnusable"),
         ({"draining": True}, "Draining"),

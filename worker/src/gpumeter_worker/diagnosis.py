@@ -23,6 +23,7 @@ GPU_NOT_FOUND = "GpuNotFound"
 SETTINGS_INVALID = "SettingsInvalid"
 JOURNAL_UNUSABLE = "JournalUnusable"
 OUT_OF_MEMORY = "OutOfMemory"
+ENGINE_STUCK = "EngineStuck"
 
 
 class StartupFailed(Exception):

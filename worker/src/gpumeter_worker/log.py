@@ -29,14 +29,21 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False, default=str)
 
 
+def is_log_line(line: str) -> bool:
+    """Whether a line of another process of this worker is in the log's format already."""
+    return not _is_json() or line.startswith('{"time": ')
+
+
 def configure_logging() -> None:
     """Read GPUMETER_LOG_FORMAT (json or text; json by default) and GPUMETER_LOG_LEVEL."""
     handler = logging.StreamHandler()
-    if os.environ.get("GPUMETER_LOG_FORMAT", "json") == "text":
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    else:
-        handler.setFormatter(JsonFormatter())
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if _is_json() else text)
     level = logging.getLevelNamesMapping().get(os.environ.get("GPUMETER_LOG_LEVEL", "info").upper(), logging.INFO)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("httpx", "urllib3", "uvicorn.access", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _is_json() -> bool:
+    return os.environ.get("GPUMETER_LOG_FORMAT", "json") != "text"

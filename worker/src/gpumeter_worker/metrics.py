@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from gpumeter_usage.record import Status
 from gpumeter_worker.engine.messages import StepReport
+from gpumeter_worker.readiness import HUNG, RESTARTING
 
 if TYPE_CHECKING:
     from gpumeter_worker.worker import Worker
@@ -55,10 +56,14 @@ class Observations:
             registry=self.registry,
             buckets=_BETWEEN_S,
         ).labels(model_name)
-        self.engine_restarts = Counter("gpumeter_engine_restarts", "Engines lost", registry=self.registry)
+        self._engines_lost = Counter(
+            "gpumeter_engine_restarts", "Engines lost, by why", ["reason"], registry=self.registry
+        )
         self.kv_tokens = Gauge("gpumeter_kv_tokens", "Tokens in the cache", registry=self.registry)
         for status in (Status.FINISHED, Status.CANCELLED, Status.FAILED):
             self._sessions.labels(status.value)
+        for reason in (RESTARTING, HUNG):
+            self._engines_lost.labels(reason)
         self.kv_tokens_now = 0
 
     def step(self, step: StepReport) -> None:
@@ -81,9 +86,9 @@ class Observations:
         """A session ended."""
         self._sessions.labels(status.value).inc()
 
-    def engine_lost(self) -> None:
+    def engine_lost(self, reason: str) -> None:
         """The cache went with the engine."""
-        self.engine_restarts.inc()
+        self._engines_lost.labels(reason).inc()
         self.kv_tokens_now = 0
         self.kv_tokens.set(0)
 
@@ -125,6 +130,14 @@ class WorkerState(Collector):
         family.add_metric([ready.reason], int(ready.ready))
         yield family
         yield GaugeMetricFamily("gpumeter_queue_length", "Requests that wait", value=waiting)
+        engines = worker.engines
+        for name, text, value in (
+            ("gpumeter_engine_load_seconds", "The last engine's start to its readiness", engines.load_ns / 1e9),
+            ("gpumeter_engine_step_timeout_seconds", "When a silent engine hangs", engines.step_timeout_ns / 1e9),
+            ("gpumeter_engine_events_unhandled", "Messages that wait for the event loop", engines.unhandled),
+            ("gpumeter_engine_commands_unsent", "Commands that wait for the engine", engines.unsent),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
         head = worker.journal.head
         if head is not None:
             yield GaugeMetricFamily("gpumeter_journal_head_seq", "The newest record on disk", value=head.seq)

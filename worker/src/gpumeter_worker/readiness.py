@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease
 
+RESTARTING = "EngineRestarting"
+HUNG = "EngineHung"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why there is no engine where there was one: a reason, and the start of a sentence."""
+
+    reason: str
+    how: str
+
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
@@ -26,7 +37,7 @@ class Condition:
     draining: bool
     clock_problem: str
     engine_ready: bool
-    engine_problem: str
+    engine_loss: Loss | None
     journal_open: bool
     journal_problem: str
     journal_full: str
@@ -50,8 +61,8 @@ def readiness(condition: Condition) -> Readiness:
         return Readiness(False, "JournalUnusable", condition.journal_problem)
     if not condition.journal_open:
         return Readiness(False, "Starting", "the journal is not open yet")
-    if condition.engine_problem:
-        return Readiness(False, "EngineRestarting", condition.engine_problem)
+    if condition.engine_loss is not None:
+        return Readiness(False, condition.engine_loss.reason, f"{condition.engine_loss.how}; it is being started again")
     if not condition.engine_ready:
         return Readiness(False, *_STARTING.get(condition.phase, ("Starting", "the engine is starting")))
     if condition.journal_full:

@@ -1,7 +1,8 @@
-"""Keeps one engine process serving: starts it, hands on what it says, tells how it was lost, starts the next.
+"""Keeps one engine process serving: starts it, hands on what it says, watches it, and starts the next when it is lost.
 
-Owns the engine's life between the worker's start and its end: when the next one starts, and the reason that readiness
-tells meanwhile. Does not know sessions, accounts or HTTP; an engine's events arrive in order, and its loss after them.
+Owns the engine's life between the worker's start and its end: when the next one starts, when one is taken for hung,
+and the reason that readiness tells meanwhile. Does not know sessions, accounts or HTTP; an engine's events arrive in
+order, and its loss after them.
 """
 
 import asyncio
@@ -12,47 +13,93 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from gpumeter_worker import diagnosis
-from gpumeter_worker.engine.link import EngineLink
-from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Fatal, Ready
+from gpumeter_worker.engine.link import PROGRAM, EngineLink
+from gpumeter_worker.engine.messages import (
+    Command,
+    EngineOptions,
+    Event,
+    Failed,
+    Fatal,
+    PhaseEntered,
+    Ready,
+    StepReport,
+)
+from gpumeter_worker.engine.watch import StepWatch
+from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.readiness import HUNG, RESTARTING, Loss
 
 log = logging.getLogger(__name__)
 
-_BACK_OFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-_HEALTHY_S = 60.0
-"""An engine that served this long starts anew without the back-off of its predecessors."""
+_BACK_OFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""By how many engines in a row were lost before they finished a step. One that did finish some gave its service, and
+its successor is wanted at once: loading takes long enough to keep a loop of crashes slow."""
 
 _KILLED_STARTS_MAX = 3
+_LOOK_S_MAX = 1.0
+_STACKS_S = 0.3
+_KILLED_S = 1.0
+_GONE_S = 60.0
+"""A killed process that holds a GPU may need seconds for its memory. After a minute the driver hangs."""
 
 
 class Supervisor:
     """The state of one worker's engines, one after the other. `ready` is None while none serves."""
 
-    def __init__(self, on_event: Callable[[Event], None], on_lost: Callable[[str], None]) -> None:
-        """Both callbacks run in the event loop; `on_lost` gets how the engine ended, as the start of a sentence."""
+    def __init__(
+        self,
+        on_event: Callable[[Event], None],
+        on_lost: Callable[[Loss], None],
+        *,
+        has_work: Callable[[], bool],
+        sequences_max: int,
+        step_timeout_ms: int = 0,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        """Both callbacks run in the event loop. `has_work`: an engine that is well has something to say, sooner or
+        later. `sequences_max` is what admission lets through; a `step_timeout_ms` of 0 is one that follows the steps.
+        """
         self.ready: Ready | None = None
-        self.problem = ""
+        self.loss: Loss | None = None
+        self.load_ns = 0
+        self.lost = asyncio.Event()
         self._on_event = on_event
         self._on_lost = on_lost
+        self._has_work = has_work
+        self._sequences_max = sequences_max
+        self._step_timeout_ns = step_timeout_ms * 10**6
+        self._program = program
         self._link: EngineLink | None = None
-        self._leaving = False
-        self._starts = 0
+        self._watch = StepWatch(0, 1, 0)
+        self._cause: Loss | None = None
+        self._started_ns = 0
+        self._warm_up_ns = 0
+        self._stepped = False
+        self._young = 0
         self._killed_starts = 0
-        self._ready_ns = 0
-        self.lost = asyncio.Event()
+        self._leaving = False
         self._failed: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+
+    @property
+    def step_timeout_ns(self) -> int:
+        """How long the engine may be silent while it has work."""
+        return self._watch.timeout_ns
+
+    @property
+    def unhandled(self) -> int:
+        """Messages of the engine that wait for the event loop."""
+        return self._link.unhandled if self._link else 0
+
+    @property
+    def unsent(self) -> int:
+        """Commands that wait for the engine."""
+        return self._link.unsent if self._link else 0
 
     async def run(self, options: EngineOptions) -> None:
         """Keep an engine running until `leave`. Raises StartupFailed when none can serve here."""
         try:
             while not self._leaving:
-                self.lost.clear()
-                self._link = EngineLink(options, self._handle, self._lose)
-                lost = asyncio.create_task(self.lost.wait())
-                await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
-                lost.cancel()
-                if self._failed.done():
-                    self._failed.result()
-                await asyncio.sleep(self._back_off_s())
+                await self._serve(options)
+                await asyncio.sleep(_BACK_OFF_S[min(self._young, len(_BACK_OFF_S) - 1)])
             await asyncio.Event().wait()
         finally:
             self.kill()
@@ -78,27 +125,78 @@ class Supervisor:
         if self._link is not None:
             self._link.kill()
 
+    async def _serve(self, options: EngineOptions) -> None:
+        """One engine, from its start until nothing of it is left."""
+        self.lost.clear()
+        self._cause, self._stepped, self._started_ns = None, False, time.monotonic_ns()
+        self._watch = StepWatch(self._step_timeout_ns, options.max_batch_tokens, options.max_wait_ms * 10**6)
+        link = EngineLink(options, self._sequences_max, self._handle, self._lose, self._program)
+        self._link = link
+        log.info("the engine process %d starts", link.pid)
+        watching = asyncio.create_task(self._end_if_hung(link))
+        lost = asyncio.create_task(self.lost.wait())
+        try:
+            await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            await asyncio.wait_for(link.gone(), _GONE_S)
+        except TimeoutError:
+            raise diagnosis.StartupFailed(
+                diagnosis.ENGINE_STUCK,
+                f"the engine process {link.pid} was killed {_GONE_S:.0f} s ago and does not end, so the driver of its "
+                "device hangs; drain the node and reset its GPU or reboot it",
+            ) from None
+        finally:
+            lost.cancel()
+            watching.cancel()
+
+    async def _end_if_hung(self, link: EngineLink) -> None:
+        while True:
+            await asyncio.sleep(min(_LOOK_S_MAX, self._watch.timeout_ns / 8e9))
+            owes = self.ready is not None and link.unhandled == 0 and self._has_work()
+            if self._watch.look(time.monotonic_ns(), link.received, owes=owes):
+                break
+        silent = f"no word for {self._watch.timeout_ns / 1e9:.0f} s with work at hand"
+        log.error("the engine process %d hangs: %s; where its threads are follows, if it can tell", link.pid, silent)
+        self._cause = Loss(HUNG, f"the engine process hung ({silent}) and was killed")
+        link.tell_stacks()
+        await asyncio.sleep(_STACKS_S)
+        link.kill()
+        await asyncio.sleep(_KILLED_S)
+        self._lose(link, "was killed")  # unless it is gone: no client waits for what the kernel cannot end
+
     def _handle(self, link: EngineLink, events: Sequence[Event]) -> None:
-        if link is not self._link:
+        if link is not self._link or self.lost.is_set():
             return
         for event in events:
             match event:
+                case StepReport():
+                    self._stepped = True
+                    self._watch.step(event.ended_ns - event.started_ns, sum(part.new_tokens for part in event.parts))
+                case PhaseEntered(Phase.WARMUP):
+                    self._warm_up_ns = event.at_ns
+                case Ready():
+                    self.load_ns = event.at_ns - self._started_ns
+                    self._watch.warmed_up(event.at_ns - self._warm_up_ns)
+                    self.ready, self.loss, self._killed_starts = event, None, 0
+                case Failed():
+                    self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")
                 case Fatal() if not self._failed.done():
                     self._failed.set_exception(diagnosis.StartupFailed(event.reason, event.message))
-                case Ready():
-                    self.ready, self.problem = event, ""
-                    self._ready_ns, self._killed_starts = time.monotonic_ns(), 0
             self._on_event(event)
 
     def _lose(self, link: EngineLink, how: str) -> None:
-        if link is not self._link:
+        if link is not self._link or self.lost.is_set():
             return
+        loss = self._cause or Loss(RESTARTING, f"the engine process {how}")
+        self._young = 0 if self._stepped else self._young + 1
+        if self.ready is None and f"signal {signal.SIGKILL.value}" in how:
+            self._killed_starts += 1
         if not self._leaving:
-            self.problem = f"{how}; it is being started again"
-            if self.ready is None and f"signal {signal.SIGKILL.value}" in how:
-                self._killed_starts += 1
+            self.loss = loss
         self.ready = None
-        self._on_lost(how)
+        self.lost.set()
+        self._on_lost(loss)
         if self._killed_starts >= _KILLED_STARTS_MAX and not self._failed.done():
             self._failed.set_exception(
                 diagnosis.StartupFailed(
@@ -107,11 +205,3 @@ class Supervisor:
                     "resources.memory or use a smaller model",
                 )
             )
-        self.lost.set()
-
-    def _back_off_s(self) -> float:
-        if self._ready_ns and time.monotonic_ns() - self._ready_ns > _HEALTHY_S * 1e9:
-            self._starts = 0
-        wait_s = _BACK_OFF_S[min(self._starts, len(_BACK_OFF_S) - 1)]
-        self._starts += 1
-        return wait_s

@@ -38,7 +38,7 @@ from gpumeter_worker.metering.lease import lease
 from gpumeter_worker.metering.meter import Identity, Meter
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations
-from gpumeter_worker.readiness import Condition, Readiness, readiness
+from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
 from gpumeter_worker.settings import Settings
 from gpumeter_worker.supervisor import Supervisor
 
@@ -86,7 +86,13 @@ class Worker:
         self.sessions = Sessions()
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
-        self.engines = Supervisor(self._on_event, self._on_lost)
+        self.engines = Supervisor(
+            self._on_event,
+            self._on_lost,
+            has_work=lambda: len(self.sessions) > 0,
+            sequences_max=settings.max_batch_size + settings.max_queue_length,
+            step_timeout_ms=settings.step_timeout_ms,
+        )
         self._draining = False
         self._clock_problem = ""
         self.wants_to_leave = asyncio.Event()
@@ -125,7 +131,7 @@ class Worker:
                 draining=self._draining,
                 clock_problem=self._clock_problem,
                 engine_ready=self.engine is not None and self.tokenizer is not None,
-                engine_problem=self.engines.problem,
+                engine_loss=self.engines.loss,
                 journal_open=self.journal.head is not None,
                 journal_problem=self.journal.problem,
                 journal_full=self.journal.full,
@@ -269,14 +275,14 @@ class Worker:
             self._enter(Phase.SERVING, ready.at_ns)
         log.info("ready: %s on %s in %s", self.settings.model_name, ready.device_name, ready.dtype)
 
-    def _on_lost(self, how: str) -> None:
+    def _on_lost(self, loss: Loss) -> None:
         if not self._draining:
-            log.error("%s with %d sessions in flight", how, len(self.sessions))
-            self.observed.engine_lost()
+            log.error("%s with %d sessions in flight", loss.how, len(self.sessions))
+            self.observed.engine_lost(loss.reason)
         for session in self.sessions.all():
             for choice in session.choices:
                 if choice.finish is None:
-                    self._finish(session, choice, Finish.FAILED, f"{how} while it served this request")
+                    self._finish(session, choice, Finish.FAILED, f"{loss.how} while it served this request")
         self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
 
     def _enter(self, phase: Phase, at_ns: int) -> None:

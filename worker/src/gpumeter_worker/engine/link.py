@@ -1,29 +1,51 @@
 """The API process's end of the channel: starts the engine process and carries messages both ways.
 
-Owns the process and two threads, so that neither direction ever blocks the event loop. Does not know what a message
-means; says `lost` once when the process is gone and everything it sent has been handed over.
+Owns the process, its group, its output, and two threads, so that neither direction ever blocks the event loop. Does
+not know what a message means; says `lost` once when the engine has closed the channel and everything it sent has been
+handed over, and is `gone` when nothing of it is left.
+
+Both directions are bounded. Events that the event loop has not handled make the reading thread wait, then the socket
+fills (some 200 KiB, the kernel's default), then the engine waits before its next step. Commands are bounded by
+admission; an engine that takes none of them is killed before they pile up.
 """
 
 import asyncio
 import logging
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from contextlib import suppress
 from typing import TypeVar
 
+from gpumeter_worker.engine.channel import Channel
 from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Shutdown
+from gpumeter_worker.engine.output import EngineOutput
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+PROGRAM = (sys.executable, "-m", "gpumeter_worker.engine.process")
+"""Gets the number of its end of the channel and the id of this process as arguments."""
+
 # Threads that spin while they wait starve each other where cores are shared: measured on two busy cores, one request
 # got 1.2 to 2.8 tokens/s with OpenMP's default and 9 to 12.6 with this. Whoever sets it otherwise is obeyed.
 _ENGINE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+EVENTS_MAX = 64
+"""Messages that were read and not handled. 64 steps are half a second of a fast decode, longer than any pause of an
+event loop that is well, so that the device does not wait for it; at 64 sequences they are 0.3 MB, with log
+probabilities of the 20 likeliest tokens 1.5 MB."""
+
+_COMMANDS_PER_SEQUENCE = 4
+"""A sequence is submitted and perhaps cancelled; the rest is for those that ended while the commands still waited."""
+
+_END_S = 0.5
+"""How long an engine that has closed its channel may take to say how it ended, before it is ended."""
 
 
 class EngineLink:
@@ -32,24 +54,39 @@ class EngineLink:
     def __init__(
         self,
         options: EngineOptions,
+        sequences_max: int,
         on_events: Callable[["EngineLink", Sequence[Event]], None],
         on_lost: Callable[["EngineLink", str], None],
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         """Start the process. Both callbacks run in the event loop; `on_lost` is the last one."""
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
         self._on_lost = on_lost
-        self._outgoing: queue.SimpleQueue[Command | EngineOptions | None] = queue.SimpleQueue()
+        self._commands: queue.Queue[Command | EngineOptions | None] = queue.Queue(
+            _COMMANDS_PER_SEQUENCE * sequences_max + 16
+        )
+        self._room = threading.Semaphore(EVENTS_MAX)
+        self._received = 0
+        self._handled = 0
+        self._gone = asyncio.Event()
+        self._output = EngineOutput()
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpumeter_worker.engine.process", str(theirs.fileno())],
+                [*program, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=self._output.target,
+                stderr=self._output.target,
                 env=_ENGINE_ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+                start_new_session=True,  # a group of its own, so that nothing it started outlives it
             )
-        self._channel: Connection[Command | EngineOptions, Sequence[Event]] = Connection(ours.detach())
-        self._outgoing.put(options)
-        threading.Thread(target=self._send, name="engine-send", daemon=True).start()
+        self._output.started()
+        self._channel: Channel[Command | EngineOptions, Sequence[Event]] = Channel(ours.detach())
+        self._commands.put(options)
+        self._sender = threading.Thread(target=self._send, name="engine-send", daemon=True)
+        self._sender.start()
         threading.Thread(target=self._receive, name="engine-receive", daemon=True).start()
 
     @property
@@ -57,44 +94,108 @@ class EngineLink:
         """The engine's process id."""
         return self._process.pid
 
+    @property
+    def received(self) -> int:
+        """How many messages the engine has sent so far."""
+        return self._received
+
+    @property
+    def unhandled(self) -> int:
+        """How many of them wait for the event loop."""
+        return self._received - self._handled
+
+    @property
+    def unsent(self) -> int:
+        """How many commands wait for the engine."""
+        return self._commands.qsize()
+
     def send(self, command: Command) -> None:
-        """Queue a command; admission bounds how many there can be."""
-        self._outgoing.put(command)
+        """Queue a command. Never waits."""
+        try:
+            self._commands.put_nowait(command)
+        except queue.Full:
+            log.error("the engine has taken none of %d commands; it is killed", self._commands.maxsize)
+            self.kill()
 
     async def stop(self, timeout_s: float) -> None:
         """Ask the engine to leave after its step; kill it if it does not in time."""
-        self._outgoing.put(Shutdown())
+        self.send(Shutdown())
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.to_thread(self._process.wait)
+                await self._gone.wait()
         except TimeoutError:
             self.kill()
 
+    async def gone(self) -> None:
+        """Wait until the process is no more, and with it what it held of the device."""
+        await self._gone.wait()
+
+    def tell_stacks(self) -> None:
+        """Have the engine print where each of its threads is, if it still can."""
+        self._signal(signal.SIGUSR2)
+
     def kill(self) -> None:
         """End the engine at once."""
-        self._process.kill()
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # Popen signals nobody once the process was waited for
+            self._process.send_signal(number)
 
     def _send(self) -> None:
-        while (message := self._outgoing.get()) is not None:
+        while (message := self._commands.get()) is not None:
             try:
                 self._channel.send(message)
             except OSError:
                 return  # the receiving thread tells why
 
     def _receive(self) -> None:
-        try:
+        with suppress(EOFError, OSError):
             while True:
-                self._call(self._on_events, self._channel.recv())
-        except (EOFError, OSError):
-            pass
-        status = self._process.wait()
-        self._outgoing.put(None)
+                events = self._channel.receive()
+                self._room.acquire()
+                self._received += 1
+                self._call(self._handle, events)
+        self._call(self._lose, self._how_it_ended())
+        with suppress(queue.Full):  # then the sender is not waiting for commands, and finds the socket closed
+            self._commands.put_nowait(None)
+        self._sender.join()
         self._channel.close()
-        ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        self._call(self._on_lost, f"the engine process {ended}")
+        self._process.wait()
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # compilers, for one
+        self._call(self._leave, None)
+        with suppress(ChildProcessError):  # where this process is its container's first, they are its children now
+            while True:
+                os.waitid(os.P_PGID, self._process.pid, os.WEXITED)
 
-    def _call(self, callback: Callable[["EngineLink", T], None], argument: T) -> None:
+    def _how_it_ended(self) -> str:
+        """The start of a sentence. Clients wait for it, so a process that takes long to end is not waited for."""
         try:
-            self._loop.call_soon_threadsafe(callback, self, argument)
+            status = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "the engine process closed its channel and did not end"
+        if status < 0:
+            return f"the engine process was killed by signal {-status}"
+        return f"the engine process ended with status {status}"
+
+    def _handle(self, events: Sequence[Event]) -> None:
+        try:
+            self._on_events(self, events)
+        finally:
+            self._handled += 1
+            self._room.release()
+
+    def _lose(self, how: str) -> None:
+        self._on_lost(self, how)
+
+    def _leave(self, _: None) -> None:
+        self._output.close()
+        self._gone.set()
+
+    def _call(self, callback: Callable[[T], None], argument: T) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:
             log.debug("the event loop is closed; a message of the engine is dropped")

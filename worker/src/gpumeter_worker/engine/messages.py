@@ -129,4 +129,11 @@ class Fatal:
     message: str
 
 
-Event = PhaseEntered | Ready | StepReport | Ended | Fatal
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine ends, because only a new process can go on. `cause` quotes no request."""
+
+    cause: str
+
+
+Event = PhaseEntered | Ready | StepReport | Ended | Fatal | Failed

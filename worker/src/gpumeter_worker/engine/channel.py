@@ -1,0 +1,70 @@
+"""One end of the channel between the API process and the engine process: whole messages over a socket, both ways.
+
+Owns how a message becomes bytes. Does not know what a message means, nor how many may wait: a full socket makes the
+sender wait, and who may wait for whom is the affair of the two ends (engine.link, engine.process).
+
+A step's report is the message that is sent all day, from the thread that launches steps. Pickled as it is, one of 64
+sequences costs 126 us; as rows of plain values, 29 us (and 55 us to read, in a thread of the API process).
+"""
+
+import copyreg
+import pickle
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
+
+from gpumeter_worker.engine.messages import StepReport, Token
+from gpumeter_worker.metering.meter import Part
+
+Out = TypeVar("Out")
+In = TypeVar("In")
+
+_PROTOCOL = 5
+
+
+class Channel(Generic[Out, In]):
+    """Sends messages of one type and receives those of another. One thread may send while another receives."""
+
+    def __init__(self, file_descriptor: int) -> None:
+        """Takes over one end of a connected pair of stream sockets."""
+        self._connection: Connection[bytes, bytes] = Connection(file_descriptor)
+
+    def send(self, message: Out) -> None:
+        """Wait until the socket has taken all of it. Raises OSError when the other end is gone."""
+        self._connection.send_bytes(encode(message))
+
+    def receive(self) -> In:
+        """Wait for the next message. Raises EOFError or OSError when the other end is gone, even in a message."""
+        message: In = decode(self._connection.recv_bytes())
+        return message
+
+    def poll(self, timeout_s: float | None) -> bool:
+        """Whether a message, or the end, can be received; waits for it, without end where the timeout is None."""
+        return self._connection.poll(timeout_s)
+
+    def close(self) -> None:
+        """Give the socket back. No thread may be using it."""
+        self._connection.close()
+
+
+def encode(message: object) -> bytes:
+    """A message's bytes. Both ends are the same program, so nothing here has to be stable."""
+    return pickle.dumps(message, _PROTOCOL)
+
+
+def decode(body: bytes) -> Any:
+    """What `encode` was given."""
+    return pickle.loads(body)  # noqa: S301 - both ends are one program, over a socket that nobody else holds
+
+
+def _rows(report: StepReport) -> tuple[Callable[..., StepReport], tuple[Any, ...]]:
+    times = (report.started_ns, report.ended_ns, report.gpu_ns)
+    load = (report.running, report.kv_tokens)
+    return _report, (times, [tuple(part) for part in report.parts], [tuple(token) for token in report.tokens], load)
+
+
+def _report(times: tuple[int, int, int], parts: list[Any], tokens: list[Any], load: tuple[int, int]) -> StepReport:
+    return StepReport(*times, tuple(map(Part._make, parts)), tuple(map(Token._make, tokens)), *load)
+
+
+copyreg.pickle(StepReport, _rows)
