@@ -8,35 +8,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 
 from gpumeter_usage.record import Status
+from rigs.asking import CAPITAL, client, raw
 from rigs.worker import Ledger, WorkerProcess, hop_token, session_id, until, worker
-
-CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     with worker(tmp_path_factory.mktemp("worker")) as process:
         yield process.ready()
-
-
-def client(served: WorkerProcess, session: str | None = None, tenant: str = "acme") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key=hop_token(tenant, session), max_retries=0, timeout=120)
-
-
-def raw(
-    served: WorkerProcess, body: bytes, path: str = "/v1/chat/completions", token: str | None = None
-) -> tuple[int, Any]:
-    headers = {"Authorization": f"Bearer {token or hop_token()}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{served.url}{path}", body, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
 
 
 def collected(served: WorkerProcess, ledger: Ledger, session: str) -> Status:
@@ -180,15 +162,31 @@ def test_the_model_is_listed(served: WorkerProcess) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
-        ({"n": 2}, 400, "n"),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"n": 0}, 400, "n"),
+        ({"n": 9}, 400, "n"),
+        ({"n": 2.0}, 400, "n"),
+        ({"logprobs": 1}, 400, "logprobs"),
+        ({"top_logprobs": 3}, 400, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"50000": 1}}, 400, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, 400, "logit_bias"),
+        ({"stop_token_ids": [49152]}, 400, "stop_token_ids"),
+        ({"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens"),
+        ({"min_p": 2}, 400, "min_p"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"suffix": "end"}, 400, "suffix"),
+        ({"echo": True}, 400, "echo"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 5000}, 400, "max_tokens"),
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
-        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty"),
+        ({"tools": [{"type": "function"}]}, 400, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"no_such_thing": 1}, 400, "no_such_thing"),
         ({"messages": []}, 400, "messages"),

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumeter_worker.api.responses import gpu_seconds
+from gpumeter_worker.api.answer import gpu_seconds
 from gpumeter_worker.api.text import TextStream
 
 
@@ -51,6 +51,41 @@ def test_a_character_that_never_becomes_whole_is_shown_at_the_end() -> None:
 def test_text_is_said_as_soon_as_it_cannot_be_a_stop_string() -> None:
     out = TextStream(decode, [], ("stop",))
     assert [out.push(byte) for byte in b"a stone"] == ["a", " ", "", "", "", "ston", "e"]
+
+
+@given(st.text(alphabet="aé\ufffd😀", min_size=8, max_size=60))
+def test_replacement_characters_that_are_text_stay_whole(text: str) -> None:
+    pieces, _ = stream(text)
+    assert "".join(pieces) == text
+
+
+def test_bytes_that_never_become_text_are_said_soon_and_cost_the_same_at_any_length() -> None:
+    decoded = 0
+
+    def counting(tokens: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(tokens)
+        return decode(tokens)
+
+    out = TextStream(counting, list(b"prompt"), ())
+    said = [out.push(0xC3) for _ in range(400)]
+    assert sum(map(bool, said[:40])) >= 5
+    first = decoded
+    for _ in range(400):
+        out.push(0xC3)
+    assert decoded - first <= 1.2 * first
+    assert set(out.finish()) == {"\ufffd"}
+
+
+@given(st.text(alphabet="abé", max_size=30), st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=2))
+def test_seen_and_said_count_the_characters(text: str, stops: list[str]) -> None:
+    out = TextStream(decode, [], stops)
+    said = ""
+    for token in text.encode():
+        said += out.push(token)
+        assert out.said == len(said) <= out.seen
+    said += out.finish()
+    assert out.said == len(said)
 
 
 def test_gpu_seconds_are_exact_where_a_float_would_not_be() -> None:

@@ -18,6 +18,7 @@ from gpumeter_worker.api.answer import Answer, ChoiceText
 from gpumeter_worker.api.errors import Refused, error_document, error_response
 from gpumeter_worker.api.generate import BatchAnswer
 from gpumeter_worker.api.identity import Caller, caller
+from gpumeter_worker.api.openapi import openapi_document
 from gpumeter_worker.api.parameters import Generation
 from gpumeter_worker.api.requests import Prompt, chat_request, completion_request, generate_request, read_json
 from gpumeter_worker.api.responses import CHAT, COMPLETION, EventStream, Shape, Wanted, WholeAnswer
@@ -37,6 +38,8 @@ _BODY_IDLE_S = 20.0
 def api_app(worker: Worker) -> FastAPI:
     """The application of port 8000."""
     app = FastAPI(title="gpumeter worker", docs_url=None, redoc_url=None)
+    document = openapi_document([worker.settings.model_name, worker.settings.service])
+    app.openapi = lambda: document  # type: ignore[method-assign]
     translate_errors(app)
 
     @app.post("/v1/chat/completions")

@@ -1,0 +1,195 @@
+"""What becomes of a session's tokens: whose text, in which order, with which log probabilities, who is taken back."""
+
+import json
+
+import pytest
+
+from gpumeter_usage.record import Status
+from gpumeter_worker.api.answer import Answer, ChoiceText, Piece
+from gpumeter_worker.api.logprobs import LEAST, Placed, chat_logprobs, completion_logprobs
+from gpumeter_worker.api.sessions import Choice, End, Finished, Session
+from gpumeter_worker.api.tokenizer import Tokenizer, TokenText
+from gpumeter_worker.engine.messages import Token
+from gpumeter_worker.engine.sequence import Finish, Sampling
+from gpumeter_worker.metering.meter import Totals
+from rigs.worker import model_path
+
+EOS = 0
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+
+class Desk:
+    """Stands where the worker stands: notes what was taken back."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[Status, int | None]] = []
+
+    def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
+        self.taken.append((outcome, index))
+
+
+def answer(samplings: list[Sampling], stops: tuple[str, ...] = ()) -> tuple[Answer, Desk]:
+    choices = [Choice([65], sampling) for sampling in samplings]
+    session, desk = Session("s-1", "acme", choices), Desk()
+    texts = [ChoiceText(Bytes(), choice, stops, frozenset({EOS})) for choice in choices]  # type: ignore[arg-type]
+    return Answer(desk, session, Bytes(), texts), desk  # type: ignore[arg-type]
+
+
+def token(choice: int, value: int, logprob: float | None = None) -> Token:
+    return Token("s-1", choice, value, logprob)
+
+
+async def pieces(made: Answer, items: list[Token | Finished]) -> list[Piece]:
+    for item in items:
+        made.session.line.put_nowait(item)
+    made.session.end = End(Status.FINISHED, Totals())
+    made.session.over.set()
+    return [piece async for some in made.pieces() for piece in some]
+
+
+async def test_choices_are_said_in_the_order_in_which_their_tokens_come() -> None:
+    made, _ = answer([Sampling(max_tokens=2)] * 2)
+    said = await pieces(
+        made,
+        [
+            token(0, ord("a")),
+            token(1, ord("x")),
+            token(0, EOS),
+            Finished(0, Finish.STOP),
+            token(1, ord("y")),
+            Finished(1, Finish.LENGTH),
+        ],
+    )
+    assert [(one.choice, one.text, one.finish_reason) for one in said] == [
+        (0, "a", None),
+        (1, "x", None),
+        (0, "", "stop"),
+        (1, "y", None),
+        (1, "", "length"),
+    ]
+
+
+async def test_a_stop_string_takes_back_its_own_choice_and_says_nothing_of_what_came_after_it() -> None:
+    made, desk = answer([Sampling(max_tokens=9)] * 2, ("st",))
+    said = await pieces(
+        made,
+        [
+            *(token(0, byte) for byte in b"as"),
+            *(token(1, byte) for byte in b"as"),
+            *(token(0, byte) for byte in b"top"),
+            Finished(0, Finish.CANCELLED),
+            token(1, ord("o")),
+            Finished(1, Finish.LENGTH),
+        ],
+    )
+    assert desk.taken == [(Status.FINISHED, 0)]
+    assert "".join(one.text for one in said if one.choice == 0) == "a"
+    assert "".join(one.text for one in said if one.choice == 1) == "aso"
+    assert [one.finish_reason for one in said if one.finish_reason] == ["stop", "length"]
+
+
+async def test_one_choice_that_fails_takes_back_the_whole_session() -> None:
+    made, desk = answer([Sampling(max_tokens=9)] * 2)
+    await pieces(made, [token(0, 97), Finished(0, Finish.FAILED), Finished(1, Finish.CANCELLED)])
+    assert desk.taken == [(Status.CANCELLED, None)]
+
+
+async def test_the_token_that_ends_an_answer_is_no_text_unless_it_was_to_be_ignored() -> None:
+    for sampling, tokens, text in (
+        (Sampling(max_tokens=9, stop_ids=(98,)), (97, 98), "a"),
+        (Sampling(max_tokens=9), (97, 98, EOS), "ab"),
+        (Sampling(max_tokens=3, ignore_eos=True), (97, EOS, 98), "a\0b"),
+    ):
+        made, _ = answer([sampling])
+        said = await pieces(made, [*(token(0, one) for one in tokens), Finished(0, Finish.STOP)])
+        assert "".join(one.text for one in said) == text
+
+
+async def test_every_token_of_the_text_is_placed_once_with_the_text_that_holds_it() -> None:
+    made, _ = answer([Sampling(max_tokens=9, logprobs=0)])
+    said = await pieces(
+        made, [*(token(0, byte, -1.0) for byte in "aéb".encode()), token(0, EOS, -1.0), Finished(0, Finish.STOP)]
+    )
+    assert [(one.text, [placed.offset for placed in one.placed]) for one in said] == [
+        ("a", [0]),
+        ("é", [1, 1]),
+        ("b", [2]),
+        ("", []),
+    ]
+
+
+@pytest.mark.parametrize(("text", "placed"), [("xxstop", 2), ("xxsto", 5)])
+async def test_tokens_of_a_stop_string_are_not_listed_and_those_held_back_in_vain_are(text: str, placed: int) -> None:
+    made, _ = answer([Sampling(max_tokens=9, logprobs=0)], ("stop",))
+    said = await pieces(made, [*(token(0, byte, -1.0) for byte in text.encode()), Finished(0, Finish.LENGTH)])
+    assert sum(len(one.placed) for one in said) == placed
+
+
+TEXTS = {1: TokenText(" Paris", b" Paris"), 2: TokenText("bytes:\\xc3", b"\xc3"), 3: TokenText("<s>", None)}
+
+
+def test_log_probabilities_have_openais_shapes_and_no_infinity() -> None:
+    placed = [
+        Placed(Token("s", 0, 1, -0.25, ((1, -0.25), (2, -1.5))), 0),
+        Placed(Token("s", 0, 3, float("-inf"), ((2, -0.1), (1, -3.0))), 6),
+    ]
+    assert chat_logprobs(placed, TEXTS.__getitem__) == {
+        "content": [
+            {
+                "token": " Paris",
+                "logprob": -0.25,
+                "bytes": list(b" Paris"),
+                "top_logprobs": [
+                    {"token": " Paris", "logprob": -0.25, "bytes": list(b" Paris")},
+                    {"token": "bytes:\\xc3", "logprob": -1.5, "bytes": [0xC3]},
+                ],
+            },
+            {
+                "token": "<s>",
+                "logprob": LEAST,
+                "bytes": None,
+                "top_logprobs": [
+                    {"token": "bytes:\\xc3", "logprob": -0.1, "bytes": [0xC3]},
+                    {"token": " Paris", "logprob": -3.0, "bytes": list(b" Paris")},
+                ],
+            },
+        ],
+        "refusal": None,
+    }
+    listed = completion_logprobs(placed, TEXTS.__getitem__)
+    assert listed == {
+        "tokens": [" Paris", "<s>"],
+        "token_logprobs": [-0.25, LEAST],
+        "top_logprobs": [
+            {" Paris": -0.25, "bytes:\\xc3": -1.5},
+            {"bytes:\\xc3": -0.1, " Paris": -3.0, "<s>": LEAST},
+        ],
+        "text_offset": [0, 6],
+    }
+    assert json.loads(json.dumps(listed, allow_nan=False)) == listed
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(model_path())
+
+
+async def test_the_bytes_of_a_texts_tokens_are_the_texts_bytes(tokenizer: Tokenizer) -> None:
+    text = "Paris, naïve 東京 😀 \ufffd"
+    ids = await tokenizer.text(text, 1000, "prompt")
+    tokens = [tokenizer.token(one) for one in ids]
+    assert b"".join(one.raw or b"" for one in tokens) == text.encode()
+    assert any(one.text.startswith("bytes:") for one in tokens)
+    assert all("\ufffd" not in one.text for one in tokens if one.raw != "\ufffd".encode())
+
+
+async def test_a_special_token_is_named_and_is_no_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.token(2).text == "<|im_end|>"
+    assert tokenizer.is_special(2)
+    assert tokenizer.decode([2]) == ""
