@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from gpumeter_worker.engine import attention
 from gpumeter_worker.engine.loop import Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready
-from gpumeter_worker.engine.sampling import choose
+from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
@@ -59,6 +59,7 @@ class ModelRunner:
         self.max_model_len = _max_length(options.max_model_len, self._text)
         self.slots = self._fit(options)
         self._cache = self._make_cache()
+        self._sampler = Sampler(self._text.vocab_size, _eos_ids(self._model), self._device)
 
     def run(self, plan: Sequence[Work], clock: StepClock) -> list[Sampled]:
         """One forward pass over the packed rows of a plan, and one new token for every work that samples."""
@@ -76,7 +77,7 @@ class ModelRunner:
                     sampling.append(work)
             input_ids = torch.tensor([tokens], device=self._device)
             keep = torch.tensor(last, dtype=torch.long, device=self._device)
-            uniforms = [work.sequence.random.random() for work in sampling]
+            batch = self._sampler.prepare([work.sequence for work in sampling])
             clock.begin()
             logits = self._model(
                 input_ids=input_ids,
@@ -86,11 +87,11 @@ class ModelRunner:
                 logits_to_keep=keep,
                 step=step,
             ).logits[0]
-            chosen = choose(logits, [work.sequence.sampling for work in sampling], uniforms) if sampling else None
+            chosen = choose(logits, batch) if sampling else None
             clock.end()
-            found = [] if chosen is None else chosen.tolist()
+            found = [] if chosen is None else read(chosen, batch)
         by_work = dict(zip(map(id, sampling), found, strict=True))
-        return [Sampled(by_work[id(work)]) for work in plan if work.samples]
+        return [by_work[id(work)] for work in plan if work.samples]
 
     def warm_up(self, clock: StepClock, step_tokens: int) -> None:
         """Run a large chunk and a full batch of decodes once, so that no user's first step pays for start-up."""

@@ -1,57 +1,253 @@
-"""Chooses the next token of every row: greedy, temperature, top-k, top-p.
+"""Chooses the next token of every row of logits, as the row's own request asked.
 
-Owns the arithmetic on logits. Takes one uniform number in [0, 1) per row that draws, so that the same seed gives the
-same tokens whatever else is in the batch and on whatever device. Does not know where the numbers come from.
+Owns the order of things, which is vLLM's: bias and minimum length, penalties, temperature, min-p, top-k, top-p, one
+draw. Nothing of a row's result depends on its neighbours, not in the last bit on a CPU: whatever reduces does so within
+a row, ties go to the lower token id, and each draw takes one number of the sequence's own generator. Does not know how
+logits come about, nor who asked.
+
+`Sampler.prepare` does the host's part before a step's clock begins, `choose` the device's part (on CUDA without waiting
+for the device), `read` fetches the result after the clock ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from gpumeter_worker.engine.sequence import Sampling
+from gpumeter_worker.engine.loop import INVALID_TOKEN, Sampled
+from gpumeter_worker.engine.penalties import Entries, PenaltyTable, edits
+from gpumeter_worker.engine.ranking import block_of, block_sums, likeliest, maxima
+from gpumeter_worker.engine.sequence import Sampling, Sequence
+
+_CANDIDATES = (64, 512)
+"""How many of the likeliest tokens are looked at before the whole vocabulary is sorted, which costs 5 ms a row on a
+CPU. They serve every top-k up to their number; a top-p only where their probabilities reach it, which is looked up."""
+
+IN_ORDER = 0
+"""Draws over the whole vocabulary need no order of likelihood."""
 
 
-def choose(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> torch.Tensor:
-    """logits [rows, vocabulary] -> tokens [rows]; -1 in a row whose logits are no numbers: only that row fails."""
-    best, tokens = logits.max(-1)  # a NaN anywhere in the row is its maximum
-    # Rows that keep the whole vocabulary are drawn in its own order, the others in the order of likelihood: which one
-    # is a row's own matter, so that its neighbours cannot change its token.
-    for cut in (False, True):
-        drawing = [row for row, one in enumerate(samplings) if one.temperature > 0 and _is_cut(one) is cut]
-        if drawing:
-            rows = torch.tensor(drawing, device=logits.device)
-            own = [samplings[row] for row in drawing]
-            drawn = _draw(logits[rows].float(), own, [uniforms[row] for row in drawing], cut=cut)
-            tokens = tokens.index_copy(0, rows, drawn)
-    return torch.where(torch.isfinite(best), tokens, -1)
+class Sampler:
+    """Keeps from step to step what penalties need to know of the sequences that ask for them."""
+
+    def __init__(self, vocabulary: int, eos_ids: frozenset[int], device: str) -> None:
+        self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
+        self._device = device
+        self._tables: dict[Sequence, PenaltyTable] = {}
+
+    def prepare(self, sequences: Row[Sequence]) -> "SamplingBatch":
+        """What the next logits' rows need, one row a sequence, on the device. Takes each draw's random number.
+
+        A table is kept while its sequence is in every batch; one that was away is counted anew.
+        """
+        self._tables = {one: self._table(one) for one in sequences if edits(one)}
+        worked = [row for row, one in enumerate(sequences) if one in self._tables or one.sampling.temperature > 0]
+        by_size: dict[int, list[int]] = {}
+        for place, row in enumerate(worked):
+            if sequences[row].sampling.temperature > 0:
+                by_size.setdefault(self._candidates(sequences[row].sampling), []).append(place)
+        own = [sequences[row] for row in worked]
+        logged = tuple(row for row, one in enumerate(sequences) if one.sampling.logprobs is not None)
+        return SamplingBatch(
+            worked=self._index(worked) if worked else None,
+            edits=self._edits(own) if self._tables else None,
+            draws=tuple(self._draw(size, places, [own[at] for at in places]) for size, places in by_size.items()),
+            logged=self._index(logged) if logged else None,
+            logged_rows=logged,
+            logged_counts=tuple(sequences[row].sampling.logprobs or 0 for row in logged),
+        )
+
+    def _table(self, sequence: Sequence) -> PenaltyTable:
+        table = self._tables.get(sequence) or PenaltyTable(sequence, self._eos_ids, self._vocabulary)
+        table.advance(sequence)
+        return table
+
+    def _candidates(self, sampling: Sampling) -> int:
+        """How many of the likeliest tokens a draw looks at first."""
+        top_k = sampling.top_k or self._vocabulary
+        if top_k >= self._vocabulary and sampling.top_p >= 1:
+            return IN_ORDER
+        if top_k >= self._vocabulary:
+            # Whether a few are enough for the top-p only the device knows, and asking a GPU would mean to wait for it.
+            return _CANDIDATES[0] if self._device == "cpu" else self._vocabulary
+        return next((size for size in _CANDIDATES if top_k <= size), self._vocabulary)
+
+    def _edits(self, sequences: Row[Sequence]) -> "Edits":
+        found = [(place, self._tables[one].entries) for place, one in enumerate(sequences) if one in self._tables]
+        places = torch.cat([torch.full((len(entries.tokens),), place) for place, entries in found])
+        columns = zip(*(entries for _, entries in found), strict=True)
+        return Edits(places.to(self._device), Entries(*(torch.cat(column).to(self._device) for column in columns)))
+
+    def _draw(self, size: int, places: Row[int], sequences: Row[Sequence]) -> "Draw":
+        def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=self._device)[:, None]
+
+        samplings = [one.sampling for one in sequences]
+        return Draw(
+            size=size,
+            at=self._index(places),
+            temperature=column(one.temperature for one in samplings),
+            min_p=column(one.min_p for one in samplings),
+            top_k=column((one.top_k or self._vocabulary for one in samplings), torch.long),
+            top_p=column((one.top_p for one in samplings), torch.float64),
+            uniform=column((one.random.random() for one in sequences), torch.float64),
+        )
+
+    def _index(self, values: Row[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
-def _is_cut(sampling: Sampling) -> bool:
-    return sampling.top_p < 1 or sampling.top_k > 0
+class Edits(NamedTuple):
+    """Changes of single logits. `places` [entries]: which of the worked rows; no row has a token twice."""
+
+    places: torch.Tensor
+    entries: Entries
 
 
-def _draw(logits: torch.Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float], *, cut: bool) -> torch.Tensor:
-    """Inverse transform: the first token at which the sum of kept probabilities passes the uniform number."""
+class Draw(NamedTuple):
+    """Rows that are drawn in one way. `at` [n]: which of the worked rows, ascending; the other tensors are [n, 1]."""
 
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+    size: int
+    at: torch.Tensor
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    uniform: torch.Tensor
 
-    scaled = (logits - logits.max(-1, keepdim=True).values) / column([one.temperature for one in samplings])
-    if not cut:
-        probabilities = scaled.softmax(-1)
-        order = None
-    else:
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(scaled.shape[-1], device=logits.device)[None]
-        kept = ranks < column([float(one.top_k or scaled.shape[-1]) for one in samplings])
-        probabilities = scaled.masked_fill(~kept, -torch.inf).softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill((before >= column([one.top_p for one in samplings])) & (ranks > 0), 0)
-    sums = probabilities.double().cumsum(-1)
-    thresholds = column(uniforms).double() * sums[:, -1:]
-    index = torch.searchsorted(sums, thresholds, right=True)
-    # Rounding may point past the last token that has a probability at all.
-    index = index.clamp(max=sums.shape[-1] - 1)
-    last = sums.shape[-1] - 1 - (probabilities.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    index = torch.minimum(index, last)
-    return (index if order is None else order.gather(-1, index))[:, 0]
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How the rows of one step are sampled. `worked` [n] are those that are edited or drawn; the others are greedy."""
+
+    worked: torch.Tensor | None
+    edits: Edits | None
+    draws: tuple[Draw, ...]
+    logged: torch.Tensor | None
+    logged_rows: tuple[int, ...]
+    logged_counts: tuple[int, ...]
+
+
+class Chosen(NamedTuple):
+    """On the device: tokens [rows]; for the rows with log probabilities those [n], and the likeliest ones' [n, k]."""
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top_tokens: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+
+
+def choose(logits: torch.Tensor, batch: SamplingBatch) -> Chosen:
+    """logits [rows, vocabulary] of any float type, not changed -> a token a row; -1 where a row's logits are invalid.
+
+    Invalid is a row that holds a NaN or an infinite maximum. Only that row fails.
+    """
+    logits = logits.float()
+    best, tokens = maxima(logits)
+    valid = torch.isfinite(best)
+    if batch.worked is not None:
+        worked = _rows(logits, batch.worked)
+        if batch.edits is not None:
+            worked = _edited(worked, batch.edits)
+            best, tokens_of_worked = maxima(worked)
+            valid = valid.index_copy(0, batch.worked, torch.isfinite(best) & _rows(valid, batch.worked))
+        else:
+            best, tokens_of_worked = _rows(best, batch.worked), _rows(tokens, batch.worked)
+        for draw in batch.draws:
+            drawn = _drawn(_rows(worked, draw.at), _rows(best, draw.at), draw)
+            tokens_of_worked = tokens_of_worked.index_copy(0, draw.at, drawn)
+        tokens = tokens.index_copy(0, batch.worked, tokens_of_worked)
+    tokens = torch.where(valid, tokens, INVALID_TOKEN)
+    if batch.logged is None:
+        return Chosen(tokens)
+    logprobs = _rows(logits, batch.logged).log_softmax(-1)
+    own = logprobs.gather(1, _rows(tokens, batch.logged).clamp(min=0)[:, None])[:, 0]
+    most = min(max(batch.logged_counts), logits.shape[1])
+    if most == 0:
+        return Chosen(tokens, own)
+    top = likeliest(logprobs, most)
+    return Chosen(tokens, own, top, logprobs.gather(1, top))
+
+
+def read(chosen: Chosen, batch: SamplingBatch) -> list[Sampled]:
+    """Waits for the device; one result a row."""
+    sampled = [Sampled(token) for token in chosen.tokens.tolist()]
+    if chosen.logprobs is None:
+        return sampled
+    nothing: list[list[float]] = [[]] * len(batch.logged_rows)
+    ids = nothing if chosen.top_tokens is None else chosen.top_tokens.tolist()
+    values = nothing if chosen.top_logprobs is None else chosen.top_logprobs.tolist()
+    for at, (row, own) in enumerate(zip(batch.logged_rows, chosen.logprobs.tolist(), strict=True)):
+        count = batch.logged_counts[at]
+        if sampled[row].token != INVALID_TOKEN:
+            top = tuple(zip(ids[at][:count], values[at][:count], strict=True))
+            sampled[row] = Sampled(sampled[row].token, own, top)
+    return sampled
+
+
+def _rows(matrix: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Some rows, ascending; all of them without a copy."""
+    return matrix if len(at) == len(matrix) else matrix[at]
+
+
+def _edited(logits: torch.Tensor, edits: Edits) -> torch.Tensor:
+    """The repetition penalty is transformers' (a positive logit is divided by it, a negative one multiplied);
+    frequency and presence penalties are OpenAI's and vLLM's, and so is the order."""
+    entries = edits.entries
+    place = (edits.places, entries.tokens)
+    value = logits[place] + entries.bias
+    value = torch.where(value > 0, value / entries.repetition, value * entries.repetition)
+    return logits.index_put(place, value - entries.minus)
+
+
+def _drawn(logits: torch.Tensor, best: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Inverse transform: the first token at which the sum of kept probabilities passes the uniform number.
+
+    logits [n, vocabulary], their maxima [n] -> tokens [n].
+    """
+    scaled = (logits - best[:, None]).div_(draw.temperature)
+    weights = scaled.softmax(-1)
+    weights.masked_fill_(weights < draw.min_p * weights.amax(-1, keepdim=True), 0)
+    if draw.size != IN_ORDER:
+        return _ranked(scaled, weights, draw)
+    # The whole vocabulary, in its own order: first the block, then the token in it.
+    block, rest = _pick(block_sums(weights), draw.uniform)
+    inside, positions = block_of(weights, block)
+    return positions.gather(1, _pick(inside.double(), rest)[0])[:, 0]
+
+
+def _ranked(scaled: torch.Tensor, weights: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """The draw in the order of likelihood, from as many candidates as it turns out to take."""
+    vocabulary = scaled.shape[1]
+    ids = likeliest(scaled, draw.size)
+    ranks = torch.arange(ids.shape[1], device=ids.device)[None]
+    candidates = weights.gather(1, ids).double().masked_fill_(ranks >= draw.top_k, 0)
+    sums = candidates.cumsum(-1)
+    complete = draw.top_k <= ids.shape[1]
+    total = torch.where(complete, sums[:, -1:], block_sums(weights).cumsum(-1)[:, -1:])
+    kept = (sums - candidates < draw.top_p * total) | (draw.top_p >= 1) | (ranks == 0)
+    index, _ = _pick(candidates.masked_fill(~kept, 0), draw.uniform)
+    tokens = ids.gather(1, index)[:, 0]
+    if draw.size < vocabulary and tokens.device.type == "cpu":  # see Sampler._candidates
+        short = (~complete & (sums[:, -1:] < draw.top_p * total))[:, 0].nonzero()[:, 0]
+        if len(short):
+            size = next((size for size in _CANDIDATES if draw.size < size < vocabulary), vocabulary)
+            wider = Draw(size, *(column[short] for column in draw[1:]))
+            tokens = tokens.index_copy(0, short, _ranked(scaled[short], weights[short], wider))
+    return tokens
+
+
+def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weights [n, width] float64, uniform [n, 1] in [0, 1) -> an index [n, 1], and where in its share the number fell.
+
+    Rounding never picks what has no weight.
+    """
+    sums = weights.cumsum(-1)
+    threshold = uniform * sums[:, -1:]
+    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(-1, keepdim=True)
+    index = torch.minimum(torch.searchsorted(sums, threshold, right=True), last)
+    share = weights.gather(1, index)
+    return index, ((threshold - (sums.gather(1, index) - share)) / share).clamp(0, 1)
