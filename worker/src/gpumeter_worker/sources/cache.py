@@ -91,16 +91,20 @@ def take_over(where: Place, owner: str) -> Path:
 
 
 def check(part: Path, files: tuple[RemoteFile, ...]) -> None:
-    """Compare what arrived with what the source says; what differs is removed. Raises Damaged."""
+    """Compare what arrived with what the source says; all that differs is removed, and told. Raises Damaged."""
+    wrong = []
     for file in files:
         path = part / file.name
         found = path.stat().st_size if path.is_file() else 0
         if found != file.size:
-            path.unlink(missing_ok=True)
-            raise Damaged(f"{file.name} arrived with {found} of {file.size} bytes; try again, or publish it anew")
-        if file.sha256 and _sha256(path) != file.sha256:
-            path.unlink()
-            raise Damaged(f"{file.name} arrived damaged: it has not the checksum that its source tells; try again")
+            wrong.append(f"{file.name} with {found} of {file.size} bytes")
+        elif file.digest and _digest(path, file.digest.partition(":")[0]) != file.digest:
+            wrong.append(f"{file.name} without the checksum that its source tells")
+        else:
+            continue
+        path.unlink(missing_ok=True)
+    if wrong:
+        raise Damaged(f"the model arrived damaged: {', '.join(wrong)}; try again, or publish it anew")
 
 
 def publish(where: Place, part: Path, uri: str, snapshot: Snapshot) -> None:
@@ -200,12 +204,14 @@ def _reference(cache: Path, uri: str, revision: str) -> Path:
     return cache / "models" / "refs" / f"{_short_hash(uri, revision)}.json"
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path, kind: str) -> str:
     digest = hashlib.sha256()
+    if kind == "git":
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(_HASH_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return f"{kind}:{digest.hexdigest()}"
 
 
 def _sync(path: Path) -> None:

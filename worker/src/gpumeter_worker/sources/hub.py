@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoSibling
 
 from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed
 from gpumeter_worker.sources.location import Location
@@ -64,7 +65,7 @@ class Hub:
             info = api.model_info(self._repository, revision=self.revision, files_metadata=True, timeout=_ASK_TIMEOUT_S)
             held = {one.rfilename: one for one in info.siblings or []}
             files = tuple(
-                RemoteFile(name, held[name].size or 0, lfs.sha256 if (lfs := held[name].lfs) else "")
+                RemoteFile(name, held[name].size or 0, _digest(held[name]))
                 for name in wanted(held, allow_pickle=self._allow_pickle)
             )
             if not files:
@@ -155,6 +156,12 @@ class Hub:
         if status == 404:
             return StartupFailed(MODEL_NOT_FOUND, f"{at} has no {self._name}; correct spec.model.uri")
         return Unreachable(f"{at} answered {status} for {self._name} ({first_line(error)}); try again later")
+
+
+def _digest(file: RepoSibling) -> str:
+    if file.lfs is not None:
+        return f"sha256:{file.lfs.sha256}"
+    return f"git:{file.blob_id}" if file.blob_id else ""
 
 
 def _is_whole(file: Path, size: int) -> bool:

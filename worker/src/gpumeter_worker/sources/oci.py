@@ -69,7 +69,7 @@ class Registry:
             if not names:
                 raise StartupFailed(MODEL_NOT_FOUND, f"{self.uri} holds no file of a model; check what was pushed")
             files = tuple(
-                RemoteFile(name, int(layer["size"]), layer["digest"].removeprefix("sha256:"))
+                RemoteFile(name, int(layer["size"]), layer["digest"])
                 for name, layer in sorted(raw.items())
                 if name in names
             )

@@ -28,11 +28,15 @@ class Damaged(StartupFailed):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file that belongs to the model. `sha256` is empty where the source tells none."""
+    """A file that belongs to the model.
+
+    `digest` is `sha256:HEX`, or `git:HEX` (SHA-1 of the content after git's `blob SIZE` and a zero byte), or empty
+    where the source tells none.
+    """
 
     name: str
     size: int  # bytes
-    sha256: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

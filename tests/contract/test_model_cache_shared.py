@@ -1,0 +1,113 @@
+"""Workers that share a cache volume, as real processes that fetch the same model, and are killed while they do."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rigs import modelservers
+from rigs.modelservers import COMMIT, Server, tiny_model
+from rigs.worker import until
+
+MODEL = tiny_model(3_000_000)
+WEIGHTS = f"/acme/tiny/resolve/{COMMIT}/model.safetensors"
+QUICK = {"source_s": 10.0, "back_off_s": [0.2], "beat_s": 0.2, "stale_s": 2.0, "poll_s": 0.1}
+
+
+class Fetcher:
+    """One process that fetches, as a worker starts it."""
+
+    def __init__(self, hub: Server, cache: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpumeter_worker.sources.process"],
+            env={"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HOME": str(cache.parent)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.told: list[str] = []
+        asked = {
+            "uri": "hf://acme/tiny",
+            "revision": "main",
+            "allow_pickle": False,
+            "cache": str(cache),
+            "owner": "pod",
+            "patience": QUICK,
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """What it says in the end."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            said: dict[str, Any] = json.loads(line)
+            if "told" not in said:
+                return said
+            self.told.append(said["told"])
+        raise AssertionError(f"it ended with status {self._process.wait()} and without a word")
+
+    def kill(self) -> None:
+        """As a node or a kubelet does it."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it, and see that it ends when nobody listens."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+
+@pytest.fixture
+def hub() -> Iterator[Server]:
+    with modelservers.hub({"acme/tiny": MODEL}) as server:
+        yield server
+
+
+def test_of_two_who_want_a_model_one_fetches_and_both_use_it(hub: Server, tmp_path: Path) -> None:
+    hub.behaviour.slow_s = 0.03
+    fetchers = [Fetcher(hub, tmp_path / "cache") for _ in range(2)]
+    paths = {fetcher.answer()["path"] for fetcher in fetchers}
+    assert len(paths) == 1
+    assert hub.behaviour.sent[WEIGHTS] == len(MODEL["model.safetensors"])
+    assert (Path(paths.pop()) / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    told = [sentence for fetcher in fetchers for sentence in fetcher.told]
+    assert any(sentence.startswith("another worker is fetching the model (fetching the model: ") for sentence in told)
+    assert any(sentence.startswith("fetching the model: ") and sentence.endswith(" left") for sentence in told)
+    for fetcher in fetchers:
+        fetcher.close()
+    left = [path.name for path in (tmp_path / "cache" / "models").iterdir()]
+    assert len(left) == 2, left  # the copy, and refs
+
+
+def test_another_takes_over_from_one_that_is_killed_in_the_middle(hub: Server, tmp_path: Path) -> None:
+    models = tmp_path / "cache" / "models"
+    hub.behaviour.slow_s = 0.05
+    first = Fetcher(hub, tmp_path / "cache")
+    until(lambda: hub.behaviour.sent[WEIGHTS] > 2**18, "the first fetches")
+    second = Fetcher(hub, tmp_path / "cache")
+    first.kill()
+    assert list(models.glob("*.claim")), "a killed fetcher cannot clean up"
+    hub.behaviour.slow_s = 0
+    folder = Path(second.answer()["path"])
+    second.close()
+    assert (folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    assert (folder / "config.json").read_bytes() == MODEL["config.json"]
+    assert sorted(path.name for path in models.iterdir()) == sorted([folder.name, "refs"])
+
+
+def test_a_fetcher_ends_when_its_worker_does(hub: Server, tmp_path: Path) -> None:
+    hub.behaviour.slow_s = 0.5
+    fetcher = Fetcher(hub, tmp_path / "cache")
+    until(lambda: hub.behaviour.sent[WEIGHTS] > 0, "it fetches")
+    fetcher.close()

@@ -1,0 +1,360 @@
+"""Each source of models against a real server of its protocol: what arrives, and what is refused how."""
+
+import gzip
+import io
+import json
+import socket
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+
+from gpumeter_worker.failure import StartupFailed
+from gpumeter_worker.sources.fetch import Patience, fetch
+from gpumeter_worker.sources.location import Location, local_path, remote
+from gpumeter_worker.sources.progress import Progress
+from rigs import modelservers
+from rigs.modelservers import Layer, Server, manifest, tiny_model
+
+MODEL = tiny_model(300_000)
+BESIDE = {"README.md": b"# a model", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x", "train.py": b"import os"}
+IMPATIENT = Patience(source_s=0.3, back_off_s=(0.05,), beat_s=0.1, stale_s=1.0, poll_s=0.05)
+
+
+def fetched(uri: str, cache: Path, environment: dict[str, str], revision: str = "main", pickle: bool = False) -> Path:
+    source = remote(Location(uri, revision, pickle), environment)
+    return fetch(source, cache, "tester", Progress(), IMPATIENT)
+
+
+def refused(uri: str, cache: Path, environment: dict[str, str], revision: str = "main") -> StartupFailed:
+    with pytest.raises(StartupFailed) as failure:
+        fetched(uri, cache, environment, revision)
+    assert not list((cache / "models").glob("*.claim"))
+    return failure.value
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".gpumeter.json"
+    }
+
+
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def hub() -> Iterator[Server]:
+    with modelservers.hub({"acme/tiny": MODEL | BESIDE, "acme/pickled": {"config.json": b"{}", **BESIDE}}) as server:
+        yield server
+
+
+def test_the_hub_gives_a_models_files_and_nothing_else(hub: Server, tmp_path: Path) -> None:
+    folder = fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})
+    assert contents(folder) == MODEL
+
+
+def test_a_second_start_asks_the_hub_and_fetches_nothing(hub: Server, tmp_path: Path) -> None:
+    first = fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})
+    sent = hub.behaviour.sent.total()
+    assert fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url}) == first
+    assert hub.behaviour.sent.total() == sent
+
+
+def test_a_commit_that_is_in_the_cache_needs_no_hub(hub: Server, tmp_path: Path) -> None:
+    first = fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url}, modelservers.COMMIT)
+    hub.behaviour.asked.clear()
+    assert fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url}, modelservers.COMMIT) == first
+    assert not hub.behaviour.asked
+
+
+def test_pickled_weights_are_fetched_only_when_allowed(hub: Server, tmp_path: Path) -> None:
+    strict = fetched("hf://acme/pickled", tmp_path / "strict", {"HF_ENDPOINT": hub.url})
+    assert set(contents(strict)) == {"config.json"}
+    allowed = fetched("hf://acme/pickled", tmp_path / "allowed", {"HF_ENDPOINT": hub.url}, pickle=True)
+    assert set(contents(allowed)) == {"config.json", "pytorch_model.bin"}
+
+
+def test_a_name_that_the_hub_does_not_know_is_not_found(hub: Server, tmp_path: Path) -> None:
+    failure = refused("hf://acme/nothing", tmp_path, {"HF_ENDPOINT": hub.url})
+    assert failure.line.startswith(f"ModelNotFound: {hub.url} has no acme/nothing, or it is private")
+    failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url}, "v9")
+    assert failure.line == "ModelNotFound: acme/tiny has no revision v9; correct spec.model.revision"
+
+
+def test_a_gated_repository_needs_its_token(hub: Server, tmp_path: Path) -> None:
+    hub.behaviour.token = "hf_right"
+    for environment in ({}, {"HF_TOKEN": "hf_wrong"}):
+        failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url, **environment})
+        assert failure.reason == "ModelAccessDenied"
+        assert "HF_TOKEN" in failure.message
+        assert "hf_wrong" not in failure.message
+    assert contents(fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_right"})) == MODEL
+
+
+def test_a_hub_that_is_away_is_asked_again_and_then_told(tmp_path: Path) -> None:
+    failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"})
+    assert failure.reason == "ModelSourceUnreachable"
+    assert "cannot be reached for acme/tiny at main" in failure.message
+
+
+def test_a_hub_that_fails_for_a_while_is_waited_for(hub: Server, tmp_path: Path) -> None:
+    hub.behaviour.status = 503
+
+    class Recovering(Progress):
+        def begin(self, what: str, total: int = 0, done: int = 0) -> None:
+            super().begin(what, total, done)
+            if "asking again" in what:
+                hub.behaviour.status = 0
+
+    source = remote(Location("hf://acme/tiny", "main", False), {"HF_ENDPOINT": hub.url})
+    folder = fetch(source, tmp_path, "tester", Recovering(), Patience(source_s=30, back_off_s=(0.01,)))
+    assert contents(folder) == MODEL
+
+
+def test_without_the_hub_the_copy_of_the_cache_is_served(hub: Server, tmp_path: Path) -> None:
+    first = fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})
+    hub.behaviour.status = 503
+    assert fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url}) == first
+    hub.behaviour.asked.clear()
+    assert fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}) == first
+    assert not hub.behaviour.asked
+    failure = refused("hf://acme/other", tmp_path, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})
+    assert failure.reason == "ModelSourceUnreachable"
+    assert "HF_HUB_OFFLINE is set" in failure.message
+
+
+def test_weights_that_arrive_damaged_are_fetched_again_and_then_refused(hub: Server, tmp_path: Path) -> None:
+    hub.behaviour.damaged = True
+    failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})
+    assert failure.line.startswith("ModelInvalid: the model arrived damaged: config.json without the checksum")
+    assert "model.safetensors without the checksum" in failure.message
+    assert hub.behaviour.sent[f"/acme/tiny/resolve/{modelservers.COMMIT}/config.json"] == 2 * len(MODEL["config.json"])
+    hub.behaviour.damaged = False
+    assert contents(fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})) == MODEL
+
+
+def test_a_copy_that_lost_a_byte_on_the_volume_is_fetched_again(hub: Server, tmp_path: Path) -> None:
+    folder = fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})
+    (folder / "model.safetensors").write_bytes(MODEL["model.safetensors"][:-1])
+    assert contents(fetched("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": hub.url})) == MODEL
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "eu-central-1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+        region_name="eu-central-1",
+    )
+    client.create_bucket(Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+    for name, content in (MODEL | BESIDE).items():
+        client.put_object(Bucket="models", Key=f"tiny/v1/{name}", Body=content)
+    client.put_object(Bucket="models", Key="tiny/v10/config.json", Body=b"another model")
+    client.put_object(Bucket="models", Key="notes/README.md", Body=b"no model")
+    yield environment
+    server.stop()
+
+
+def test_a_bucket_gives_the_files_of_the_folder_that_is_named(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    folder = fetched("s3://models/tiny/v1", tmp_path, s3, "")
+    assert contents(folder) == MODEL
+    assert fetched("s3://models/tiny/v1/", tmp_path, s3, "").name != ""
+
+
+def test_a_bucket_or_folder_that_is_not_there_is_told(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    assert refused("s3://nowhere/tiny", tmp_path, s3).reason == "ModelNotFound"
+    assert refused("s3://models/tiny/v2", tmp_path, s3).reason == "ModelNotFound"
+    assert refused("s3://models/notes", tmp_path, s3).reason == "ModelNotFound"
+
+
+def test_a_bucket_that_says_no_is_told_apart_from_one_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    away = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port()}"}
+    assert refused("s3://models/tiny", tmp_path, away).reason == "ModelSourceUnreachable"
+    with modelservers.hub({}) as server:
+        server.behaviour.status = 403
+        failure = refused("s3://models/tiny", tmp_path, {"AWS_ENDPOINT_URL": server.url})
+        assert failure.reason == "ModelAccessDenied"
+        assert "AWS_ACCESS_KEY_ID" in failure.message
+        server.behaviour.status = 503
+        assert (
+            refused("s3://models/tiny", tmp_path, {"AWS_ENDPOINT_URL": server.url}).reason == "ModelSourceUnreachable"
+        )
+
+
+def raw_layers(files: dict[str, bytes], annotation: str = "org.opencontainers.image.title") -> list[Layer]:
+    return [Layer(content, "application/octet-stream", {annotation: name}) for name, content in files.items()]
+
+
+def packed(files: dict[str, bytes], *, media: str = "application/vnd.oci.image.layer.v1.tar+gzip") -> Layer:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    content = stream.getvalue()
+    return Layer(gzip.compress(content, mtime=0) if media.endswith("gzip") else content, media)
+
+
+@pytest.mark.parametrize("annotation", ["org.opencontainers.image.title", "org.cncf.model.filepath"])
+def test_an_artifact_gives_its_files(annotation: str, tmp_path: Path) -> None:
+    layers = raw_layers(MODEL | BESIDE, annotation)
+    with modelservers.registry("acme/tiny", {"v1": manifest(layers)}, layers) as server:
+        folder = fetched(f"oci://{server.host}/acme/tiny:v1", tmp_path, {})
+        assert contents(folder) == MODEL
+        unwanted = modelservers.digest(BESIDE["train.py"])
+        assert not server.behaviour.asked[f"GET /v2/acme/tiny/blobs/{unwanted}"]
+
+
+@pytest.mark.parametrize(
+    "media",
+    [
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        "application/vnd.cncf.model.weight.v1.tar",
+    ],
+)
+def test_an_image_gives_the_model_that_lies_in_its_layers(media: str, tmp_path: Path) -> None:
+    base = packed(
+        {"etc/passwd": b"root", "models/model.safetensors": b"an older one", "models/old.txt": b""}, media=media
+    )
+    above = packed({f"models/{name}": content for name, content in MODEL.items()}, media=media)
+    layers = [base, above]
+    with modelservers.registry("acme/car", {"v1": manifest(layers)}, layers) as server:
+        assert contents(fetched(f"oci://{server.host}/acme/car:v1", tmp_path, {})) == MODEL
+
+
+def test_an_index_of_platforms_gives_this_machines_image(tmp_path: Path) -> None:
+    layers = raw_layers(MODEL)
+    one = manifest(layers)
+    index = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [
+            {"digest": modelservers.digest(b"other"), "platform": {"architecture": "s390x"}},
+            {"digest": modelservers.digest(one), "platform": {"architecture": "amd64"}},
+            {"digest": modelservers.digest(one), "platform": {"architecture": "arm64"}},
+        ],
+    }
+    tags = {"v1": json.dumps(index).encode(), "amd": one}
+    with modelservers.registry("acme/tiny", tags, layers) as server:
+        assert contents(fetched(f"oci://{server.host}/acme/tiny:v1", tmp_path, {})) == MODEL
+
+
+def test_a_digest_that_is_in_the_cache_needs_no_registry(tmp_path: Path) -> None:
+    layers = raw_layers(MODEL)
+    body = manifest(layers)
+    with modelservers.registry("acme/tiny", {"v1": body}, layers) as server:
+        uri = f"oci://{server.host}/acme/tiny@{modelservers.digest(body)}"
+        first = fetched(uri, tmp_path, {})
+        server.behaviour.asked.clear()
+        assert fetched(uri, tmp_path, {}) == first
+        assert not server.behaviour.asked
+
+
+@pytest.mark.parametrize("wants_token", [True, False])
+@pytest.mark.parametrize("file_name", ["config.json", ".dockerconfigjson"])
+def test_a_registry_that_wants_credentials_gets_those_of_the_docker_config(
+    wants_token: bool, file_name: str, tmp_path: Path
+) -> None:
+    layers = raw_layers(MODEL)
+    with modelservers.registry("acme/tiny", {"v1": manifest(layers)}, layers, basic=("bob", "secret")) as server:
+        server.behaviour.token = "t0ken" if wants_token else ""
+        uri = f"oci://{server.host}/acme/tiny:v1"
+        without = refused(uri, tmp_path / "cache", {"HOME": str(tmp_path)})
+        assert without.reason == "ModelAccessDenied"
+        assert "DOCKER_CONFIG" in without.message
+        entry = {"username": "bob", "password": "secret", "auth": "Ym9iOnNlY3JldA=="}
+        (tmp_path / file_name).write_text(json.dumps({"auths": {server.host: entry}}))
+        folder = fetched(uri, tmp_path / "cache", {"DOCKER_CONFIG": str(tmp_path)})
+        assert contents(folder) == MODEL
+        (tmp_path / file_name).write_text(json.dumps({"auths": {server.host: {"auth": "Ym9iOndyb25n"}}}))
+        wrong = refused(uri, tmp_path / "other", {"DOCKER_CONFIG": str(tmp_path)})
+        assert wrong.reason == "ModelAccessDenied"
+        assert "wrong" not in wrong.message
+
+
+def test_a_registrys_refusals_are_told_apart(tmp_path: Path) -> None:
+    layers = raw_layers(MODEL)
+    with modelservers.registry("acme/tiny", {"v1": manifest(layers)}, layers) as server:
+        assert refused(f"oci://{server.host}/acme/tiny:v2", tmp_path, {}).reason == "ModelNotFound"
+        assert refused(f"oci://{server.host}/acme/other:v1", tmp_path, {}).reason == "ModelNotFound"
+        server.behaviour.damaged = True
+        assert refused(f"oci://{server.host}/acme/tiny:v1", tmp_path, {}).reason == "ModelInvalid"
+        server.behaviour.status = 503
+        assert refused(f"oci://{server.host}/acme/tiny:v1", tmp_path, {}).reason == "ModelSourceUnreachable"
+    assert refused(f"oci://127.0.0.1:{closed_port()}/a/b:v1", tmp_path, {}).reason == "ModelSourceUnreachable"
+
+
+def test_an_archive_cannot_write_outside_of_its_folder(tmp_path: Path) -> None:
+    layers = [packed({"../../model.safetensors": b"evil", **MODEL})]
+    with modelservers.registry("acme/evil", {"v1": manifest(layers)}, layers) as server:
+        failure = refused(f"oci://{server.host}/acme/evil:v1", tmp_path, {})
+        assert failure.reason == "ModelInvalid"
+        assert "outside of itself" in failure.message
+    assert not list(tmp_path.glob("model.safetensors")) and not list((tmp_path / "models").glob("model.safetensors"))
+
+
+def test_two_models_in_one_image_are_refused(tmp_path: Path) -> None:
+    layers = [packed({f"{folder}/{name}": one for folder in ("a", "b") for name, one in MODEL.items()})]
+    with modelservers.registry("acme/two", {"v1": manifest(layers)}, layers) as server:
+        assert "holds several models (a and b)" in refused(f"oci://{server.host}/acme/two:v1", tmp_path, {}).message
+
+
+def test_a_disk_without_room_is_told_with_the_numbers(hub: Server, tmp_path: Path) -> None:
+    from gpumeter_worker.sources.cache import refuse_if_full
+
+    with pytest.raises(StartupFailed) as failure:
+        refuse_if_full(tmp_path, 10**18)
+    assert failure.value.reason == "ModelCacheFull"
+    assert "1,000,000,000,000 MB are still to be fetched" in failure.value.message
+    assert "spec.cache.pvc" in failure.value.message
+
+
+def test_a_cache_that_cannot_be_written_is_told(hub: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    failure = refused("hf://acme/tiny", tmp_path / "file" / "cache", {"HF_ENDPOINT": hub.url})
+    assert failure.reason == "ModelCacheUnusable"
+
+
+def test_what_needs_no_fetching_is_a_path_and_what_is_no_source_is_refused_by_name() -> None:
+    assert local_path("file:///mnt/models/a%20b") == Path("/mnt/models/a b")
+    for uri in ("hf://owner/name", "s3://bucket/model", "oci://registry/model:v1"):
+        assert local_path(uri) is None
+    for uri in ("pvc://claim/model", "/plain/path", "file://elsewhere/model", "gs://bucket/model"):
+        with pytest.raises(StartupFailed) as failed:
+            local_path(uri)
+        assert failed.value.reason == "ModelSourceUnsupported"

@@ -1,0 +1,188 @@
+"""Claims, progress, and which files belong to a model."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gpumeter_worker.sources import cache
+from gpumeter_worker.sources.claim import Claim, Watch
+from gpumeter_worker.sources.progress import Progress
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot
+from gpumeter_worker.sources.wanted import wanted
+from rigs.worker import until
+
+FILES = (RemoteFile("config.json", 2), RemoteFile("model.safetensors", 4))
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "model.safetensors").write_bytes(b"1234")
+    return folder
+
+
+def test_a_claim_is_taken_once_and_again_after_its_release(tmp_path: Path) -> None:
+    first, second = (Claim(tmp_path / "claim", owner, 0.05) for owner in ("a", "b"))
+    assert first.take()
+    assert not second.take()
+    first.release()
+    assert second.take()
+    first.release()
+    assert (tmp_path / "claim").exists(), "only its owner releases a claim"
+    second.release()
+    assert not (tmp_path / "claim").exists()
+
+
+def test_a_claim_that_beats_is_never_stale_and_says_how_far_its_owner_is(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "claim", "a", 0.02)
+    assert claim.take()
+    claim.told = "half"
+    watch = Watch(tmp_path / "claim", 0.5)
+    beats = set()
+
+    def beaten() -> bool:
+        assert not watch.is_stale()
+        beats.add((tmp_path / "claim").read_text())
+        return len(beats) > 30 and watch.told == "half"
+
+    until(beaten, "thirty beats")
+    claim.release()
+
+
+def test_a_claim_without_an_owner_grows_stale_and_can_be_broken(tmp_path: Path) -> None:
+    (tmp_path / "claim").write_text('{"owner": "dead", "beats": 3, "told": ""}')
+    watch = Watch(tmp_path / "claim", 0.1)
+    until(watch.is_stale, "it stands still")
+    watch.break_it("b")
+    assert Claim(tmp_path / "claim", "b", 0.05).take()
+
+
+def test_the_slower_of_two_breakers_leaves_the_new_owners_claim(tmp_path: Path) -> None:
+    (tmp_path / "claim").write_text('{"owner": "dead", "beats": 3, "told": ""}')
+    slower = Watch(tmp_path / "claim", 0.1)
+    until(slower.is_stale, "it stands still")
+    (tmp_path / "claim").unlink()
+    claim = Claim(tmp_path / "claim", "new", 10)
+    assert claim.take()
+    slower.break_it("slow")
+    assert not Claim(tmp_path / "claim", "slow", 10).take()
+    claim.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = cache.place(tmp_path, "hf://a/b", "v1")
+    part = made(where.part("me"))
+    assert not cache.whole(where)
+    cache.publish(where, part, "hf://a/b", Snapshot("v1", 6, FILES))
+    assert cache.whole(where)
+    assert not part.exists()
+    assert where != cache.place(tmp_path, "hf://a/b", "v2")
+
+
+def test_a_copy_that_someone_else_made_first_stays(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = cache.place(tmp_path, "hf://a/b", "v1")
+    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    before = (where.folder / "model.safetensors").stat().st_ino
+    cache.publish(where, made(where.part("other")), "hf://a/b", Snapshot("v1", 6, FILES))
+    assert (where.folder / "model.safetensors").stat().st_ino == before
+    assert not where.part("other").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", ".gpumeter.json"])
+def test_a_copy_that_lost_something_is_not_whole_and_is_replaced(name: str, tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = cache.place(tmp_path, "hf://a/b", "v1")
+    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    (where.folder / name).write_bytes(b"1")
+    assert not cache.whole(where)
+    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    assert cache.whole(where)
+
+
+def test_what_a_dead_owner_fetched_is_taken_over(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = cache.place(tmp_path, "hf://a/b", "v1")
+    made(where.part("dead"))
+    where.part("deader").mkdir()
+    mine = cache.take_over(where, "me")
+    assert cache.held_bytes(mine) == 6
+    assert not where.part("dead").exists()
+    assert not where.part("deader").exists()
+
+
+def test_what_differs_from_the_source_is_removed_and_told_together(tmp_path: Path) -> None:
+    made(tmp_path / "part")
+    wrong = (RemoteFile("config.json", 2, "sha256:00"), RemoteFile("model.safetensors", 5), RemoteFile("absent", 1))
+    with pytest.raises(Damaged) as damaged:
+        cache.check(tmp_path / "part", wrong)
+    for part in ("config.json without the checksum", "model.safetensors with 4 of 5 bytes", "absent with 0 of 1 bytes"):
+        assert part in damaged.value.message
+    assert not list((tmp_path / "part").iterdir())
+
+
+def test_what_nobody_wrote_to_for_an_hour_is_swept(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    old, new = (cache.place(tmp_path, f"hf://a/{name}", "v1") for name in ("old", "new"))
+    for where in (old, new):
+        made(where.part("dead"))
+        where.claim.write_text("{}")
+    for path in (old.claim, old.part("dead"), *old.part("dead").iterdir()):
+        os.utime(path, (0, 0))
+    cache.sweep(tmp_path)
+    assert not old.part("dead").exists()
+    assert not old.claim.exists()
+    assert new.part("dead").exists()
+    assert new.claim.exists()
+
+
+def test_progress_tells_amount_rate_and_what_is_left() -> None:
+    now_s = [0.0]
+    progress = Progress(lambda: now_s[0])
+    assert progress.text() == "starting"
+    progress.begin("fetching the model", 4_000_000_000, 400_000_000)
+    assert progress.text() == "fetching the model: 400 of 4,000 MB (10 %)"
+    for _ in range(10):
+        now_s[0] += 1
+        progress.advance(85_000_000)
+    assert progress.text() == "fetching the model: 1,250 of 4,000 MB (31 %), 85 MB/s, 32 s left"
+    now_s[0] += 1000
+    assert progress.text().endswith("left")
+    progress.begin("checking")
+    assert progress.text() == "checking"
+
+
+def test_a_model_is_its_weights_configuration_tokenizer_and_templates() -> None:
+    held = [
+        "README.md",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "config.json",
+        "consolidated.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "modeling_own.py",
+        "onnx/model.onnx",
+        "original/params.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert wanted(held, allow_pickle=False) == [
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert wanted(["a.safetensors", "pytorch_model.bin"], allow_pickle=True) == ["a.safetensors"]
+    assert wanted(["pytorch_model.bin"], allow_pickle=True) == ["pytorch_model.bin"]
+    assert wanted(["pytorch_model.bin"], allow_pickle=False) == []
