@@ -85,6 +85,11 @@ class Supervisor:
         return self._watch.timeout_ns
 
     @property
+    def pid(self) -> int:
+        """The latest engine's process id; 0 before the first."""
+        return self._link.pid if self._link else 0
+
+    @property
     def unhandled(self) -> int:
         """Messages of the engine that wait for the event loop."""
         return self._link.unhandled if self._link else 0

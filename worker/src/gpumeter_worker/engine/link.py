@@ -67,6 +67,7 @@ class EngineLink:
             _COMMANDS_PER_SEQUENCE * sequences_max + 16
         )
         self._room = threading.Semaphore(EVENTS_MAX)
+        self._full = False
         self._received = 0
         self._handled = 0
         self._gone = asyncio.Event()
@@ -114,7 +115,9 @@ class EngineLink:
         try:
             self._commands.put_nowait(command)
         except queue.Full:
-            log.error("the engine has taken none of %d commands; it is killed", self._commands.maxsize)
+            if not self._full:
+                log.error("the engine has taken none of %d commands; it is killed", self._commands.maxsize)
+            self._full = True
             self.kill()
 
     async def stop(self, timeout_s: float) -> None:
@@ -170,15 +173,15 @@ class EngineLink:
                 os.waitid(os.P_PGID, self._process.pid, os.WEXITED)
 
     def _how_it_ended(self) -> str:
-        """The start of a sentence. Clients wait for it, so a process that takes long to end is not waited for."""
+        """What a sentence says of the engine process. Clients wait for it, so what takes long to end is ended."""
         try:
             status = self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            return "the engine process closed its channel and did not end"
+            return "closed its channel and did not end"
         if status < 0:
-            return f"the engine process was killed by signal {-status}"
-        return f"the engine process ended with status {status}"
+            return f"was killed by signal {-status}"
+        return f"ended with status {status}"
 
     def _handle(self, events: Sequence[Event]) -> None:
         try:

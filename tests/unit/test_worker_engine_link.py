@@ -1,0 +1,187 @@
+"""The channel between the two processes: bounded both ways, and nothing of an engine is left behind."""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from gpumeter_worker.engine.channel import decode, encode
+from gpumeter_worker.engine.link import EVENTS_MAX, EngineLink
+from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport, Token
+from gpumeter_worker.metering.meter import Part
+from rigs.engines import is_gone, options, program
+
+
+def children() -> list[int]:
+    """Of this process, those included that ended and that nobody waited for."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+class Heard:
+    """What a link told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.how: list[str] = []
+
+    def on_events(self, _: EngineLink, events: Sequence[Event]) -> None:
+        self.events += events
+
+    def on_lost(self, _: EngineLink, how: str) -> None:
+        self.how.append(how)
+
+
+@asynccontextmanager
+async def link(command: tuple[str, ...], sequences_max: int = 8) -> AsyncIterator[tuple[EngineLink, Heard]]:
+    heard = Heard()
+    made = EngineLink(options(), sequences_max, heard.on_events, heard.on_lost, command)
+    try:
+        yield made, heard
+    finally:
+        made.kill()
+        await asyncio.wait_for(made.gone(), 30)
+
+
+async def until(what: Callable[[], object], why: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, why
+        await asyncio.sleep(0.01)
+
+
+def test_a_report_comes_out_as_it_went_in() -> None:
+    parts = (Part("s-1", 1, 2, True, 1, 3, 4, True), Part("s-2", 5, 6, False, 0))
+    tokens = (Token("s-1", 1, 77, -0.25, ((7, -1.5), (8, -2.0))), Token("s-2", 0, 5))
+    report = StepReport(1, 2, 3, parts, tokens, 4, 5)
+    assert decode(encode([report])) == [report]
+    assert [type(one) for one in decode(encode(report)).parts] == [Part, Part]
+    assert [type(one) for one in decode(encode(report)).tokens] == [Token, Token]
+
+
+async def test_an_event_loop_that_is_busy_makes_the_engine_wait_and_loses_nothing(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    flood = program(
+        tmp_path,
+        f"""
+        padding = tuple(Token("s", 0, number) for number in range(256))
+        sent = os.open({str(count)!r}, os.O_WRONLY | os.O_CREAT)
+        for number in range(2000):
+            step(Token("s", 0, number), *padding)
+            os.pwrite(sent, b"%8d" % number, 0)
+        """,
+    )
+    async with link(flood) as (made, heard):
+        await until(lambda: made.received > 0, "the engine sends")
+        stands, seen = 0, -1
+        while stands < 20:  # the loop does not turn while this thread sleeps
+            time.sleep(0.05)  # noqa: ASYNC251
+            now = int(count.read_text() or 0)
+            stands, seen = (stands + 1 if now == seen else 0), now
+        assert made.unhandled <= EVENTS_MAX
+        assert seen < 1000, "the engine waits with most of its reports unsent"
+        await until(lambda: heard.how, "everything was handled")
+    assert [event.tokens[0].token for event in heard.events if isinstance(event, StepReport)] == list(range(2000))
+    assert heard.how == ["ended with status 0"]
+
+
+async def test_an_engine_that_takes_no_commands_is_killed_before_they_pile_up(tmp_path: Path) -> None:
+    async with link(program(tmp_path, "time.sleep(600)"), sequences_max=2) as (made, heard):
+        for number in range(20_000):
+            made.send(Cancel(f"s-{number}" * 20))
+            if number % 100 == 0:
+                await asyncio.sleep(0.001)
+            if heard.how:
+                break
+        await until(lambda: heard.how, "it was killed")
+        assert made.unsent <= 4 * 2 + 16
+    assert heard.how == ["was killed by signal 9"]
+
+
+async def test_everything_that_was_sent_before_a_kill_comes_before_the_loss(tmp_path: Path) -> None:
+    dying = program(
+        tmp_path,
+        """
+        ready()
+        for number in range(10):
+            step(Token("s", 0, number))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    async with link(dying) as (_, heard):
+        await until(lambda: heard.how, "it is lost")
+        assert isinstance(heard.events[2], Ready)
+        assert [event.tokens[0].token for event in heard.events[3:] if isinstance(event, StepReport)] == list(range(10))
+    assert heard.how == ["was killed by signal 9"]
+
+
+async def test_a_process_that_closes_its_channel_and_stays_is_told_at_once_and_ended(tmp_path: Path) -> None:
+    async with link(program(tmp_path, "channel.close(); time.sleep(600)")) as (made, heard):
+        await until(lambda: heard.how, "clients are told", timeout_s=10)
+        assert heard.how == ["closed its channel and did not end"]
+        await asyncio.wait_for(made.gone(), 10)
+        assert is_gone(made.pid)
+
+
+async def test_what_an_engine_started_ends_with_it(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    parent = program(
+        tmp_path,
+        f"""
+        started = subprocess.Popen(["sleep", "600"])
+        open({str(child)!r}, "w").write(str(started.pid))
+        ready()
+        time.sleep(600)
+        """,
+    )
+    async with link(parent) as (made, heard):
+        await until(lambda: heard.events, "it is ready")
+        made.kill()
+        await asyncio.wait_for(made.gone(), 30)
+        await until(lambda: is_gone(int(child.read_text())), "its child is gone")
+
+
+async def test_what_an_engine_prints_becomes_lines_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.WARNING, "gpumeter_worker.engine.output")
+    printing = program(
+        tmp_path,
+        """
+        print("a library says something")
+        print('{"time": "2026-01-01", "message": "its own line"}', file=sys.stderr)
+        os.write(2, b"x" * 100_000)
+        os.write(2, b"no newline at the end")
+        """,
+    )
+    async with link(printing) as (made, _):
+        await asyncio.wait_for(made.gone(), 30)
+    told = [record.getMessage() for record in caplog.records if record.name == "gpumeter_worker.engine.output"]
+    assert told[0] == "a library says something"
+    assert "".join(told[1:]) == "x" * 100_000 + "no newline at the end"
+    assert max(map(len, told)) < 100_000
+    assert capfd.readouterr().err.splitlines() == ['{"time": "2026-01-01", "message": "its own line"}']
+
+
+async def test_engines_one_after_the_other_leave_no_thread_file_or_zombie(tmp_path: Path) -> None:
+    command = program(tmp_path, "ready(); time.sleep(600)")
+
+    def held() -> tuple[int, int]:
+        task, opened = Path("/proc/self/task"), Path("/proc/self/fd")
+        return len(list(task.iterdir())), len(list(opened.iterdir()))
+
+    counts = []
+    for _ in range(8):
+        async with link(command) as (made, heard):
+            await until(lambda heard=heard: heard.events, "it is ready")
+            os.kill(made.pid, signal.SIGKILL)
+            await asyncio.wait_for(made.gone(), 30)
+            assert made.pid not in children()
+        await until(lambda: not counts or held() <= counts[0], f"{held()} as at first: {counts}")
+        counts.append(held())

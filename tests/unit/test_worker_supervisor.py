@@ -1,0 +1,228 @@
+"""The life of engines as their supervisor leads it, tried with processes that load no model."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from gpumeter_worker.diagnosis import StartupFailed
+from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport
+from gpumeter_worker.readiness import HUNG, RESTARTING, Loss
+from gpumeter_worker.supervisor import Supervisor
+from rigs.engines import is_gone, options, program
+from rigs.worker import until as poll_until
+
+
+class Told:
+    """What a supervisor told the worker, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.losses: list[Loss] = []
+        self.work = True
+
+    @property
+    def starts(self) -> int:
+        return sum(isinstance(event, Ready) for event in self.events)
+
+
+@asynccontextmanager
+async def supervised(command: tuple[str, ...], step_timeout_ms: int = 0) -> AsyncIterator[tuple[Supervisor, Told]]:
+    told = Told()
+    supervisor = Supervisor(
+        told.events.append,
+        told.losses.append,
+        has_work=lambda: told.work,
+        sequences_max=8,
+        step_timeout_ms=step_timeout_ms,
+        program=command,
+    )
+    running = asyncio.create_task(supervisor.run(options()))
+    supervisor_run[supervisor] = running
+    try:
+        yield supervisor, told
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, StartupFailed):
+            await running
+        del supervisor_run[supervisor]
+
+
+supervisor_run: dict[Supervisor, "asyncio.Task[None]"] = {}
+
+
+async def until(what: Callable[[], object], why: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, why
+        await asyncio.sleep(0.01)
+
+
+async def failure(supervisor: Supervisor) -> StartupFailed:
+    with pytest.raises(StartupFailed) as raised:
+        await asyncio.wait_for(asyncio.shield(supervisor_run[supervisor]), 60)
+    return raised.value
+
+
+SERVES = """
+    ready()
+    while True:
+        command = channel.receive()
+        step(Token(command.session_id, 0, 1))
+"""
+
+
+async def test_an_engine_that_served_is_replaced_at_once_as_often_as_it_is_lost(tmp_path: Path) -> None:
+    async with supervised(program(tmp_path, SERVES)) as (supervisor, told):
+        for number in range(4):
+            await until(lambda number=number: told.starts == number + 1, "it is ready")
+            assert supervisor.loss is None
+            supervisor.send(Cancel(f"s-{number}"))
+            await until(
+                lambda number=number: sum(isinstance(one, StepReport) for one in told.events) == number + 1, "a step"
+            )
+            os.kill(supervisor.pid, signal.SIGKILL)
+            await until(lambda number=number: len(told.losses) == number + 1, "the loss is told", timeout_s=1)
+            assert supervisor.ready is None
+            assert supervisor.loss == Loss(RESTARTING, "the engine process was killed by signal 9")
+            killed_s = time.monotonic()
+            await until(lambda: supervisor.pid and not supervisor.lost.is_set(), "the next one starts")
+            assert time.monotonic() - killed_s < 2
+
+
+async def test_engines_that_finish_no_step_make_the_next_one_wait_longer_and_longer(tmp_path: Path) -> None:
+    times = tmp_path / "times"
+    dying = program(tmp_path, f"open({str(times)!r}, 'a').write(f'{{time.monotonic()}} '); ready(); sys.exit(1)")
+    async with supervised(dying) as (supervisor, told):
+        await until(lambda: len(told.losses) == 4, "four were lost")
+        assert supervisor.loss == Loss(RESTARTING, "the engine process ended with status 1")
+    at_s = [float(one) for one in times.read_text().split()]
+    assert at_s[2] - at_s[1] >= 1.0
+    assert at_s[3] - at_s[2] >= 2.0
+
+
+async def test_an_engine_that_ends_itself_says_why(tmp_path: Path) -> None:
+    giving_up = program(tmp_path, "ready(); channel.send([Failed('the device failed in a step')]); sys.exit(1)")
+    async with supervised(giving_up) as (_, told):
+        await until(lambda: told.losses, "it is lost")
+    assert told.losses[0] == Loss(RESTARTING, "the engine process ended itself (the device failed in a step)")
+
+
+@pytest.mark.parametrize("how", ["os.kill(os.getpid(), signal.SIGSTOP)", "time.sleep(600)"])
+async def test_an_engine_that_is_silent_with_work_at_hand_is_killed_and_replaced(tmp_path: Path, how: str) -> None:
+    once = tmp_path / "once"
+    hanging = program(
+        tmp_path,
+        f"""
+        ready()
+        step(Token("s", 0, 1))
+        if not os.path.exists({str(once)!r}):
+            open({str(once)!r}, "w").close()
+            {how}
+        while True:
+            channel.receive()
+            step(Token("s", 0, 1))
+        """,
+    )
+    async with supervised(hanging, step_timeout_ms=1000) as (supervisor, told):
+        await until(lambda: told.starts == 1, "it is ready")
+        ready_s = time.monotonic()
+        await until(lambda: told.losses, "it is taken for hung")
+        assert time.monotonic() - ready_s >= 1
+        assert told.losses == [Loss(HUNG, "the engine process hung (no word for 1 s with work at hand) and was killed")]
+        told.work = False
+        await until(lambda: told.starts == 2, "the next one serves")
+        assert supervisor.loss is None
+
+
+async def test_an_engine_that_hangs_says_where_its_threads_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging = program(
+        tmp_path,
+        """
+        import faulthandler
+        faulthandler.register(signal.SIGUSR2)
+        def a_kernel_that_never_returns():
+            time.sleep(600)
+        ready()
+        a_kernel_that_never_returns()
+        """,
+    )
+    async with supervised(hanging, step_timeout_ms=1000) as (_, told):
+        await until(lambda: told.losses, "it is taken for hung")
+        await until(lambda: "a_kernel_that_never_returns" in caplog.text, "its stack is in the log")
+
+
+async def test_an_engine_without_work_is_left_alone_however_silent(tmp_path: Path) -> None:
+    async with supervised(program(tmp_path, SERVES), step_timeout_ms=1000) as (supervisor, told):
+        told.work = False
+        await until(lambda: told.starts == 1, "it is ready")
+        await asyncio.sleep(2.5)  # longer than the bound and the looks that it takes
+        supervisor.send(Cancel("s"))
+        await until(lambda: any(isinstance(event, StepReport) for event in told.events), "it answers")
+        assert told.losses == []
+
+
+async def test_three_kills_while_loading_are_told_as_too_little_memory(tmp_path: Path) -> None:
+    async with supervised(program(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")) as (supervisor, told):
+        failed = await failure(supervisor)
+        assert failed.reason == "OutOfMemory"
+        assert "killed three times while it loaded the model" in failed.message
+        assert len(told.losses) == 3
+
+
+async def test_what_will_not_get_better_ends_the_worker_with_the_engines_words(tmp_path: Path) -> None:
+    async with supervised(program(tmp_path, "channel.send([Fatal('ModelInvalid', 'why')])")) as (supervisor, _):
+        assert (await failure(supervisor)).line == "ModelInvalid: why"
+
+
+async def test_a_worker_that_leaves_starts_no_further_engine(tmp_path: Path) -> None:
+    async with supervised(program(tmp_path, SERVES)) as (supervisor, told):
+        await until(lambda: told.starts == 1, "it is ready")
+        supervisor.leave()
+        os.kill(supervisor.pid, signal.SIGKILL)
+        await until(lambda: told.losses, "its loss is told")
+        await asyncio.sleep(0.5)
+        assert told.starts == 1
+        assert supervisor.loss is None  # nothing is being started again
+
+
+WORKER = """
+import os, socket, subprocess, sys, time
+ours, theirs = socket.socketpair()
+engine = subprocess.Popen(
+    [sys.executable, "-m", "gpumeter_worker.engine.process", str(theirs.fileno()), str(os.getpid())],
+    pass_fds=(theirs.fileno(),),
+)
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_engine_ends_with_its_worker_even_where_it_cannot_look_at_the_channel() -> None:
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    engine = int(worker.stdout.readline())
+    try:
+        poll_until(lambda: _catches(engine, signal.SIGUSR2), "it has asked the kernel, which comes before")
+        os.kill(engine, signal.SIGSTOP)
+        worker.kill()
+        poll_until(lambda: is_gone(engine), "the engine is gone")
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (number - 1) & 1)
