@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpumeter_worker.engine.blocks import Copy, SlotBlocks
 from gpumeter_worker.engine.loop import INVALID_TOKEN, Engine, Sampled
 from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
@@ -32,6 +33,9 @@ class Counting:
         self.times.append(StepTime(self.now, self.now + 10, 10))
         self.now += 10
         return [Sampled(self.answers.get(w.sequence.session_id, len(w.sequence.tokens))) for w in plan if w.samples]
+
+    def copy(self, copies: Row[Copy]) -> None:
+        raise AssertionError("without a prefix cache nothing is copied")
 
     def begin(self) -> None: ...
 
@@ -155,7 +159,7 @@ def test_a_row_without_valid_numbers_fails_alone() -> None:
 
 def test_a_step_needs_room_for_every_running_sequence() -> None:
     with pytest.raises(ValueError, match="one token of every running sequence"):
-        Scheduler(Limits(sequences=8, step_tokens=7))
+        Scheduler(Limits(sequences=8, step_tokens=7), SlotBlocks(8, 64, prefix=False))
 
 
 @given(
@@ -166,7 +170,7 @@ def test_a_step_needs_room_for_every_running_sequence() -> None:
 def test_every_token_is_computed_once_within_the_budget_and_the_slots(
     requests: list[tuple[int, int]], slots: int, extra: int
 ) -> None:
-    scheduler = Scheduler(Limits(slots, slots + extra))
+    scheduler = Scheduler(Limits(slots, slots + extra), SlotBlocks(slots, 64, prefix=False))
     for number, (prompt, wanted) in enumerate(requests):
         scheduler.add(Sequence(str(number), 0, "", list(range(prompt)), prompt, Sampling(max_tokens=wanted)))
     computed: dict[str, int] = {}
@@ -180,6 +184,7 @@ def test_every_token_is_computed_once_within_the_budget_and_the_slots(
         for work in plan:
             sequence = work.sequence
             sequence.computed += work.count
+            scheduler.computed(sequence)
             computed[sequence.session_id] = computed.get(sequence.session_id, 0) + work.count
             if work.samples:
                 sequence.tokens.append(0)

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple, Protocol
 
+from gpumeter_worker.engine.blocks import Copy, KvBlocks, SlotBlocks
 from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit, Token
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
-from gpumeter_worker.engine.sequence import Finish, Sequence, finish_after
+from gpumeter_worker.engine.sequence import Finish, Prompt, Sequence, finish_after
 from gpumeter_worker.metering.clock import StepClock
 from gpumeter_worker.metering.meter import Part
 
 INVALID_TOKEN = -1
 """What a runner returns for a row whose logits are no numbers."""
+
+
+_NO_PROBABILITIES = "the model gave no valid probabilities for this request"
 
 
 class Sampled(NamedTuple):
@@ -34,6 +38,9 @@ class Runner(Protocol):
     def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
         """One new token for every work that samples, in the plan's order."""
 
+    def copy(self, copies: Row[Copy]) -> None:
+        """Copy keys and values between blocks of the cache, one after the other, before the next step."""
+
 
 @dataclass(slots=True)
 class _Unreported:
@@ -47,14 +54,21 @@ class _Unreported:
 
 
 class Engine:
-    """The state of one engine process."""
+    """The state of one engine process. Without `blocks` the cache has a slot for each sequence and finds nothing."""
 
-    def __init__(
-        self, runner: Runner, clock: StepClock, limits: Limits, eos_ids: frozenset[int], max_length: int
+    def __init__(  # noqa: PLR0917
+        self,
+        runner: Runner,
+        clock: StepClock,
+        limits: Limits,
+        eos_ids: frozenset[int],
+        max_length: int,
+        blocks: KvBlocks | None = None,
     ) -> None:
         self._runner = runner
         self._clock = clock
-        self._scheduler = Scheduler(limits)
+        self._blocks = blocks or SlotBlocks(limits.sequences, max_length, prefix=False)
+        self._scheduler = Scheduler(limits, self._blocks)
         self._eos_ids = eos_ids
         self._max_length = max_length
         self._unreported: deque[_Unreported] = deque()
@@ -62,13 +76,18 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Sequences that have not been in a step yet."""
+        """Sequences that have no place in the cache."""
         return self._scheduler.waiting
 
     @property
     def busy(self) -> bool:
         """Whether another turn has something to do."""
-        return bool(self._scheduler.waiting or self._scheduler.running or self._unreported or self._ended)
+        return bool(self.started or self._scheduler.waiting)
+
+    @property
+    def started(self) -> bool:
+        """Whether anything but waiting sequences is left to do."""
+        return bool(self._scheduler.running or self._unreported or self._ended)
 
     @property
     def stepping(self) -> bool:
@@ -76,19 +95,23 @@ class Engine:
         return bool(self._scheduler.waiting or self._scheduler.running)
 
     def submit(self, command: Submit) -> None:
-        """A request that the API process admitted."""
-        self._scheduler.add(
-            Sequence(
-                session_id=command.session_id,
-                choice=command.choice,
-                tenant=command.tenant,
-                tokens=list(command.prompt),
-                prompt_length=len(command.prompt),
-                sampling=command.sampling,
-                counts_prompt=command.counts_prompt,
-                random=Random(command.sampling.seed),
-            )
+        """A request that the API process admitted. One that cannot be run is answered with its end."""
+        length = len(command.prompt)
+        sequence = Sequence(
+            session_id=command.session_id,
+            choice=command.choice,
+            tenant=command.tenant,
+            tokens=list(command.prompt),
+            prompt_length=length,
+            sampling=command.sampling,
+            random=Random(command.sampling.seed),
+            prompt=self._prompt(command),
         )
+        if 0 < length <= self._max_length:
+            self._scheduler.add(sequence)
+        else:
+            message = f"a prompt of {length} tokens cannot be run; it must have 1 to {self._max_length}"
+            self._end(sequence, Finish.FAILED, message)
 
     def cancel(self, command: Cancel) -> None:
         """Takes effect before the next step; what has ended already has said so."""
@@ -98,39 +121,50 @@ class Engine:
     def turn(self) -> list[Event]:
         """Run one step if there is work, and report whatever is known to be finished."""
         plan = self._scheduler.plan()
+        for sequence, message in self._scheduler.take_failed():
+            self._end(sequence, Finish.FAILED, message)
         if plan:
+            if copies := self._blocks.take_copies():
+                self._runner.copy(copies)
             self._postprocess(plan, self._runner.run(plan, self._clock))
         return self._report()
+
+    def _prompt(self, command: Submit) -> Prompt:
+        """What this choice has in common with those of its prompt that are still here."""
+        if command.counts_prompt:
+            return Prompt()
+        for one in self._scheduler.of_session(command.session_id):
+            if one.prompt_length == len(command.prompt) and one.tokens[: one.prompt_length] == command.prompt:
+                return one.prompt
+        return Prompt(settled=len(command.prompt))
 
     def _postprocess(self, plan: list[Work], sampled: list[Sampled]) -> None:
         next_token = iter(sampled)
         parts, tokens, finished = [], [], []
         for work in plan:
             sequence = work.sequence
-            parts.append(_part(work))
+            new = next(next_token) if work.samples else None
+            parts.append(_settle(work, sampled=new is not None and new.token != INVALID_TOKEN))
             sequence.computed += work.count
             sequence.cached = 0
             self._scheduler.computed(sequence)
-            if not work.samples:
+            if new is None:
                 continue
-            new = next(next_token)
             if new.token == INVALID_TOKEN:
                 finished.append((sequence, Finish.FAILED))
                 continue
             sequence.tokens.append(new.token)
-            tokens.append(Token(sequence.session_id, sequence.choice, *new))
-            parts[-1] = parts[-1]._replace(sampled=1)
+            tokens.append(Token(sequence.session_id, sequence.choice, new.token, new.logprob, new.top))
             if finish := finish_after(sequence, self._eos_ids, self._max_length):
                 finished.append((sequence, finish))
-        running = self._scheduler.running
+        running, kv_tokens = self._scheduler.running, self._scheduler.cache_tokens
         for sequence, _ in finished:
             self._scheduler.leave(sequence)
-        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, self._scheduler.cache_tokens))
+        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, kv_tokens))
         for sequence, finish in finished:
-            self._end(sequence, finish)
+            self._end(sequence, finish, _NO_PROBABILITIES if finish is Finish.FAILED else "")
 
-    def _end(self, sequence: Sequence, finish: Finish) -> None:
-        message = "the model gave no valid probabilities for this request" if finish is Finish.FAILED else ""
+    def _end(self, sequence: Sequence, finish: Finish, message: str = "") -> None:
         ended = Ended(sequence.session_id, finish, sequence.choice, message)
         (self._unreported[-1].ended if self._unreported else self._ended).append(ended)
 
@@ -148,19 +182,28 @@ class Engine:
         return events
 
 
-def _part(work: Work) -> Part:
-    """A sequence's part in a step that has not moved it on yet."""
+def _settle(work: Work, *, sampled: bool) -> Part:
+    """A sequence's part in a step that has not moved it on yet; the prompt's tokens that it settles are settled now.
+
+    A token of a prompt is settled by the first step that reports it, whichever of the prompt's choices that step ran:
+    as `cached` if the sequence found it when it was admitted, as computed else. So no token is counted twice, whatever
+    a preemption made the engine compute or find again, and a part that is recompute never settles anything.
+    """
     sequence = work.sequence
-    start, end = sequence.computed - sequence.cached, sequence.computed + work.count
-    settled = max(0, min(end, sequence.prompt_length) - max(start, 0)) if not work.recompute else 0
-    counts = sequence.counts_prompt and start < sequence.prompt_length
+    prompt, context_tokens = sequence.prompt, sequence.computed
+    end = min(context_tokens + work.count, sequence.prompt_length)
+    prompt_tokens = cached_tokens = 0
+    if end > prompt.settled:
+        prompt_tokens = end - prompt.settled
+        cached_tokens = max(0, min(sequence.cached, end) - prompt.settled)
+        prompt.settled = end
     return Part(
-        session_id=sequence.session_id,
-        new_tokens=work.count,
-        context_tokens=sequence.computed,
-        prefill=work.prefill,
-        sampled=0,
-        prompt_tokens=settled if counts else 0,
-        cached_tokens=sequence.cached if counts else 0,
-        recompute=work.recompute,
+        sequence.session_id,
+        work.count,
+        context_tokens,
+        work.prefill,
+        int(sampled),
+        prompt_tokens,
+        cached_tokens,
+        work.recompute,
     )

@@ -1,6 +1,6 @@
 """One request inside the engine: its tokens, where it stands, and how its next token is chosen.
 
-Plain state. Knows no torch, no text and no tenant.
+Plain state. Knows no torch, no text and no cache.
 """
 
 from dataclasses import dataclass, field
@@ -44,6 +44,16 @@ class Sampling:
 
 
 @dataclass(slots=True, eq=False)
+class Prompt:
+    """What the choices of one prompt have in common, so that its tokens are counted once and computed once."""
+
+    settled: int = 0
+    """How many of its tokens steps have reported as computed or found; all of them where none is to be counted."""
+    computing: "Sequence | None" = None
+    """Who computes it now, for the others to find it in the cache."""
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """`computed` counts the tokens whose keys and values are in the cache; the rest of `tokens` is still to be run.
 
@@ -57,14 +67,17 @@ class Sequence:
     tokens: list[int]
     prompt_length: int
     sampling: Sampling
-    counts_prompt: bool = True
-    """Choices of one prompt count its tokens once: the first one does."""
     computed: int = 0
     recompute_until: int = 0
     cached: int = 0
     """Tokens that were found in the prefix cache and that no step has reported yet."""
     blocks: list[int] = field(default_factory=list)
     random: Random = field(default_factory=Random)
+    prompt: Prompt = field(default_factory=Prompt)
+    arrival: int = 0
+    """Its number in the order of submission: a lower one is older."""
+    chain: list[bytes] = field(default_factory=list)
+    """The hashes of its first units of tokens, as far as the cache's index needed them."""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -73,8 +86,8 @@ class Sequence:
 
     @property
     def prefilling(self) -> bool:
-        """Whether a part of the prompt is still to be run."""
-        return self.computed < self.prompt_length
+        """Whether more is to be run than its newest token: a part of the prompt, or what a preemption lost."""
+        return self.computed < self.prompt_length or self.computed < self.recompute_until
 
     @property
     def generated(self) -> int:
