@@ -1,0 +1,132 @@
+"""The engine process dies or hangs under load: clients are told, the bill stays true, the service comes back."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gpumeter_usage.record import Kind, Status
+from rigs import tinymodel
+from rigs.enginekill import Client, Round, kill_under_load
+from rigs.engines import is_gone
+from rigs.worker import Ledger, WorkerProcess, until, worker
+
+KILLS = 5
+"""`make bench-engine-kill` kills fifty times in a row and prints what each of them took."""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    model = tinymodel.make(tmp_path_factory.mktemp("model"))
+    return {"GPUMETER_MODEL_URI": f"file://{model}", "GPUMETER_MAX_MODEL_LEN": "4096"}
+
+
+def test_kills_in_a_row_cost_their_requests_and_nothing_else(tmp_path: Path, environment: dict[str, str]) -> None:
+    ledger, rounds = Ledger(), []
+    with worker(tmp_path, environment) as process:
+        process.ready()
+        for number in range(KILLS):
+            rounds.append(kill_under_load(process))
+            check_round(rounds[-1], process, number + 1)
+            process.collect(ledger)
+        seal(process, ledger)
+    assert rounds[-1].threads - rounds[0].threads < len(rounds), [one.threads for one in rounds]
+    assert rounds[-1].files - rounds[0].files < len(rounds), [one.files for one in rounds]
+    check_bill(rounds, ledger)
+
+
+def check_round(one: Round, process: WorkerProcess, kills: int) -> None:
+    assert one.told_s < 1.0
+    assert one.back_s < one.load_s + 2.0
+    assert one.zombies == 0
+    for client in one.clients:
+        assert client.status == (200 if client.stream else 500)
+        assert client.error["code"] == "engine_failed"
+        assert client.error["message"].startswith("the engine process was killed by signal 9 while it served")
+        assert client.done == client.stream
+    assert process.metrics()['gpumeter_engine_restarts_total{reason="EngineRestarting"}'] == kills
+
+
+def check_bill(rounds: list[Round], ledger: Ledger) -> None:
+    """Each session is billed for what its answer said; all accounts together are the worker's life."""
+    ledger.check()
+    for client in (client for one in rounds for client in one.clients):
+        slices = ledger.of_session(client.session)
+        assert slices[-1].status is Status.FAILED
+        assert sum(record.gpu_ns for record in slices) == client.gpu_ns
+        if client.stream:
+            assert client.gpu_ns > 0
+            assert sum(record.completion_tokens for record in slices) == client.usage["completion_tokens"] >= 3
+
+
+def seal(process: WorkerProcess, ledger: Ledger) -> None:
+    process.send(signal.SIGTERM)
+    until(lambda: (process.collect(ledger), ledger.all()[-1].kind is Kind.SEAL)[1], "it is sealed", 120)
+    assert process.process.wait(60) == 0
+
+
+def test_an_engine_that_hangs_in_a_step_is_told_killed_and_replaced(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    ledger, rounds = Ledger(), []
+    with worker(tmp_path, environment | {"GPUMETER_STEP_TIMEOUT_MS": "2000"}) as process:
+        process.ready()
+        asking = threading.Thread(target=lambda: rounds.append(kill_under_load(process, number=signal.SIGSTOP)))
+        asking.start()
+        until(lambda: process.reason() == "EngineHung", "it says that it hung")
+        refused = Client(process, stream=False)  # while the next engine loads
+        refused.run()
+        assert (refused.status, refused.error["code"]) == (503, "EngineHung")
+        assert refused.error["message"].endswith("it is being started again")
+        asking.join(240)
+        assert process.reason() == "Ready"
+        assert 2.0 < rounds[0].told_s < 6.0
+        for client in rounds[0].clients:
+            assert client.error["code"] == "engine_failed"
+            assert "hung (no word for 2 s with work at hand) and was killed" in client.error["message"]
+        assert process.metrics()['gpumeter_engine_restarts_total{reason="EngineHung"}'] == 1
+        seal(process, ledger)
+    check_bill(rounds, ledger)
+
+
+def test_the_engine_ends_with_a_worker_that_is_killed_though_it_hangs_itself(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    with worker(tmp_path, environment) as process:
+        process.ready()
+        (engine,) = process.children()
+        client = Client(process, stream=True)
+        asking = threading.Thread(target=client.run)
+        asking.start()
+        until(lambda: client.chunks > 3, "steps run")
+        os.kill(engine, signal.SIGSTOP)
+        process.process.kill()
+        process.process.wait()
+        until(lambda: is_gone(engine), "the engine is gone", 10)
+        asking.join(60)
+
+
+def test_an_engine_is_quiet_when_idle_and_its_crash_is_told_in_lines_of_the_log(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    with worker(tmp_path, environment) as process:
+        process.ready()
+        Client(process, stream=True, max_tokens=50).run()  # idle after work is another state than idle from the start
+        (engine,) = process.children()
+        before = _cpu_ticks(engine)
+        time.sleep(3)
+        assert _cpu_ticks(engine) - before <= 3  # of 300; OpenMP's threads may still go to sleep
+        one = kill_under_load(process, streams=1, number=signal.SIGSEGV)  # the interpreter prints a stack of many lines
+        assert "was killed by signal 11" in one.clients[0].error["message"]
+        until(lambda: "Segmentation fault" in process.log, "the stack is in the log")
+        lines = [json.loads(line) for line in process.log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
