@@ -2,15 +2,17 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpumeter_worker import source
-from gpumeter_worker.diagnosis import StartupFailed, check_device, check_model_files, use_writable_places
+from gpumeter_worker.diagnosis import use_writable_places
+from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease, lease
-from gpumeter_worker.readiness import Condition, Loss, readiness
+from gpumeter_worker.modelfiles import read_model
+from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
 from gpumeter_worker.settings import SettingsInvalid, from_environment
 
 SECOND = 10**9
@@ -61,6 +63,26 @@ def test_a_step_must_hold_one_token_of_every_request(tmp_path: Path) -> None:
         from_environment(small)
 
 
+def test_switches_are_read_and_what_is_no_switch_is_refused(tmp_path: Path) -> None:
+    settings = from_environment(environment(tmp_path))
+    assert (settings.cuda_graphs, settings.compile, settings.prefix_cache, settings.allow_pickle) == (
+        True,
+        False,
+        True,
+        False,
+    )
+    switched = {"GPUMETER_CUDA_GRAPHS": "false", "GPUMETER_COMPILE": "true", "GPUMETER_PREFIX_CACHE": "0"}
+    settings = from_environment(environment(tmp_path, **switched, GPUMETER_ALLOW_PICKLE="1"))
+    assert (settings.cuda_graphs, settings.compile, settings.prefix_cache, settings.allow_pickle) == (
+        False,
+        True,
+        False,
+        True,
+    )
+    with pytest.raises(SettingsInvalid, match="GPUMETER_COMPILE is 'maybe'; it must be 1 or 0"):
+        from_environment(environment(tmp_path, GPUMETER_COMPILE="maybe"))
+
+
 def test_dev_needs_nothing_but_a_model_and_is_refused_to_the_operator() -> None:
     settings = from_environment({"HOME": "/tmp"}, dev=True, model="file:///models/smollm2")
     assert (settings.credentials, settings.lease_timeout_ms, settings.http_host) == (None, 0, "127.0.0.1")
@@ -76,13 +98,13 @@ def model(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text("{}")
     header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-    check_model_files(folder)
+    read_model(folder)
     return folder
 
 
 def told(folder: Path) -> str:
     with pytest.raises(StartupFailed) as failed:
-        check_model_files(folder)
+        read_model(folder)
     return failed.value.line
 
 
@@ -93,8 +115,8 @@ def test_each_missing_or_damaged_file_is_named(model: Path) -> None:
     assert told(model).startswith(f"ModelInvalid: {weights} is cut short ({len(whole) - 1} of {len(whole)} bytes)")
     weights.write_bytes(b"\xff" * 40)
     assert told(model).startswith(f"ModelInvalid: {weights} is damaged")
-    weights.rename(model / "model.bin")
-    assert "holds no *.safetensors weights (model.bin is of a kind that is not loaded)" in told(model)
+    weights.rename(model / "model.gguf")
+    assert "holds no *.safetensors weights (model.gguf is of a kind that is not loaded)" in told(model)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model-2.safetensors"}}))
     assert "lacks the weights model-2.safetensors" in told(model)
     (model / "tokenizer.json").unlink()
@@ -103,24 +125,6 @@ def test_each_missing_or_damaged_file_is_named(model: Path) -> None:
     assert f"{model / 'config.json'} cannot be read" in told(model)
     (model / "config.json").unlink()
     assert f"{model / 'config.json'} is missing" in told(model)
-
-
-def test_a_gpu_that_is_missing_is_told_and_one_that_is_there_is_not(tmp_path: Path) -> None:
-    settings = from_environment(environment(tmp_path, GPUMETER_GPU_COUNT="1"))
-    with pytest.raises(StartupFailed, match="this container has none"):
-        check_device(settings, devices=tmp_path)
-    (tmp_path / "nvidia0").touch()
-    check_device(settings, devices=tmp_path)
-    check_device(from_environment(environment(tmp_path)), devices=tmp_path / "nowhere")
-
-
-def test_model_sources_are_read_or_refused_by_name() -> None:
-    assert source.local_path("file:///mnt/models/a%20b") == Path("/mnt/models/a b")
-    assert source.local_path("hf://owner/name") is None
-    for uri in ("s3://bucket/model", "oci://registry/model", "/plain/path", "file://elsewhere/model"):
-        with pytest.raises(StartupFailed) as failed:
-            source.local_path(uri)
-        assert failed.value.reason == "ModelSourceUnsupported"
 
 
 def test_libraries_are_sent_to_places_that_a_read_only_container_can_write(tmp_path: Path) -> None:
@@ -136,6 +140,12 @@ def test_the_lease_holds_until_nobody_acknowledges_for_too_long() -> None:
     assert not expired.held
     assert "no usage was acknowledged for 61 s (at most 60 s are allowed)" in expired.message
     assert lease(10**18, 0, 0).held
+
+
+def test_readiness_tells_how_far_loading_is_while_it_loads() -> None:
+    waiting = Condition(Phase.LOAD, False, "", False, None, True, "", "", Lease(held=True), loading="9 of 10 MB")
+    assert readiness(waiting) == Readiness(False, "Loading", "9 of 10 MB")
+    assert "9 of 10 MB" not in readiness(replace(waiting, phase=Phase.WARMUP)).message
 
 
 def test_readiness_tells_the_first_reason_that_stands_against_serving() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumeter_worker.diagnosis import StartupFailed
 from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport
+from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.readiness import HUNG, RESTARTING, Loss
 from gpumeter_worker.supervisor import Supervisor
 from rigs.engines import is_gone, options, program

@@ -12,6 +12,7 @@ TERMINATION_LOG = Path("/dev/termination-log")
 ARCHITECTURE_UNKNOWN = "ArchitectureUnknown"
 DRIVER_TOO_OLD = "DriverTooOld"
 DTYPE_UNSUPPORTED = "DtypeUnsupported"
+ENGINE_STUCK = "EngineStuck"
 GPU_NOT_FOUND = "GpuNotFound"
 JOURNAL_UNUSABLE = "JournalUnusable"
 MODEL_ACCESS_DENIED = "ModelAccessDenied"

@@ -42,6 +42,8 @@ class Condition:
     journal_problem: str
     journal_full: str
     lease: Lease
+    loading: str = ""
+    """How far fetching or loading the model is; empty where nobody knows."""
 
 
 _STARTING = {
@@ -64,7 +66,8 @@ def readiness(condition: Condition) -> Readiness:
     if condition.engine_loss is not None:
         return Readiness(False, condition.engine_loss.reason, f"{condition.engine_loss.how}; it is being started again")
     if not condition.engine_ready:
-        return Readiness(False, *_STARTING.get(condition.phase, ("Starting", "the engine is starting")))
+        reason, message = _STARTING.get(condition.phase, ("Starting", "the engine is starting"))
+        return Readiness(False, reason, condition.loading or message if condition.phase is Phase.LOAD else message)
     if condition.journal_full:
         return Readiness(False, "JournalFull", condition.journal_full)
     if not condition.lease.held:

@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from gpumeter_worker import diagnosis
+from gpumeter_worker import failure as failures
 from gpumeter_worker.api.app import api_app
 from gpumeter_worker.api.usage import usage_app
 from gpumeter_worker.metering.clock import Anchor
@@ -43,8 +43,8 @@ def serve(
     """
     try:
         return asyncio.run(_serve(settings, path, started_ns, told_to_stop_s, read_anchor))
-    except diagnosis.StartupFailed as failure:
-        return diagnosis.report(failure)
+    except failures.StartupFailed as failure:
+        return failures.report(failure)
 
 
 async def _serve(
@@ -84,7 +84,7 @@ async def _serve(
         return 0
     finally:
         running.cancel()
-        with suppress(asyncio.CancelledError, diagnosis.StartupFailed):
+        with suppress(asyncio.CancelledError, failures.StartupFailed):
             await running
         for server, _ in servers:
             server.should_exit = True
@@ -122,8 +122,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), backlog=_BACKLOG)
     except OSError as error:
-        raise diagnosis.StartupFailed(
-            diagnosis.SETTINGS_INVALID,
+        raise failures.StartupFailed(
+            failures.SETTINGS_INVALID,
             f"port {port} on {host} cannot be opened ({os.strerror(error.errno or 0)}); choose another by "
             "GPUMETER_HTTP_PORT or GPUMETER_USAGE_PORT",
         ) from None

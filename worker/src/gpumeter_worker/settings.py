@@ -15,6 +15,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPERATOR_MARKS = ("GPUMETER_SERVICE_UID", "GPUMETER_CREDENTIALS_DIR", "GPUMETER_SERVICE")
 """What only the operator sets: with any of these, `--dev` is refused."""
 
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
 DEV_TENANT = "anonymous"
 
 
@@ -50,6 +52,10 @@ class Settings:
     max_batch_tokens: int
     max_wait_ms: int
     max_queue_length: int
+    cuda_graphs: bool
+    compile: bool
+    prefix_cache: bool
+    allow_pickle: bool
     gpu_count: int
     gpu_class: str
     attribution: Rule
@@ -106,6 +112,10 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
         max_batch_tokens=read.whole("GPUMETER_MAX_BATCH_TOKENS", 2048, 1, 2**20),
         max_wait_ms=read.whole("GPUMETER_MAX_WAIT_MS", 0, 0, 60_000),
         max_queue_length=read.whole("GPUMETER_MAX_QUEUE_LENGTH", 256, 0, 10**6),
+        cuda_graphs=read.flag("GPUMETER_CUDA_GRAPHS", default=True),
+        compile=read.flag("GPUMETER_COMPILE", default=False),
+        prefix_cache=read.flag("GPUMETER_PREFIX_CACHE", default=True),
+        allow_pickle=read.flag("GPUMETER_ALLOW_PICKLE", default=False),
         gpu_count=gpu_count,
         gpu_class=read.text("GPUMETER_GPU_CLASS", "gpu" if gpu_count else "cpu"),
         attribution=Rule(read.choice("GPUMETER_ATTRIBUTION", tuple(Rule))),
@@ -168,6 +178,12 @@ class _Reader:
             self.problems.append(f"{name} is {value!r:.80}; it must be one of {', '.join(choices)}")
             return choices[0]
         return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        text = self._environment.get(name, "").strip().lower()
+        if text and text not in _ON + _OFF:
+            self.problems.append(f"{name} is {text!r:.80}; it must be 1 or 0")
+        return text in _ON if text else default
 
     def whole(self, name: str, default: int, lowest: int, highest: int) -> int:
         text = self._environment.get(name, "").strip()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from gpumeter_worker import diagnosis
+from gpumeter_worker import failure as failures
 from gpumeter_worker.engine.link import PROGRAM, EngineLink
 from gpumeter_worker.engine.messages import (
     Command,
@@ -146,8 +146,8 @@ class Supervisor:
                 self._failed.result()
             await asyncio.wait_for(link.gone(), _GONE_S)
         except TimeoutError:
-            raise diagnosis.StartupFailed(
-                diagnosis.ENGINE_STUCK,
+            raise failures.StartupFailed(
+                failures.ENGINE_STUCK,
                 f"the engine process {link.pid} was killed {_GONE_S:.0f} s ago and does not end, so the driver of its "
                 "device hangs; drain the node and reset its GPU or reboot it",
             ) from None
@@ -187,7 +187,7 @@ class Supervisor:
                 case Failed():
                     self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")
                 case Fatal() if not self._failed.done():
-                    self._failed.set_exception(diagnosis.StartupFailed(event.reason, event.message))
+                    self._failed.set_exception(failures.StartupFailed(event.reason, event.message))
             self._on_event(event)
 
     def _lose(self, link: EngineLink, how: str) -> None:
@@ -204,8 +204,8 @@ class Supervisor:
         self._on_lost(loss)
         if self._killed_starts >= _KILLED_STARTS_MAX and not self._failed.done():
             self._failed.set_exception(
-                diagnosis.StartupFailed(
-                    diagnosis.OUT_OF_MEMORY,
+                failures.StartupFailed(
+                    failures.OUT_OF_MEMORY,
                     "the engine was killed three times while it loaded the model, most likely for memory; raise "
                     "resources.memory or use a smaller model",
                 )

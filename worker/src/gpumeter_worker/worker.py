@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpumeter_usage.record import Status
-from gpumeter_worker import diagnosis, source
+from gpumeter_worker import diagnosis, machine
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
 from gpumeter_worker.api.sessions import Choice, End, Finished, Session, Sessions
@@ -31,6 +31,7 @@ from gpumeter_worker.engine.messages import (
     Submit,
 )
 from gpumeter_worker.engine.sequence import Finish
+from gpumeter_worker.loading import Loading
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import uncalibrated
 from gpumeter_worker.metering.clock import Anchor
@@ -40,6 +41,7 @@ from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations
 from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
 from gpumeter_worker.settings import Settings
+from gpumeter_worker.sources.aside import fetch_aside
 from gpumeter_worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ _GROUP_COMMIT_S = 0.05
 """How long a session's end waits for others to share its transaction; with the disk's time well under 200 ms."""
 
 _RETRY_S = 1.0
+_LOADING_LOG_S = 5.0
 _CUT_OFF_S = 10.0
 _ENGINE_STOP_S = 5.0
 _SEAL_S = 20.0
@@ -86,6 +89,7 @@ class Worker:
         self.sessions = Sessions()
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
+        self.loading = Loading()
         self.engines = Supervisor(
             self._on_event,
             self._on_lost,
@@ -109,13 +113,17 @@ class Worker:
         self._flushing = asyncio.create_task(self._flush_often())
         if path is None:
             self._enter(Phase.LOAD, time.monotonic_ns())
-            path = await source.fetch_aside(
-                self.settings.model_uri, self.settings.model_revision, self.settings.model_cache
+            settings = self.settings
+            path = await fetch_aside(
+                diagnosis.location(settings), settings.model_cache, settings.worker_uid, self.loading.tell
             )
-            diagnosis.check_model_files(path)
+            await asyncio.to_thread(diagnosis.refuse_model, settings, path)
+        self.loading.of(path)
+        telling = asyncio.create_task(self._tell_loading())
         try:
             await asyncio.gather(self._read_tokenizer(path), self.engines.run(self._options(path)))
         finally:
+            telling.cancel()
             self.engines.kill()
 
     @property
@@ -138,6 +146,7 @@ class Worker:
                 lease=lease(
                     time.monotonic_ns(), self.journal.acknowledged_at_ns, self.settings.lease_timeout_ms * 10**6
                 ),
+                loading=self.loading.text(time.monotonic()),
             )
         )
 
@@ -288,6 +297,8 @@ class Worker:
     def _enter(self, phase: Phase, at_ns: int) -> None:
         if self._draining and phase is not Phase.DRAIN:
             return
+        if phase is Phase.LOAD:
+            self.loading.begin(at_ns / 1e9)
         self.meter.enter(phase, self.anchor.utc_ns(at_ns))
         self._flush_wanted.set()
 
@@ -362,6 +373,12 @@ class Worker:
         for wait in waits:
             wait.cancel()
 
+    async def _tell_loading(self) -> None:
+        while self.engine is None:
+            await asyncio.sleep(_LOADING_LOG_S)
+            if self.meter.accounts.phase is Phase.LOAD and self.engine is None:
+                log.info("%s", self.loading.text(time.monotonic()))
+
     def _options(self, path: Path) -> EngineOptions:
         settings = self.settings
         return EngineOptions(
@@ -372,6 +389,10 @@ class Worker:
             max_batch_size=settings.max_batch_size,
             max_batch_tokens=settings.max_batch_tokens,
             max_wait_ms=settings.max_wait_ms,
-            threads=diagnosis.threads(),
-            memory_bytes=diagnosis.memory_bytes(),
+            threads=machine.threads(),
+            memory_bytes=machine.memory_bytes(),
+            cuda_graphs=settings.cuda_graphs,
+            compile=settings.compile,
+            prefix_cache=settings.prefix_cache,
+            allow_pickle=settings.allow_pickle,
         )

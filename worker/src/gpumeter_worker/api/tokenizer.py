@@ -12,7 +12,7 @@ from typing import Any
 
 from gpumeter_worker.api.conversation import Conversation
 from gpumeter_worker.api.errors import Refused, bad_parameter
-from gpumeter_worker.diagnosis import MODEL_INVALID, StartupFailed
+from gpumeter_worker.failure import MODEL_INVALID, StartupFailed
 
 _THREADS = 2
 """One long prompt leaves a thread for the others."""

@@ -28,6 +28,7 @@ class EngineOptions:
     cuda_graphs: bool = True
     compile: bool = False
     prefix_cache: bool = True
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)

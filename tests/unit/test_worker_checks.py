@@ -1,0 +1,238 @@
+"""Start-up diagnosis on frozen facts: every wrong machine gets one sentence with its numbers and what to do."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumeter_worker import machine
+from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model, effective_dtype
+from gpumeter_worker.failure import StartupFailed
+from gpumeter_worker.machine import Driver, Gpu, read_probe
+from gpumeter_worker.modelfiles import ModelFacts, read_model
+
+GB = 10**9
+H100 = Gpu("NVIDIA H100", (9, 0), 80 * GB, 79 * GB)
+T4 = Gpu("Tesla T4", (7, 5), 15 * GB, 15 * GB)
+GOOD = MachineFacts(
+    gpus_wanted=1,
+    device_files=("nvidia0",),
+    driver=Driver((12, 8), (H100,), ""),
+    torch_cuda="12.8",
+    shared_memory=2**30,
+    memory=32 * GB,
+)
+CPU = replace(GOOD, gpus_wanted=0, device_files=(), driver=None)
+# Llama 3.1 8B: 32 layers, 8 heads of keys and values of 128.
+LLAMA = ModelFacts("llama", False, "bfloat16", 8 * 10**9, 0, 2 * 32 * 8 * 128, 131072)
+ASKED = Asked("auto", 8192, frozenset({"llama"}))
+
+
+def failed(checks: tuple[Check, ...]) -> str:
+    [one] = [check.failed for check in checks if check.verdict is Verdict.FAILED]
+    assert one is not None
+    return one.line
+
+
+def test_a_machine_that_fits_passes_every_check() -> None:
+    checks = check_machine(GOOD) + check_model(LLAMA, GOOD, ASKED)
+    assert {check.verdict for check in checks} == {Verdict.OK}
+    assert {check.name for check in checks} == {
+        "device",
+        "toolkit",
+        "shared memory",
+        "architecture",
+        "dtype",
+        "memory",
+    }
+
+
+def test_the_cpu_needs_nothing_of_a_gpu() -> None:
+    assert [check.found for check in check_machine(CPU)] == ["the CPU, as asked for"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        (
+            replace(GOOD, device_files=(), driver=None),
+            "GpuNotFound: 1 GPU was asked for and this container has none (no /dev/nvidia* device); schedule it on a "
+            "node with the NVIDIA driver and container toolkit, or set resources.gpu.count to 0",
+        ),
+        (
+            replace(GOOD, driver=Driver((12, 8), (), "the driver refuses to start (CUDA_ERROR_NO_DEVICE)")),
+            "GpuNotFound: 1 GPU was asked for and cannot be used: the driver refuses to start (CUDA_ERROR_NO_DEVICE); "
+            "check the node's driver with nvidia-smi, and that the container toolkit is configured for its runtime",
+        ),
+        (
+            replace(GOOD, gpus_wanted=2),
+            "GpuNotFound: 2 GPUs were asked for and the driver shows 1; check resources.gpu.resourceName, and the "
+            "device plugin of the node",
+        ),
+        (
+            replace(GOOD, driver=Driver((11, 4), (H100,), "")),
+            "DriverTooOld: the node's driver supports CUDA 11.4 and this image's torch was built for CUDA 12.8; "
+            "install a driver for CUDA 12 or newer, or set spec.engine.image to one for CUDA 11",
+        ),
+        (
+            replace(GOOD, torch_cuda=""),
+            "GpuNotFound: the installed torch was built for the CPU and cannot use a GPU; use a worker image whose "
+            "torch has CUDA, or set resources.gpu.count to 0",
+        ),
+        (
+            replace(GOOD, shared_memory=2**20),
+            "SharedMemoryTooSmall: /dev/shm has 1 MiB and 1 GPU needs 64 MiB; set spec.resources.sharedMemory to "
+            "64Mi or more",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_machine_is_one_sentence(facts: MachineFacts, sentence: str) -> None:
+    assert failed(check_machine(facts)) == sentence
+
+
+def test_an_older_driver_of_the_same_major_version_is_only_remarked() -> None:
+    toolkit = check_machine(replace(GOOD, driver=Driver((12, 2), (H100,), "")))[1]
+    assert (toolkit.verdict, toolkit.found) == (Verdict.WARNING, "driver for CUDA 12.2, torch for CUDA 12.8")
+    newer = check_machine(replace(GOOD, driver=Driver((13, 0), (H100,), "")))[1]
+    assert newer.verdict is Verdict.OK
+
+
+@pytest.mark.parametrize(
+    ("model", "facts", "asked", "sentence"),
+    [
+        (
+            replace(LLAMA, model_type="brandnew", own_code=True),
+            GOOD,
+            ASKED,
+            "ArchitectureUnknown: the installed transformers does not know the model type brandnew; the code that it "
+            "brings along is never run; use another model, or set spec.engine.image to an image with a transformers that "
+            "knows it",
+        ),
+        (
+            replace(LLAMA, floats=10**9),
+            replace(GOOD, driver=Driver((12, 8), (T4,), "")),
+            ASKED,
+            "DtypeUnsupported: bfloat16 (the model is stored so) needs compute capability 8.0 and Tesla T4 has 7.5; "
+            "set spec.model.dtype to float16 or float32",
+        ),
+        (
+            LLAMA,
+            replace(GOOD, driver=Driver((12, 8), (T4,), "")),
+            Asked("float16", 8192, None),
+            "OutOfMemory: the model needs 17.6 GB (weights 16.0 GB in float16, one sequence of 8192 tokens 1.1 GB, "
+            "CUDA itself 0.5 GB) and Tesla T4 has 15.0 GB free of 15.0 GB; use a larger GPU, a smaller model or "
+            "dtype, or lower spec.model.maxModelLen",
+        ),
+        (
+            LLAMA,
+            CPU,
+            Asked("float32", 8192, None),
+            "OutOfMemory: the model needs 34.1 GB (weights 32.0 GB in float32, one sequence of 8192 tokens 2.1 GB) "
+            "and the worker may use 32.0 GB; raise spec.resources.memory, use a smaller model or dtype, or lower "
+            "spec.model.maxModelLen",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_one_sentence(
+    model: ModelFacts, facts: MachineFacts, asked: Asked, sentence: str
+) -> None:
+    assert failed(check_model(model, facts, asked)) == sentence
+
+
+def test_a_shorter_sequence_may_be_what_makes_a_model_fit() -> None:
+    tight = replace(CPU, memory=17 * GB)
+    assert failed(check_model(LLAMA, tight, Asked("auto", 16384, None)))
+    assert all(check.failed is None for check in check_model(LLAMA, tight, Asked("auto", 4096, None)))
+
+
+def test_auto_is_the_models_own_dtype_except_for_float16_on_a_cpu() -> None:
+    assert effective_dtype("auto", "bfloat16", gpu=False) == "bfloat16"
+    assert effective_dtype("auto", "float16", gpu=True) == "float16"
+    assert effective_dtype("auto", "float16", gpu=False) == "float32"
+    assert effective_dtype("float16", "bfloat16", gpu=False) == "float16"
+
+
+def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (kind, size) in tensors.items():
+        header[name] = {"dtype": kind, "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return folder
+
+
+def test_memory_is_read_from_the_headers_and_the_configuration(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gemma3",
+        "text_config": {
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "hidden_size": 64,
+            "max_position_embeddings": 100,
+            "dtype": "bfloat16",
+        },
+    }
+    model = read_model(write_model(tmp_path / "m", config, {"a": ("BF16", 200), "b": ("F32", 40), "c": ("I8", 7)}))
+    assert (model.model_type, model.dtype, model.length(4096), model.length(0), model.length(50)) == (
+        "gemma3",
+        "bfloat16",
+        100,
+        100,
+        50,
+    )
+    assert model.weight_bytes("float32") == (100 + 10) * 4 + 7
+    assert model.weight_bytes("bfloat16") == (100 + 10) * 2 + 7
+    assert model.sequence_bytes("bfloat16", 10) == 2 * 3 * 2 * 16 * 2 * 10
+
+
+def test_the_dtype_of_the_weights_holds_where_the_configuration_tells_none(tmp_path: Path) -> None:
+    model = read_model(write_model(tmp_path / "m", {"model_type": "llama"}, {"a": ("F16", 200), "b": ("F32", 4)}))
+    assert model.dtype == "float16"
+    assert model.sequence_bytes("float16", 10) == 0  # the configuration does not say
+
+
+def test_pickled_weights_are_refused_with_the_way_to_allow_them(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", {"model_type": "llama"}, {"a": ("F16", 200)})
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(StartupFailed, match=r"pytorch_model\.bin is a pickle, .* set GPUMETER_ALLOW_PICKLE to 1"):
+        read_model(folder)
+    assert read_model(folder, allow_pickle=True).weight_bytes("float16") > 200
+
+
+def test_the_installed_torch_and_transformers_are_read_without_importing_them() -> None:
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert machine.torch_cuda() == (torch.version.cuda or "")
+    known = machine.model_types()
+    assert known is not None
+    assert {"llama", "qwen2", "qwen3", "mistral", "gemma3_text"} <= known <= set(CONFIG_MAPPING_NAMES)
+
+
+def test_the_driver_is_asked_in_a_process_of_its_own_and_its_answer_read() -> None:
+    found = machine.driver()  # on a machine without one this is a problem in words, never an exception
+    assert found.problem or found.gpus
+    device = {"name": "NVIDIA H100", "capability": [9, 0], "total": 80 * GB, "free": 79 * GB}
+    assert read_probe(json.dumps({"cuda": 12080, "devices": [device], "problem": ""})) == GOOD.driver
+
+
+def test_device_files_are_found_where_the_container_has_them(tmp_path: Path) -> None:
+    assert machine.device_files(tmp_path) == ()
+    for name in ("nvidia0", "nvidiactl", "nvidia-caps", "null"):
+        (tmp_path / name).touch()
+    assert machine.device_files(tmp_path) == ("nvidia-caps", "nvidia0")
+
+
+def test_shared_memory_is_measured_and_nothing_where_there_is_none(tmp_path: Path) -> None:
+    assert machine.shared_memory_bytes(tmp_path) > 0
+    assert machine.shared_memory_bytes(tmp_path / "absent") == 0

@@ -1,0 +1,237 @@
+"""Facts -> checks: whether a worker can serve here, each with what was found and what to do about it.
+
+Pure. Owns every judgement of start-up diagnosis and its sentence; the same sentence goes to log, termination message,
+condition and `gpumeter-worker diagnose`. Looks at nothing: machine.py and modelfiles.py do.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gpumeter_worker import failure
+from gpumeter_worker.failure import StartupFailed
+from gpumeter_worker.machine import Driver
+from gpumeter_worker.modelfiles import ModelFacts
+
+SHARED_MEMORY_BYTES = 64 * 2**20
+"""What each GPU of a worker needs of /dev/shm: the size that container runtimes give where nobody says more."""
+
+CONTEXT_BYTES = 512 * 10**6
+"""What CUDA itself takes of a GPU before a weight is on it: context, kernels, libraries' work space."""
+
+_BF16_CAPABILITY = (8, 0)
+
+
+class Verdict(StrEnum):
+    """How a check came out."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+    LATER = "later"  # told when the worker serves
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `reason` is one of the worker's fatal reasons where the verdict is failed."""
+
+    name: str
+    found: str
+    verdict: Verdict = Verdict.OK
+    advice: str = ""
+    reason: str = ""
+
+    @property
+    def failed(self) -> StartupFailed | None:
+        """What ends the worker, where this does."""
+        return StartupFailed(self.reason, f"{self.found}; {self.advice}") if self.verdict is Verdict.FAILED else None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """The machine, as far as it matters for what was asked for. Memory in bytes."""
+
+    gpus_wanted: int
+    device_files: tuple[str, ...]
+    driver: Driver | None  # None: not asked, because no GPU is wanted or none is there
+    torch_cuda: str | None  # "" for a CPU build; None: unknown
+    shared_memory: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a model shall be served."""
+
+    dtype: str  # auto, or one of modelfiles.ITEM_BYTES
+    max_model_len: int  # 0: what the model says, bounded
+    known_types: frozenset[str] | None  # model types that transformers knows; None: it does not tell
+
+
+def check_machine(facts: MachineFacts) -> tuple[Check, ...]:
+    """Device, driver and shared memory; on a CPU nothing can be wrong with them."""
+    if facts.gpus_wanted == 0:
+        return (Check("device", "the CPU, as asked for"),)
+    device = _device(facts)
+    if device.verdict is Verdict.FAILED:
+        return (device,)
+    return (device, _toolkit(facts), _shared_memory(facts))
+
+
+def check_model(model: ModelFacts, facts: MachineFacts, asked: Asked) -> tuple[Check, ...]:
+    """Architecture, dtype and memory of a model on a machine."""
+    dtype = effective_dtype(asked.dtype, model.dtype, gpu=bool(facts.gpus_wanted))
+    return (
+        _architecture(model, asked.known_types),
+        _dtype(dtype, asked.dtype, facts),
+        _memory(model, facts, dtype, model.length(asked.max_model_len)),
+    )
+
+
+def effective_dtype(asked: str, own: str, *, gpu: bool) -> str:
+    """What `auto` means: the model's own dtype, but float32 for float16 on a CPU, which is slow and narrow there."""
+    if asked != "auto":
+        return asked
+    return "float32" if own == "float16" and not gpu else own
+
+
+def _device(facts: MachineFacts) -> Check:
+    def failed(found: str, advice: str) -> Check:
+        return Check("device", found, Verdict.FAILED, advice, failure.GPU_NOT_FOUND)
+
+    wanted = f"{facts.gpus_wanted} GPU{'s' if facts.gpus_wanted > 1 else ''}"
+    asked = f"{wanted} {'were' if facts.gpus_wanted > 1 else 'was'} asked for"
+    if not facts.device_files:
+        return failed(
+            f"{asked} and this container has none (no /dev/nvidia* device)",
+            "schedule it on a node with the NVIDIA driver and container toolkit, or set resources.gpu.count to 0",
+        )
+    driver = facts.driver
+    if driver is None or driver.problem:
+        return failed(
+            f"{asked} and cannot be used: {driver.problem if driver else 'the driver was not asked'}",
+            "check the node's driver with nvidia-smi, and that the container toolkit is configured for its runtime",
+        )
+    if len(driver.gpus) < facts.gpus_wanted:
+        return failed(
+            f"{asked} and the driver shows {len(driver.gpus)}",
+            "check resources.gpu.resourceName, and the device plugin of the node",
+        )
+    return Check("device", ", ".join(gpu.name for gpu in driver.gpus))
+
+
+def _toolkit(facts: MachineFacts) -> Check:
+    """A driver serves every toolkit of its own major version and of older ones; CUDA calls it minor version
+    compatibility."""
+    supported = facts.driver.cuda if facts.driver else None
+    if facts.torch_cuda == "":
+        return Check(
+            "toolkit",
+            "the installed torch was built for the CPU and cannot use a GPU",
+            Verdict.FAILED,
+            "use a worker image whose torch has CUDA, or set resources.gpu.count to 0",
+            failure.GPU_NOT_FOUND,
+        )
+    built = _version(facts.torch_cuda or "")
+    if supported is None or built is None:
+        return Check("toolkit", f"torch for CUDA {facts.torch_cuda or 'unknown'}; the driver tells no version")
+    drivers = f"{supported[0]}.{supported[1]}"
+    if supported[0] < built[0]:
+        return Check(
+            "toolkit",
+            f"the node's driver supports CUDA {drivers} and this image's torch was built for CUDA {facts.torch_cuda}",
+            Verdict.FAILED,
+            f"install a driver for CUDA {built[0]} or newer, or set spec.engine.image to one for CUDA {supported[0]}",
+            failure.DRIVER_TOO_OLD,
+        )
+    if supported < built:
+        return Check(
+            "toolkit",
+            f"driver for CUDA {drivers}, torch for CUDA {facts.torch_cuda}",
+            Verdict.WARNING,
+            "it works by minor version compatibility; a newer driver is better",
+        )
+    return Check("toolkit", f"driver for CUDA {drivers}, torch for CUDA {facts.torch_cuda}")
+
+
+def _shared_memory(facts: MachineFacts) -> Check:
+    needed = SHARED_MEMORY_BYTES * facts.gpus_wanted
+    found = f"/dev/shm has {_mib(facts.shared_memory)} and {facts.gpus_wanted} GPU needs {_mib(needed)}"  # noqa: S108 - told, not used
+    if facts.shared_memory < needed:
+        return Check(
+            "shared memory",
+            found,
+            Verdict.FAILED,
+            f"set spec.resources.sharedMemory to {_mib(needed).replace(' MiB', 'Mi')} or more",
+            failure.SHARED_MEMORY_TOO_SMALL,
+        )
+    return Check("shared memory", found)
+
+
+def _architecture(model: ModelFacts, types: frozenset[str] | None) -> Check:
+    if types is None or model.model_type in types:
+        return Check("architecture", model.model_type)
+    brings = "; the code that it brings along is never run" if model.own_code else ""
+    return Check(
+        "architecture",
+        f"the installed transformers does not know the model type {model.model_type}{brings}",
+        Verdict.FAILED,
+        "use another model, or set spec.engine.image to an image with a transformers that knows it",
+        failure.ARCHITECTURE_UNKNOWN,
+    )
+
+
+def _dtype(dtype: str, asked: str, facts: MachineFacts) -> Check:
+    old = [gpu for gpu in (facts.driver.gpus if facts.driver else ()) if gpu.capability < _BF16_CAPABILITY]
+    if facts.gpus_wanted and dtype == "bfloat16" and old:
+        capability = ".".join(map(str, old[0].capability))
+        return Check(
+            "dtype",
+            f"bfloat16{' (the model is stored so)' if asked == 'auto' else ''} needs compute capability 8.0 and "
+            f"{old[0].name} has {capability}",
+            Verdict.FAILED,
+            "set spec.model.dtype to float16 or float32",
+            failure.DTYPE_UNSUPPORTED,
+        )
+    return Check("dtype", f"{dtype}{' (auto)' if asked == 'auto' else ''}")
+
+
+def _memory(model: ModelFacts, facts: MachineFacts, dtype: str, length: int) -> Check:
+    """Refuses what cannot be; what fits narrowly is sized by the engine, which measures."""
+    weights, sequence = model.weight_bytes(dtype), model.sequence_bytes(dtype, length)
+    if facts.gpus_wanted:
+        gpus = facts.driver.gpus if facts.driver else ()
+        if not gpus:
+            return Check("memory", f"weights {_gb(weights)}, one sequence {_gb(sequence)}", Verdict.LATER)
+        where, free, extra = (
+            f"{gpus[0].name} has {_gb(gpus[0].free)} free of {_gb(gpus[0].total)}",
+            gpus[0].free,
+            CONTEXT_BYTES,
+        )
+        advice = "use a larger GPU, a smaller model or dtype, or lower spec.model.maxModelLen"
+        beside = f", CUDA itself {_gb(extra)}"
+    else:
+        free, extra = facts.memory, 0
+        where = f"the worker may use {_gb(free)}"
+        advice = "raise spec.resources.memory, use a smaller model or dtype, or lower spec.model.maxModelLen"
+        beside = ""
+    needed = weights + sequence + extra
+    found = (
+        f"the model needs {_gb(needed)} (weights {_gb(weights)} in {dtype}, one sequence of {length} tokens "
+        f"{_gb(sequence)}{beside}) and {where}"
+    )
+    if needed > free:
+        return Check("memory", found, Verdict.FAILED, advice, failure.OUT_OF_MEMORY)
+    return Check("memory", found)
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+
+
+def _mib(count: int) -> str:
+    return f"{count // 2**20} MiB"
