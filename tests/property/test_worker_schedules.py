@@ -61,6 +61,7 @@ class Schedules(RuleBasedStateMachine):
         self.cached: Counter[str] = Counter()
         self.computed: dict[tuple[str, int], Counter[int]] = {}
         self.decoding: set[tuple[str, int]] = set()
+        self.stepped: set[tuple[str, int]] = set()
 
     @rule(tenant=st.sampled_from("ab"), prompt=PROMPTS, answers=st.integers(1, 3), wanted=st.integers(1, 20))
     def submit(self, tenant: str, prompt: list[int], answers: int, wanted: int) -> None:
@@ -118,6 +119,12 @@ class Schedules(RuleBasedStateMachine):
             assert sum(row.count for row in step if row.prefill) <= self.limits.mixed_prefill_tokens
         missing = self.decoding - set(keys) - self.cancelled - self.ended.keys()
         assert not missing or self.paged, "a stream was left out of a step"
+        order = list(self.asked)
+        if (
+            oldest := min(self.stepped - self.cancelled - self.ended.keys(), key=order.index, default=None)
+        ) is not None:
+            assert oldest in keys, "the oldest sequence was preempted"
+        self.stepped = set(keys)
         self.decoding = {(row.session_id, row.choice) for row in step if row.samples}
         for row in step:
             places = range(row.start, row.start + row.count)

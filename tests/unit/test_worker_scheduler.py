@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumeter_worker.engine.blocks import Copy, SlotBlocks
+from gpumeter_worker.engine.blocks import Copy, KvBlocks, PagedBlocks, SlotBlocks
 from gpumeter_worker.engine.loop import INVALID_TOKEN, Engine, Sampled
 from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
-from gpumeter_worker.engine.sequence import Finish, Sampling, Sequence
+from gpumeter_worker.engine.sequence import Finish, Prompt, Sampling, Sequence
 from gpumeter_worker.metering.clock import StepClock, StepTime
 
 EOS = 99
@@ -155,6 +155,224 @@ def test_a_row_without_valid_numbers_fails_alone() -> None:
     assert finishes == {"broken": Finish.FAILED, "sound": Finish.LENGTH}
     first = next(e for e in events if isinstance(e, StepReport))
     assert {part.session_id for part in first.parts} == {"broken", "sound"}  # it keeps its share of the step
+
+
+def scheduler_of(limits: Limits, blocks: KvBlocks | None = None) -> Scheduler:
+    return Scheduler(limits, blocks or SlotBlocks(limits.sequences, 4096, prefix=False))
+
+
+def waiting(name: str, prompt: int, tenant: str = "", wanted: int = 50) -> Sequence:
+    tokens = [1000 * len(name) + place for place in range(prompt)]
+    return Sequence(name, 0, tenant, tokens, prompt, Sampling(max_tokens=wanted))
+
+
+def step(scheduler: Scheduler) -> dict[str, int]:
+    """Run a step: who was in it, with how many tokens."""
+    return {work.sequence.session_id: work.count for work in planned(scheduler)}
+
+
+def test_beside_decodes_a_prompt_is_run_in_smaller_chunks() -> None:
+    scheduler = scheduler_of(Limits(4, 512, mixed_prefill_tokens=32))
+    scheduler.add(waiting("stream", 10))
+    scheduler.add(waiting("prompt", 600))
+    assert step(scheduler) == {"stream": 10, "prompt": 502}
+    assert step(scheduler) == {"stream": 1, "prompt": 32}
+
+
+def test_with_all_other_slots_in_use_a_prompt_still_gets_on() -> None:
+    scheduler = scheduler_of(Limits(64, 64))
+    for number in range(63):
+        scheduler.add(waiting(f"stream {number}", 1))
+    assert len(step(scheduler)) == 63
+    scheduler.add(waiting("prompt", 40))
+    assert [step(scheduler).get("prompt") for _ in range(40)] == [1] * 40
+
+
+def test_short_prompts_do_not_queue_behind_long_ones() -> None:
+    scheduler = scheduler_of(Limits(8, 256))
+    for name, length in (("long", 3000), ("also long", 3000), ("short", 40), ("shorter", 20)):
+        scheduler.add(waiting(name, length))
+    first = step(scheduler)
+    assert 128 <= first["long"] <= 140  # half for the oldest
+    assert first["also long"] == 64  # half of the rest for the next
+    assert (first["short"], first["shorter"]) == (40, 20)
+
+
+def test_the_oldest_prompt_is_done_in_bounded_time_whatever_comes() -> None:
+    scheduler = scheduler_of(Limits(8, 64))
+    oldest = waiting("oldest", 640)
+    scheduler.add(oldest)
+    for number in range(21):
+        scheduler.add(waiting(f"short {number}", 30, wanted=1))
+        for name in step(scheduler):
+            for one in scheduler.of_session(name)[:]:
+                if one is not oldest and not one.prefilling:
+                    scheduler.leave(one)
+    assert not oldest.prefilling
+
+
+def test_room_that_nobody_else_can_use_goes_to_the_one_prompt() -> None:
+    scheduler = scheduler_of(Limits(8, 256))
+    scheduler.add(waiting("long", 3000))
+    scheduler.add(waiting("short", 20))
+    assert step(scheduler) == {"long": 236, "short": 20}
+
+
+def choices(count: int, prompt: int) -> list[Sequence]:
+    shared = Prompt()
+    tokens = list(range(prompt))
+    return [
+        Sequence("n", choice, "", tokens.copy(), prompt, Sampling(max_tokens=9), prompt=shared)
+        for choice in range(count)
+    ]
+
+
+def test_choices_wait_for_the_first_to_compute_the_prompt_that_they_share() -> None:
+    scheduler = scheduler_of(Limits(4, 64), PagedBlocks(64, 16, prefix=True))
+    for one in choices(3, 100):
+        scheduler.add(one)
+    assert [[(w.sequence.choice, w.count) for w in planned(scheduler)] for _ in range(3)] == [
+        [(0, 64)],
+        [(0, 36)],
+        [(0, 1), (1, 4), (2, 4)],
+    ]
+
+
+def test_choices_do_not_wait_where_there_is_nothing_to_find() -> None:
+    for blocks, prompt in ((PagedBlocks(64, 16, prefix=False), 20), (PagedBlocks(64, 16, prefix=True), 16)):
+        scheduler = scheduler_of(Limits(4, 64), blocks)
+        for one in choices(3, prompt):
+            scheduler.add(one)
+        assert len(planned(scheduler)) == 3
+
+
+def test_when_the_choice_that_computes_is_cancelled_the_next_one_does() -> None:
+    scheduler = scheduler_of(Limits(4, 32), PagedBlocks(64, 16, prefix=True))
+    for one in choices(3, 100):
+        scheduler.add(one)
+    planned(scheduler)
+    scheduler.cancel("n", 0)
+    assert [(w.sequence.choice, w.sequence.cached, w.count) for w in scheduler.plan()] == [(1, 32, 32)]
+
+
+def planned(scheduler: Scheduler) -> list[Work]:
+    """Run a step as the engine does."""
+    plan = scheduler.plan()
+    for work in plan:
+        work.sequence.computed += work.count
+        work.sequence.cached = 0
+        scheduler.computed(work.sequence)
+        if work.samples:
+            work.sequence.tokens.append(0)
+    return plan
+
+
+def test_a_full_cache_takes_from_the_newest_of_the_tenant_that_was_served_most() -> None:
+    scheduler = scheduler_of(Limits(4, 64), PagedBlocks(7, 16, prefix=False))
+    for name, tenant, prompt in (
+        ("a1", "greedy", 15),
+        ("b1", "modest", 15),
+        ("a2", "greedy", 15),
+        ("a3", "greedy", 15),
+    ):
+        scheduler.add(waiting(name, prompt, tenant))
+    seen = [step(scheduler).keys() for _ in range(30)]
+    assert all({"a1", "b1"} <= names for names in seen)
+    assert seen[0] == {"a1", "b1", "a2", "a3"}
+    assert seen[3] == {"a1", "b1", "a2"}  # the second block of each: there were three for four
+    assert seen[20] == {"a1", "b1"}
+
+
+def test_what_a_preemption_lost_is_computed_again_as_recompute_and_then_it_goes_on() -> None:
+    blocks = PagedBlocks(4, 4, prefix=False)
+    scheduler = scheduler_of(Limits(2, 16), blocks)
+    first, second = waiting("first", 3, wanted=9), waiting("second", 3, wanted=9)
+    scheduler.add(first)
+    scheduler.add(second)
+    works: list[tuple[int, int, bool, bool]] = []
+    while scheduler.running or scheduler.waiting:
+        for work in planned(scheduler):
+            if work.sequence is second:
+                works.append((second.computed - work.count, work.count, work.samples, work.recompute))
+            if work.sequence.generated == 9:
+                scheduler.leave(work.sequence)
+    lost = max(start + count for start, count, _, recompute in works if recompute)
+    assert (0, lost, False, True) in works
+    assert [start for start, _, samples, _ in works if samples] == [0, *range(3, 11)]
+    assert blocks.used_tokens == 0
+
+
+def test_a_request_that_outgrows_the_whole_cache_fails_alone_with_a_sentence() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(2, 64), frozenset({EOS}), 4096, PagedBlocks(4, 16, prefix=False))
+    one.submit(submit("grows", 40, 100))
+    one.submit(submit("far too long", 70, 100))
+    one.submit(submit("fits", 20, 5))
+    ends = {event.session_id: event for event in drive(one) if isinstance(event, Ended)}
+    assert {name: end.finish for name, end in ends.items()} == {
+        "grows": Finish.FAILED,
+        "far too long": Finish.FAILED,
+        "fits": Finish.LENGTH,
+    }
+    assert "the cache holds 64" in ends["grows"].message
+    assert "70 tokens" in ends["far too long"].message
+
+
+@pytest.mark.parametrize("length", [0, 65])
+def test_a_prompt_that_cannot_be_run_is_answered_and_hurts_nobody(length: int) -> None:
+    device = Counting()
+    one = engine(device)
+    one.submit(submit("bad", length, 3))
+    one.submit(submit("good", 3, 3))
+    ends = {event.session_id: event for event in drive(one) if isinstance(event, Ended)}
+    assert ends["good"].finish is Finish.LENGTH
+    assert ends["bad"].finish is Finish.FAILED
+    assert f"a prompt of {length} tokens" in ends["bad"].message
+
+
+def test_a_flood_is_answered_beyond_what_may_wait() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(1, 8, waiting=100), frozenset({EOS}), 64)
+    for number in range(300):
+        one.submit(submit(f"s{number}", 2, 1))
+    assert one.waiting == 100
+    finishes = [event.finish for event in drive(one) if isinstance(event, Ended)]
+    assert (finishes.count(Finish.FAILED), finishes.count(Finish.LENGTH)) == (200, 100)
+
+
+def parts_of(events: list[Event]) -> list[tuple[int, int]]:
+    return [(part.prompt_tokens, part.cached_tokens) for e in events if isinstance(e, StepReport) for part in e.parts]
+
+
+def test_a_prompt_found_in_the_cache_is_counted_once_as_cached() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(2, 64), frozenset({EOS}), 4096, PagedBlocks(16, 16, prefix=True))
+    one.submit(submit("first", 40, 1))
+    assert parts_of(drive(one)) == [(40, 0)]
+    one.submit(submit("again", 40, 1))
+    assert parts_of(drive(one)) == [(40, 32)]
+
+
+def test_choices_of_one_prompt_count_its_tokens_once() -> None:
+    for prefix in (True, False):
+        device = Counting()
+        one = Engine(device, device, Limits(4, 64), frozenset({EOS}), 4096, PagedBlocks(32, 16, prefix))
+        for choice in range(3):
+            sampling = Sampling(max_tokens=1, temperature=0)
+            one.submit(Submit("n", list(range(40)), sampling, choice, counts_prompt=choice == 0))
+        parts = parts_of(drive(one))
+        assert (sum(prompt for prompt, _ in parts), sum(cached for _, cached in parts)) == (40, 0)
+
+
+def test_when_the_choice_that_counts_is_cancelled_another_counts_the_rest() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(4, 32), frozenset({EOS}), 4096, PagedBlocks(32, 16, prefix=True))
+    for choice in range(2):
+        sampling = Sampling(max_tokens=1, temperature=0)
+        one.submit(Submit("n", list(range(80)), sampling, choice, counts_prompt=choice == 0))
+    events = one.turn()
+    one.cancel(Cancel("n", 0))
+    assert parts_of(events + drive(one)) == [(32, 0), (32, 0), (16, 0)]
 
 
 def test_a_step_needs_room_for_every_running_sequence() -> None:

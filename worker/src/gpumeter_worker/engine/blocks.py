@@ -239,8 +239,6 @@ class SlotBlocks:
         units, source = self._find(sequence, target)
         if len(self._names[target]) > (units if source == target else 0):
             self._keep(target, source)
-        if source is not None:
-            self._touch(source)
         if source == target:
             self._forget(target, units)
             return units
@@ -248,6 +246,10 @@ class SlotBlocks:
         if source is not None:
             self._copies.append(Copy(source, target, units * self.unit_tokens))
             self._name(target, sequence.chain[:units])
+            if units == len(self._names[source]):
+                self._touched[source] = 0  # the target holds all of it now, and soon more
+            else:
+                self._touch(source)
         return units
 
     def _find(self, sequence: Sequence, preferred: int) -> tuple[int, int | None]:

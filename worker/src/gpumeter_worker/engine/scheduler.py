@@ -96,13 +96,12 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """What the next step computes, decodes first; empty when there is nothing to do."""
-        preempted = self._make_room()
+        self._make_room()
         decodes = self._ordered_decodes()
         room = self._limits.step_tokens - len(decodes)
         if decodes and self._limits.mixed_prefill_tokens:
             room = min(room, self._limits.mixed_prefill_tokens)
-        # Right after a preemption there is no room for anybody who waits, or the cache would go round in circles.
-        plan = decodes + self._prefill(room, may_admit=not preempted)
+        plan = decodes + self._prefill(room)
         for work in plan:
             if work.samples:
                 self._lines.charge(work.sequence.tenant, OUTPUT_WEIGHT)
@@ -143,8 +142,11 @@ class Scheduler:
             self._decode_order = sorted(self._decodes.values(), key=lambda work: work.sequence.blocks[0])
         return self._decode_order
 
-    def _make_room(self) -> bool:
-        """A place in the cache for every decode's next token. True: somebody had to go for it."""
+    def _make_room(self) -> None:
+        """A place in the cache for every decode's next token, whoever has to go for it.
+
+        Whoever goes is not back in this step: `admit` wants as many blocks as it had, and one for each that runs.
+        """
         grow = self._blocks.grow
         short = [work.sequence for work in self._ordered_decodes() if not grow(work.sequence, 1)]
         for sequence in sorted(short, key=_arrival):
@@ -154,7 +156,6 @@ class Scheduler:
                     self._fail(sequence)
                 else:
                     self._preempt(self._victim())
-        return bool(short)
 
     def _victim(self) -> Sequence:
         oldest = min(self._running, key=_arrival)
@@ -164,18 +165,18 @@ class Scheduler:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
-        if not sequence.cached:  # else no step has held it since it was admitted: nothing of its own is lost
-            sequence.recompute_until = max(sequence.recompute_until, sequence.computed)
+        # It was in the step it was admitted for, so a report has said what it found and computed: all of that is lost.
+        sequence.recompute_until = max(sequence.recompute_until, sequence.computed)
         self._stop(sequence)
-        sequence.computed = sequence.cached = 0
+        sequence.computed = 0
         self._lines.put_back(sequence)
 
-    def _prefill(self, room: int, *, may_admit: bool) -> list[Work]:
+    def _prefill(self, room: int) -> list[Work]:
         """Share out the step's room for prompts.
 
         The oldest prompt gets up to half of it and so is done in bounded time; then come the shortest, so that short
         ones do not queue behind long ones, each with up to half of what is left; then those who wait, the same way.
-        What nobody else could use goes to those in front.
+        What is left after that goes to whoever needs the least to be done.
         """
         counts: dict[Sequence, int] = {}
         line = sorted(self._prefilling, key=_left)
@@ -183,18 +184,17 @@ class Scheduler:
             oldest = min(line, key=_arrival)
             line.remove(oldest)
             line.insert(0, oldest)
-        may_admit = may_admit and len(self._lines) > 0
         for place, sequence in enumerate(line):
             if not room:
                 break
-            last = place + 1 == len(line) and not may_admit
+            last = place + 1 == len(line) and not self._lines
             counts[sequence] = _piece(sequence, room, last=last)
             room -= counts[sequence]
-        while may_admit and room and len(self._running) < self._limits.sequences and (newcomer := self._admit()):
+        while room and len(self._running) < self._limits.sequences and (newcomer := self._admit()):
             counts[newcomer] = _piece(newcomer, room, last=not self._lines)
             room -= counts[newcomer]
-        for sequence, count in counts.items():
-            more = min(_chunk(sequence) - count, room)
+        for sequence in sorted(counts, key=_left) if room else ():
+            more = min(_chunk(sequence) - counts[sequence], room)
             counts[sequence] += more
             room -= more
         works = [self._work(sequence, count) for sequence, count in counts.items()]
@@ -227,7 +227,7 @@ class Scheduler:
                 self._decode_from_now_on(sequence)
                 return sequence
             self._prefilling[sequence] = None
-            if self._blocks.finds_prefixes and sequence.prompt_length > self._blocks.unit_tokens:
+            if self._blocks.finds_prefixes and _worth_waiting_for(sequence, self._blocks.unit_tokens):
                 sequence.prompt.computing = sequence
             return sequence
         return None
@@ -280,6 +280,11 @@ def _prefills(work: Work) -> bool:
 def _held(sequence: Sequence) -> bool:
     """Choices of one prompt wait until the first one has computed it, and then find it in the cache."""
     return sequence.prompt.computing is not None
+
+
+def _worth_waiting_for(sequence: Sequence, unit_tokens: int) -> bool:
+    """Whether it computes a whole unit of its prompt that another choice would find."""
+    return (sequence.prompt_length - 1) // unit_tokens * unit_tokens > sequence.computed
 
 
 def _left(sequence: Sequence) -> int:
