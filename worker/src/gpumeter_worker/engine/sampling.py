@@ -9,6 +9,7 @@ logits come about, nor who asked.
 for the device), `read` fetches the result after the clock ended.
 """
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Sampler:
             size=size,
             at=self._index(places),
             temperature=column(one.temperature for one in samplings),
-            min_p=column(one.min_p for one in samplings),
+            least=column(_least(one) for one in samplings) if any(one.min_p > 0 for one in samplings) else None,
             top_k=column((one.top_k or self._vocabulary for one in samplings), torch.long),
             top_p=column((one.top_p for one in samplings), torch.float64),
             uniform=column((one.random.random() for one in sequences), torch.float64),
@@ -108,12 +109,15 @@ class Edits(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Rows that are drawn in one way. `at` [n]: which of the worked rows, ascending; the other tensors are [n, 1]."""
+    """Rows that are drawn in one way. `at` [n]: which of the worked rows, ascending; the other tensors are [n, 1].
+
+    `least` is min-p on the scale of logits whose maximum is 0; None where no row asks for it.
+    """
 
     size: int
     at: torch.Tensor
     temperature: torch.Tensor
-    min_p: torch.Tensor
+    least: torch.Tensor | None
     top_k: torch.Tensor
     top_p: torch.Tensor
     uniform: torch.Tensor
@@ -188,6 +192,10 @@ def read(chosen: Chosen, batch: SamplingBatch) -> list[Sampled]:
     return sampled
 
 
+def _least(sampling: Sampling) -> float:
+    return math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+
+
 def _rows(matrix: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Some rows, ascending; all of them without a copy."""
     return matrix if len(at) == len(matrix) else matrix[at]
@@ -210,7 +218,8 @@ def _drawn(logits: torch.Tensor, best: torch.Tensor, draw: Draw) -> torch.Tensor
     """
     scaled = (logits - best[:, None]).div_(draw.temperature)
     weights = scaled.softmax(-1)
-    weights.masked_fill_(weights < draw.min_p * weights.amax(-1, keepdim=True), 0)
+    if draw.least is not None:
+        weights.masked_fill_(scaled < draw.least, 0)
     if draw.size != IN_ORDER:
         return _ranked(scaled, weights, draw)
     # The whole vocabulary, in its own order: first the block, then the token in it.
@@ -235,7 +244,7 @@ def _ranked(scaled: torch.Tensor, weights: torch.Tensor, draw: Draw) -> torch.Te
         short = (~complete & (sums[:, -1:] < draw.top_p * total))[:, 0].nonzero()[:, 0]
         if len(short):
             size = next((size for size in _CANDIDATES if draw.size < size < vocabulary), vocabulary)
-            wider = Draw(size, *(column[short] for column in draw[1:]))
+            wider = Draw(size, *(None if column is None else column[short] for column in draw[1:]))
             tokens = tokens.index_copy(0, short, _ranked(scaled[short], weights[short], wider))
     return tokens
 
