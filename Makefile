@@ -85,6 +85,11 @@ test-e2e: setup ## e2e: a real node, real containers, real traffic
 test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
+##@ Figures
+.PHONY: bench-engine-kill
+bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
+	@$(PY) -m bench.engine_kill
+
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images
 cluster-up: setup ## Start (or repair) the local cluster

@@ -1,7 +1,7 @@
 """Kills the engine under a load, again and again, and looks at what clients, worker and ledger say of it.
 
-Owns one round of it: streams and a plain request in flight, kill -9, what each client was told and when, how long until
-the worker serves again, and what the worker holds then. Judges nothing: tests and the bench do.
+Owns one round of it (streams and a plain request in flight, kill -9, what each client was told and when, how long until
+the worker serves again, what it holds then) and what must be true of it, for the tests and the bench alike.
 """
 
 import http.client
@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rigs.worker import WorkerProcess, hop_token, session_id, until
+from gpumeter_usage.record import Kind, Status
+from rigs.worker import Ledger, WorkerProcess, hop_token, session_id, until
+
+TOLD_S_MAX = 1.0
+OVER_LOAD_S_MAX = 2.0
 
 ASK = {"model": "smollm2", "prompt": [5, 6, 7, 8], "ignore_eos": True, "temperature": 1.0}
 
@@ -111,6 +115,58 @@ def kill_under_load(process: WorkerProcess, streams: int = 3, number: signal.Sig
         len(list(Path(f"/proc/{process.process.pid}/fd").iterdir())),
         sum(_state(pid) == "Z" for pid in process.children()),
     )
+
+
+def problems(one: Round, said: str) -> list[str]:
+    """What is wrong with a round, in sentences. `said`: what each client must have been told of the engine process."""
+    found = []
+    if one.told_s > TOLD_S_MAX:
+        found.append(f"the last client knew after {one.told_s:.2f} s")
+    if one.back_s > one.load_s + OVER_LOAD_S_MAX:
+        found.append(f"it served after {one.back_s:.2f} s, of which the engine loaded for {one.load_s:.2f} s")
+    if one.zombies:
+        found.append(f"{one.zombies} zombies are left")
+    for client in one.clients:
+        kind = "stream" if client.stream else "request"
+        if client.status != (200 if client.stream else 500) or client.error.get("code") != "engine_failed":
+            found.append(f"a {kind} got {client.status} {client.error}")
+        elif not client.error["message"].startswith(f"the engine process {said} while it served this request"):
+            found.append(f"a {kind} was told: {client.error['message']}")
+        if client.stream and not client.done:
+            found.append("a stream had no last event")
+    return found
+
+
+def leaks(rounds: list[Round]) -> list[str]:
+    """Threads and files of the worker that each round left behind. A pool may fill, by less than one a round."""
+    found = []
+    for what, counts in (("threads", [r.threads for r in rounds]), ("files", [r.files for r in rounds])):
+        if counts[-1] - counts[0] >= len(rounds):
+            found.append(f"its {what} grew: {counts}")
+    return found
+
+
+def bill_problems(rounds: list[Round], ledger: Ledger) -> list[str]:
+    """Whether each session is billed for what its answer said; `ledger` holds all, and its identity is asserted."""
+    ledger.check()
+    found = []
+    for client in (client for one in rounds for client in one.clients):
+        slices = ledger.of_session(client.session)
+        billed_ns, tokens = sum(one.gpu_ns for one in slices), sum(one.completion_tokens for one in slices)
+        if slices[-1].status is not Status.FAILED:
+            found.append(f"a session ended as {slices[-1].status}")
+        if billed_ns != client.gpu_ns or tokens != client.usage.get("completion_tokens"):
+            found.append(f"{billed_ns} ns and {tokens} tokens are billed, and the client was told {client.usage}")
+        if client.stream and not billed_ns:
+            found.append("a stream that got tokens used no time")
+    return found
+
+
+def seal(process: WorkerProcess, ledger: Ledger) -> None:
+    """Stop the worker in order, with everything that it recorded in the ledger."""
+    process.send(signal.SIGTERM)
+    until(lambda: (process.collect(ledger), ledger.all()[-1].kind is Kind.SEAL)[1], "it is sealed", 120)
+    assert process.process.wait(60) == 0
 
 
 def _state(pid: int) -> str:
