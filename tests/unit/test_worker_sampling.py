@@ -28,7 +28,9 @@ class Given(Random):
         return self._number
 
 
-def a_sequence(uniform: float = 0.5, prompt: Iterable[int] = (0,), answer: Iterable[int] = (), **asked: Any) -> Sequence:
+def a_sequence(
+    uniform: float = 0.5, prompt: Iterable[int] = (0,), answer: Iterable[int] = (), **asked: Any
+) -> Sequence:
     prompt, answer = list(prompt), list(answer)
     sampling = Sampling(**{"max_tokens": 64, **asked})
     return Sequence("s", 0, "", prompt + answer, len(prompt), sampling, random=Given(uniform))
