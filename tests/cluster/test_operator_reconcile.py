@@ -300,9 +300,9 @@ async def test_conditions_follow_a_pod_from_no_capacity_over_failures_to_serving
 async def test_a_spec_that_this_version_cannot_run_is_a_condition_and_makes_nothing(
     cluster: Cluster, namespace: str, show: Show
 ) -> None:
-    await show(model={"uri": "s3://models/smollm2"}, engine={"type": "vllm"})
+    await show(metering={"billingMode": "standardRate"}, engine={"type": "vllm"})
     ready = condition(await becomes(cluster, namespace, "NotSupported"))
-    assert "cannot fetch from s3://" in ready["message"]
+    assert "bills measured GPU time only" in ready["message"]
     assert "only the engine transformers" in ready["message"], "all problems at once"
     for resource, name in OWNED:
         assert await cluster.get(resource, name, namespace) is None, f"{resource.kind} {name}"

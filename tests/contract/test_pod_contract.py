@@ -10,6 +10,7 @@ from gpumeter_operator.decide.spec import read
 from gpumeter_operator.decide.workload import Installation, Workload, build
 from gpumeter_worker.main import main as worker_command
 from gpumeter_worker.settings import Settings, from_environment
+from gpumeter_worker.sources.location import local_path
 
 INSTALLATION = Installation("registry/worker:1", "IfNotPresent", "http://gpumeter-gateway.gpumeter.svc")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
@@ -59,7 +60,14 @@ def test_the_worker_accepts_every_setting_of_its_pod(spec: dict[str, Any], tmp_p
 def test_what_a_user_sets_arrives_in_the_worker(tmp_path: Path):
     spec = {
         "model": {"uri": "hf://o/n", "name": "small", "revision": "abc", "maxModelLen": 512, "dtype": "bfloat16"},
-        "engine": {"maxBatchSize": 3, "maxBatchTokens": 70, "maxWaitMs": 5, "maxQueueLength": 9},
+        "engine": {
+            "maxBatchSize": 3,
+            "maxBatchTokens": 70,
+            "maxWaitMs": 5,
+            "maxQueueLength": 9,
+            "compile": True,
+            "cudaGraphs": False,
+        },
         "metering": {"attribution": "tokens", "checkpointInterval": "2s", "leaseTimeout": "40s"},
         "drain": {"timeout": "33s"},
     }
@@ -73,6 +81,31 @@ def test_what_a_user_sets_arrives_in_the_worker(tmp_path: Path):
     assert (found.max_batch_size, found.max_batch_tokens, found.max_wait_ms, found.max_queue_length) == (3, 70, 5, 9)
     assert (found.attribution, found.checkpoint_interval_ms, found.lease_timeout_ms) == ("tokens", 2000, 40_000)
     assert found.drain_timeout_ms == 33_000
+    assert (found.compile, found.cuda_graphs) == (True, False)
+
+
+@pytest.mark.parametrize("uri", ["hf://o/n", "s3://models/a", "oci://registry.example.com/a:v1"])
+def test_the_worker_fetches_from_every_source_that_it_is_told_of(uri: str, tmp_path: Path):
+    assert local_path(settings({"model": {"uri": uri}}, tmp_path).model_uri) is None
+    assert local_path(settings({"model": {"uri": "pvc://claim/a/b"}}, tmp_path).model_uri) == Path("/mnt/models/a/b")
+
+
+def test_a_claim_for_the_cache_is_where_the_worker_keeps_models(tmp_path: Path):
+    spec = {"model": {"uri": "s3://models/a"}, "cache": {"pvc": "weights"}}
+    pod = workload(spec).deployment["spec"]["template"]["spec"]
+    [name] = [one["name"] for one in pod["volumes"] if one.get("persistentVolumeClaim") == {"claimName": "weights"}]
+    [path] = [one["mountPath"] for one in pod["containers"][0]["volumeMounts"] if one["name"] == name]
+    assert str(settings(spec, tmp_path).model_cache) == path
+
+
+def test_a_users_credentials_for_sources_reach_the_worker_beside_its_own_settings():
+    env = [{"name": "GPUMETER_ALLOW_PICKLE", "value": "1"}, {"name": "GPUMETER_PREFIX_CACHE", "value": "0"}]
+    main = {"name": "main", "env": env, "envFrom": [{"secretRef": {"name": "s3"}}]}
+    built = container({"model": {"uri": "s3://models/a"}, "template": {"spec": {"containers": [main]}}})
+    assert built["envFrom"] == [{"secretRef": {"name": "s3"}}]
+    found = {one["name"]: one.get("value") for one in built["env"]}
+    assert found["GPUMETER_ALLOW_PICKLE"] == "1"
+    assert found["GPUMETER_MODEL_URI"] == "s3://models/a"
 
 
 def test_the_worker_writes_only_where_its_pod_lets_it(tmp_path: Path):

@@ -351,3 +351,35 @@ def test_the_resource_that_the_operator_serves_is_the_crds() -> None:
     from gpumeter_operator.main import SERVICES
 
     assert (INFERENCE_SERVICES.group, INFERENCE_SERVICES.version, INFERENCE_SERVICES.plural) == SERVICES
+
+
+async def test_a_worker_that_starts_is_asked_how_far_it_is_and_a_ready_one_is_not(world: World) -> None:
+    asked: list[str] = []
+
+    def progress_of(address: str) -> str:
+        asked.append(address)
+        return "fetching the model: 1 of 4 MB (25 %)"
+
+    await world.look()
+    world.reconciler = Reconciler(
+        world.api, world.fleet, INSTALLATION, KEY, OperatorMetrics(), clock=lambda: world.now, progress_of=progress_of
+    )
+    template_hash = world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["template"]["metadata"]["annotations"]
+    starting = worker(
+        status={
+            "phase": "Running",
+            "podIP": "10.0.0.7",
+            "containerStatuses": [{"name": "main", "state": {"running": {}}}],
+        }
+    )
+    starting["metadata"]["annotations"] |= template_hash
+    world.api.put(starting)
+    assert "status" in await world.look()
+    assert world.service()["status"]["modelStatus"]["progress"] == "fetching the model: 1 of 4 MB (25 %)"
+    assert world.ready()["message"].endswith("1 loading the model: fetching the model: 1 of 4 MB (25 %).")
+    assert asked == ["10.0.0.7"]
+    starting["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
+    world.api.put(starting)
+    await world.look()
+    assert asked == ["10.0.0.7"]
+    assert world.service()["status"]["modelStatus"].get("progress") is None

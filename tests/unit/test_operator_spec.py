@@ -51,10 +51,7 @@ def test_only_true_stops(value: str, stopped: bool) -> None:
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ({"model": {"uri": "s3://models/x"}}, "this version cannot fetch from s3://; use hf://"),
-        ({"model": {"uri": "oci://registry/x:1"}}, "this version cannot fetch from oci://; use hf://"),
         ({"engine": {"type": "vllm"}}, "spec.engine.type is vllm, but this version has only the engine transformers"),
-        ({"engine": {"compile": True}}, "this version does not compile models"),
         (
             {"parallelism": {"tensor": 2}, "resources": {"gpu": {"count": 2}}},
             "spec.resources.gpu.count is 2, but in this version a worker runs on one GPU",
@@ -70,11 +67,21 @@ def test_what_this_version_cannot_do_is_said_with_what_to_do(spec: dict[str, Any
     assert problem.message.endswith(".")
 
 
+@pytest.mark.parametrize("uri", ["hf://o/n", "pvc://claim/a", "file:///a", "s3://models/a", "oci://registry/a:1"])
+def test_a_model_of_every_source_can_be_run_compiled_or_not(uri: str) -> None:
+    for compiled in (True, False):
+        spec, problems = read(
+            service({"model": {"uri": uri}, "engine": {"compile": compiled, "cudaGraphs": not compiled}})
+        )
+        assert problems == ()
+        assert (spec.model_uri, spec.compile, spec.cuda_graphs) == (uri, compiled, not compiled)
+
+
 def test_all_problems_are_told_at_once() -> None:
     _, problems = read(
         service(
             {
-                "model": {"uri": "s3://models/x"},
+                "metering": {"billingMode": "standardRate"},
                 "engine": {"type": "vllm"},
                 "template": {"spec": {"restartPolicy": "Never"}},
             }

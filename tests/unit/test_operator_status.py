@@ -188,3 +188,12 @@ def test_a_leaving_service_counts_its_workers_and_names_the_limit() -> None:
     assert "1 worker finishes running requests and hands over" in told(decide_leaving(former, 5, 1, "", LATER))[2]
     assert told(decide_leaving(former, 5, 0, "", LATER))[2].startswith("No worker runs any more")
     assert [one["type"] for one in leaving["conditions"]] == [one["type"] for one in former["conditions"]]
+
+
+def test_how_far_a_model_is_stands_in_model_status_and_condition_until_it_is_loaded() -> None:
+    far = "fetching the model: 1,234 of 4,000 MB (30 %)"
+    one = status(worker(started=True, loading=far))
+    assert one["modelStatus"]["progress"] == far
+    assert told(one)[2] == f"0 of 1 worker ready; 1 loading the model: {far}."
+    assert status(ready(), worker("w-2", started=True, loading=far))["modelStatus"]["progress"] is None
+    assert status(worker(started=True))["modelStatus"]["progress"] is None

@@ -93,6 +93,8 @@ def test_the_worker_is_told_its_settings_by_environment() -> None:
         "GPUMETER_MAX_BATCH_TOKENS": "512",
         "GPUMETER_MAX_WAIT_MS": "5",
         "GPUMETER_MAX_QUEUE_LENGTH": "9",
+        "GPUMETER_CUDA_GRAPHS": "1",
+        "GPUMETER_COMPILE": "0",
         "GPUMETER_GPU_COUNT": "0",
         "GPUMETER_GPU_CLASS": "cpu",
         "GPUMETER_ATTRIBUTION": "tokens",

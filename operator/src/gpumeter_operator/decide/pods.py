@@ -42,6 +42,8 @@ class PodState:
     stuck: bool  # its container waits for longer than usual, and the pod's status does not say for what
     problem: Problem | None
     failure: Failure | None
+    address: str = ""  # where a worker that starts can be asked how far it is; empty where it has none
+    loading: str = ""  # what it answered
 
 
 def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:
@@ -74,6 +76,7 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> P
         stuck=stuck,
         problem=None if ready else _problem(pod, state, failure, gpu_resource_name, stuck=stuck),
         failure=failure,
+        address=status.get("podIP", "") if "running" in state and not ready else "",
     )
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.template import template_problems
@@ -47,6 +46,8 @@ class ServiceSpec:
     max_batch_tokens: int
     max_wait_ms: int
     max_queue_length: int
+    cuda_graphs: bool
+    compile: bool
     gpu_count: int
     gpu_resource_name: str
     gpu_class: str
@@ -99,6 +100,8 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         max_batch_tokens=int(engine.get("maxBatchTokens", 2048)),
         max_wait_ms=int(engine.get("maxWaitMs", 0)),
         max_queue_length=int(engine.get("maxQueueLength", 256)),
+        cuda_graphs=bool(engine.get("cudaGraphs", True)),
+        compile=bool(engine.get("compile", False)),
         gpu_count=gpu_count,
         gpu_resource_name=gpu.get("resourceName", "nvidia.com/gpu"),
         gpu_class=gpu.get("class") or "gpu" if gpu_count else "cpu",
@@ -139,21 +142,11 @@ def _problems(spec: ServiceSpec, raw: Mapping[str, Any]) -> tuple[Problem, ...]:
     def not_supported(message: str) -> None:
         found.append(Problem("NotSupported", message))
 
-    scheme = urlsplit(spec.model_uri).scheme
-    if scheme in ("s3", "oci"):
-        not_supported(
-            f"spec.model.uri is {spec.model_uri}, but this version cannot fetch from {scheme}://; use hf://, or put "
-            "the model on a PersistentVolumeClaim and write pvc://CLAIM/PATH."
-        )
     engine = _part(raw, "engine")
     if engine.get("type", "transformers") != "transformers":
         not_supported(
             f"spec.engine.type is {engine['type']}, but this version has only the engine transformers; "
             "remove spec.engine.type."
-        )
-    if engine.get("compile"):
-        not_supported(
-            "spec.engine.compile is true, but this version does not compile models; remove spec.engine.compile."
         )
     tensor = int(_part(raw, "parallelism").get("tensor", 1))
     if tensor > 1 or spec.gpu_count > 1:

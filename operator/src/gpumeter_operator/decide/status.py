@@ -117,12 +117,14 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
             )
         return not_ready(problem)
     if current_ready < wanted:
-        loading = sum(pod.started and not pod.ready for pod in current)
+        loading = [pod for pod in current if pod.started and not pod.ready]
         if loading:
+            told = _progress(loading)
+            far = f"{len(loading)} loading the model{f': {told}' if told else ''}"
             return not_ready(
                 Problem(
                     "ModelLoading",
-                    f"{current_ready} of {_count(wanted, 'worker')} ready; {loading} loading the model.{former}",
+                    f"{current_ready} of {_count(wanted, 'worker')} ready; {far}.{former}",
                 )
             )
         return not_ready(
@@ -189,7 +191,14 @@ def _stopped(spec: ServiceSpec) -> Condition:
 
 def _model_status(seen: Seen, alive: Sequence[PodState]) -> dict[str, Any]:
     failures = [pod.failure for pod in alive if pod.failure is not None]
-    return {"state": _model_state(seen, alive), "lastFailureInfo": _failure_info(failures)}
+    state = _model_state(seen, alive)
+    progress = _progress(alive) if state == "Loading" else ""
+    return {"state": state, "progress": progress or None, "lastFailureInfo": _failure_info(failures)}
+
+
+def _progress(pods: Sequence[PodState]) -> str:
+    """How far the first worker is that tells; with several that start, the others are not far from it."""
+    return next((pod.loading for pod in pods if pod.loading), "")
 
 
 def _model_state(seen: Seen, alive: Sequence[PodState]) -> str:

@@ -11,6 +11,15 @@ from gpumeter_operator.decide.names import INSTANCE_LABEL, MAIN_CONTAINER, MANAG
 
 OWN_PREFIX = "gpumeter.io/"
 OWN_ENVIRONMENT = "GPUMETER_"
+FREE_ENVIRONMENT = (
+    "GPUMETER_ALLOW_PICKLE",
+    "GPUMETER_LOG_FORMAT",
+    "GPUMETER_LOG_LEVEL",
+    "GPUMETER_PLAIN_HTTP_REGISTRIES",
+    "GPUMETER_PREFIX_CACHE",
+)
+"""Settings of a worker that the spec has no field for, and that metering does not stand on."""
+
 OWN_VOLUMES = ("tmp", "journal", "cache", "shared-memory", "credentials", "model")
 OWN_PATHS = ("/tmp", "/var/lib/gpumeter", "/var/cache/gpumeter", "/dev/shm", "/etc/gpumeter", "/mnt/models")  # noqa: S108
 OWN_LABELS = (NAME_LABEL, INSTANCE_LABEL, MANAGED_BY_LABEL, MODEL_LABEL)
@@ -72,8 +81,9 @@ def _main_problems(main: Mapping[str, Any]) -> Iterator[str]:
     if "image" in main:
         yield f"{where}.image is set; the worker's image is spec.engine.image, set it there."
     for variable in main.get("env") or []:
-        if str(variable.get("name", "")).startswith(OWN_ENVIRONMENT):
-            yield f"{where}.env sets {variable['name']}, which gpumeter sets from the spec; remove it."
+        name = str(variable.get("name", ""))
+        if name.startswith(OWN_ENVIRONMENT) and name not in FREE_ENVIRONMENT:
+            yield f"{where}.env sets {name}, which gpumeter sets from the spec; remove it."
     for mount in main.get("volumeMounts") or []:
         path = str(mount.get("mountPath", "")).rstrip("/")
         if any(path == own or path.startswith(f"{own}/") for own in OWN_PATHS):

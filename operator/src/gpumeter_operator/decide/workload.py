@@ -305,6 +305,8 @@ def _environment(spec: ServiceSpec, installation: Installation) -> list[Manifest
         "GPUMETER_MAX_BATCH_TOKENS": str(spec.max_batch_tokens),
         "GPUMETER_MAX_WAIT_MS": str(spec.max_wait_ms),
         "GPUMETER_MAX_QUEUE_LENGTH": str(spec.max_queue_length),
+        "GPUMETER_CUDA_GRAPHS": str(int(spec.cuda_graphs)),
+        "GPUMETER_COMPILE": str(int(spec.compile)),
         "GPUMETER_GPU_COUNT": str(spec.gpu_count),
         "GPUMETER_GPU_CLASS": spec.gpu_class,
         "GPUMETER_ATTRIBUTION": spec.attribution,

@@ -9,6 +9,7 @@ from datetime import timedelta
 from gpumeter_operator.adapters.health import HealthServer
 from gpumeter_operator.adapters.kubernetes import Cluster, Manifest, Refused, Unreachable
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.adapters.starting import StartingWorkers
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler
@@ -37,7 +38,10 @@ class Operation:
         self._overdue_s = max(OVERDUE_MIN_S, 20 * interval_s)
         metrics = OperatorMetrics()
         self._fleet = Fleet(cluster)
-        self._reconciler = Reconciler(cluster, self._fleet, installation, master_key, metrics)
+        self._starting = StartingWorkers()
+        self._reconciler = Reconciler(
+            cluster, self._fleet, installation, master_key, metrics, progress_of=self._starting.told
+        )
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._health = HealthServer(self._wrong, self._fleet.unsynced, metrics.render)
 
@@ -49,6 +53,7 @@ class Operation:
     async def stop(self) -> None:
         """End watches, server and connections."""
         await self._fleet.stop()
+        await self._starting.close()
         await self._health.close()
         await self._cluster.close()
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.events import event
-from gpumeter_operator.decide.pods import belongs, describe, exists
+from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
 from gpumeter_operator.decide.replicas import Replicas, decide_replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
 from gpumeter_operator.decide.workload import Installation, Workload, build
@@ -54,13 +54,16 @@ class Reconciler:
         metrics: OperatorMetrics,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        progress_of: Callable[[str], str] = lambda address: "",
     ) -> None:
+        """`progress_of` tells how far the worker at an address is, as far as that is known now; it does not wait."""
         self._cluster = cluster
         self._fleet = fleet
         self._installation = installation
         self._master_key = master_key
         self._metrics = metrics
         self._clock = clock
+        self._progress_of = progress_of
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self._known: dict[str, Known] = {}
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
@@ -95,7 +98,7 @@ class Reconciler:
         spec, problems = read(service)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
-        described = tuple(describe(pod, spec.gpu_resource_name, now) for pod in pods)
+        described = tuple(self._with_progress(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
         replicas = decide_replicas(spec)
         template_hash, written = "", False
         if not problems:
@@ -112,6 +115,9 @@ class Reconciler:
             pods=described,
         )
         return await self._tell(service, seen, known, now) or written
+
+    def _with_progress(self, pod: PodState) -> PodState:
+        return replace(pod, loading=self._progress_of(pod.address)) if pod.address else pod
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
