@@ -1,34 +1,37 @@
-"""A model that loads in a moment: random weights of a few megabytes under SmolLM2's tokenizer.
+"""A model of random weights that answers in no time, with SmolLM2's tokenizer: for tests of everything but the model.
 
-Owns how it is made. What it says is nonsense; it is for tests of everything but what a model says.
+Owns its size. What it says is noise: any bytes, whole characters or not.
 """
 
+import shutil
 from pathlib import Path
 
 from rigs.worker import model_path
 
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
-def make(folder: Path) -> Path:
-    """Write the model into a folder of its own and return that."""
+
+def tiny_model(folder: Path) -> Path:
+    """Write one of two narrow layers; the folder that a worker can serve."""
     import torch
-    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(7)
-    config = transformers.LlamaConfig(
-        vocab_size=transformers.AutoConfig.from_pretrained(model_path()).vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=4096,
+        initializer_range=0.3,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        tie_word_embeddings=True,
     )
-    target = folder / "tiny"
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
-    for file in model_path().iterdir():
-        if not (target / file.name).exists() and not file.name.endswith(".safetensors"):
-            (target / file.name).symlink_to(file)
-    return target
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copy(model_path() / name, folder / name)
+    return folder

@@ -23,7 +23,13 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 10.0
+"""Logits are divided by it: what is outside makes them infinite, sooner or later."""
+
+LEAST_TEMPERATURE = 1e-4
+"""Below it a difference of logits that a float can tell leaves one token: the likeliest, as with 0."""
+
 MAX_COUNT = 2**31
 """Of tokens that are asked for and of top_k: what fits into the model is checked when the prompt is known."""
 
@@ -119,14 +125,20 @@ def drawing(values: Mapping[str, Any], at: str = "", temperature: float = 1.0) -
         meaning = f"a number from -{MAX_PENALTY:g} to {MAX_PENALTY:g}"
         return number(values, name, 0.0, lambda value: -MAX_PENALTY <= value <= MAX_PENALTY, meaning, at=at)
 
-    repetition = f"a number above 0, at most {MAX_REPETITION_PENALTY:g}; 1 is none"
+    repetition = f"a number from {MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}; 1 is none"
+    heat = number(values, "temperature", temperature, lambda v: 0 <= v <= 2, "a number from 0 to 2", at=at)
     return {
-        "temperature": number(values, "temperature", temperature, lambda v: 0 <= v <= 2, "a number from 0 to 2", at=at),
+        "temperature": heat if heat >= LEAST_TEMPERATURE else 0.0,
         "top_p": number(values, "top_p", 1.0, lambda v: 0 < v <= 1, "a number above 0, at most 1", at=at),
         "top_k": max(0, whole(values, "top_k", 0, -1, MAX_COUNT, at=at)),
         "min_p": number(values, "min_p", 0.0, lambda v: 0 <= v <= 1, "a number from 0 to 1", at=at),
         "repetition_penalty": number(
-            values, "repetition_penalty", 1.0, lambda v: 0 < v <= MAX_REPETITION_PENALTY, repetition, at=at
+            values,
+            "repetition_penalty",
+            1.0,
+            lambda v: MIN_REPETITION_PENALTY <= v <= MAX_REPETITION_PENALTY,
+            repetition,
+            at=at,
         ),
         "frequency_penalty": penalty("frequency_penalty"),
         "presence_penalty": penalty("presence_penalty"),

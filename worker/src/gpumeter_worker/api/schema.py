@@ -21,6 +21,7 @@ from gpumeter_worker.api.parameters import (
     MAX_STOP_IDS,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
+    MIN_REPETITION_PENALTY,
     NEUTRAL,
 )
 from gpumeter_worker.api.requests import COMPLETION_TOKENS, GENERATE_TOKENS, MAX_PROMPTS
@@ -81,7 +82,7 @@ _DRAWING: dict[str, Schema] = {
     "top_p": _number(0, 1, above=True),
     "top_k": _whole(-1, MAX_COUNT, "0 or -1 keep the whole vocabulary."),
     "min_p": _number(0, 1),
-    "repetition_penalty": _number(0, MAX_REPETITION_PENALTY, "1 is none.", above=True),
+    "repetition_penalty": _number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, "1 is none."),
     "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "presence_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "seed": _whole(-MAX_SEED, MAX_SEED, "The same seed gives the same tokens, whatever else is served."),
