@@ -73,6 +73,7 @@ class Engine:
         self._max_length = max_length
         self._unreported: deque[_Unreported] = deque()
         self._ended: list[Ended] = []
+        self._attempted: list[Work] = []
 
     @property
     def waiting(self) -> int:
@@ -126,7 +127,32 @@ class Engine:
         if plan:
             if copies := self._blocks.take_copies():
                 self._runner.copy(copies)
-            self._postprocess(plan, self._runner.run(plan, self._clock))
+            self._attempted = plan
+            sampled = self._runner.run(plan, self._clock)
+            self._attempted = []
+            self._postprocess(plan, sampled)
+        return self._report()
+
+    def shed(self, message: str) -> list[Event]:
+        """After a turn whose step had too little memory: end whom it took in, or else its newest sequence.
+
+        The others lose nothing, because a step moves nobody on before it has run; what it drew for them is drawn again.
+        Empty when there was no such step.
+        """
+        attempted, self._attempted = self._attempted, []
+        taken_in = [
+            work.sequence for work in attempted if work.prefill and work.sequence.computed == work.sequence.cached
+        ]
+        newest = [work.sequence for work in sorted(attempted, key=lambda work: work.sequence.arrival)[-1:]]
+        for sequence in taken_in or newest:
+            self._scheduler.leave(sequence)
+            self._end(sequence, Finish.FAILED, message)
+        for work in attempted:
+            _rewind(work.sequence)
+        return self._report() if attempted else []
+
+    def last_report(self) -> list[Event]:
+        """After a turn that failed for good: the steps that are known to be finished. Nothing else may follow."""
         return self._report()
 
     def _prompt(self, command: Submit) -> Prompt:
@@ -180,6 +206,14 @@ class Engine:
             )
             events += step.ended
         return events
+
+
+def _rewind(sequence: Sequence) -> None:
+    """Same seed, same tokens: every token so far took one number from its source, and nothing else did."""
+    if (seed := sequence.sampling.seed) is not None:
+        sequence.random = Random(seed)
+        for _ in range(sequence.generated):
+            sequence.random.random()
 
 
 def _settle(work: Work, *, sampled: bool) -> Part:

@@ -137,13 +137,15 @@ class CudaClock:
 
     def begin(self) -> None:
         """See StepClock."""
-        if not self._free:  # the ring is longer than any launch queue should be: wait rather than lose a step
+        if (
+            self._current is None and not self._free
+        ):  # the ring is longer than any launch queue should be: wait rather than lose a step
             self._pending[0][1].synchronize()
             self._collect()
         if not self._pending:
             self._anchored_ns = time.monotonic_ns()
             self._anchor.record()
-        self._current = self._free.popleft()
+        self._current = self._current or self._free.popleft()  # one that began and failed gives its pair to the next
         self._current[0].record()
 
     def end(self) -> None:
