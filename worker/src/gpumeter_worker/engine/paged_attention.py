@@ -129,9 +129,17 @@ def choose(asked: str, heads: Heads, dtype: torch.dtype, device: str) -> tuple[B
 
     `asked`: "auto", "triton", "varlen" or "gather". Each is tried on a small step before it is used.
     """
-    order = {"auto": ("triton", "gather"), "varlen": ("varlen", "triton", "gather")}.get(asked, (asked, "gather"))
+    order = {
+        "auto": ("triton", "gather"),
+        "triton": ("triton", "gather"),
+        "varlen": ("varlen", "triton", "gather"),
+        "gather": ("gather",),
+    }
     remarks: list[str] = []
-    for name in order:
+    if asked not in order:
+        remarks.append(f"GPUMETER_ATTENTION is {asked!r:.40}; it must be one of {', '.join(order)}, and auto is taken")
+        asked = "auto"
+    for name in order[asked]:
         try:
             backend = _BACKENDS[name](heads, dtype, device)
             problem = _difference(backend, heads, dtype, device)
@@ -140,7 +148,7 @@ def choose(asked: str, heads: Heads, dtype: torch.dtype, device: str) -> tuple[B
         if not problem:
             return backend, remarks
         remarks.append(f"attention by {name} is not used: {problem}")
-    raise RuntimeError("; ".join(remarks))
+    raise AttentionUnsupported("; ".join(remarks))
 
 
 def _triton(heads: Heads, dtype: torch.dtype, device: str) -> Backend:
@@ -267,8 +275,9 @@ def _gather_sequences(  # noqa: PLR0917
     k = keys[table].permute(0, 2, 1, 3, 4).reshape(sequences, kv_heads, -1, head_dim)
     v = values[table].permute(0, 2, 1, 3, 4).reshape(sequences, kv_heads, -1, head_dim)
     at = torch.arange(k.shape[2], device=query.device)
-    # What another sequence left behind may be no number, and zero times that is none either.
-    v = v.masked_fill((at >= lengths[:, None])[:, None, :, None], 0)
+    # What another sequence left behind may be no number: masked or times zero, it would stay none.
+    foreign = (at >= lengths[:, None])[:, None, :, None]
+    k, v = k.masked_fill(foreign, 0), v.masked_fill(foreign, 0)
     position = lengths[:, None] - count + torch.arange(count, device=query.device)
     seen = at <= position[:, :, None]
     if window is not None:

@@ -71,8 +71,11 @@ class PagedSteps:
         return sorted(self._graphs)
 
     def stage(self, rows: Sequence[Work], splits: int | None = None) -> Staged:
-        """Lay a step out and send it. Waits for nothing: the pinned memory is torch's to keep until it was read."""
-        bucket = bucket_for(len(rows), self._graphs) if self._graphs and paged.only_decodes(rows) else None
+        """Lay a step out and send it. Waits for nothing: the pinned memory is torch's to keep until it was read.
+
+        With `splits` given the step runs eagerly, split like that.
+        """
+        bucket = bucket_for(len(rows), self._graphs) if splits is None and paged.only_decodes(rows) else None
         frame = paged.frame(rows, self._block_q) if bucket is None else self._graphs[bucket].step.frame
         host = torch.frombuffer(paged.lay_out(rows, frame, self.cache.spare), dtype=torch.int32)
         if self._device != "cpu":
@@ -129,14 +132,13 @@ class PagedSteps:
     def _capture(self, size: int, recorder: Recorder) -> None:
         frame = paged.bucket_frame(size, self._max_model_len)
         probe = self.probe([1] * size)
-        expected = self.logits(self.stage(probe)).clone()
+        splits = self._splits(frame, self._max_model_len)
+        expected = self.logits(self.stage(probe, splits)).clone()
         if self._out is None:  # the largest batch comes first
             self._out = torch.empty_like(expected)
         out = self._out[:size]
         buffer = torch.frombuffer(paged.lay_out(probe, frame, self.cache.spare), dtype=torch.int32).to(self._device)
-        step = paged_attention.view(
-            buffer, frame, self.cache, self._splits(frame, self._max_model_len), self._max_model_len
-        )
+        step = paged_attention.view(buffer, frame, self.cache, splits, self._max_model_len)
 
         def run() -> None:
             out.copy_(self._forward(step.tokens.long()[None], step.positions.long()[None], 0, step))
