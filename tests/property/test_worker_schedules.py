@@ -115,7 +115,8 @@ class Schedules(RuleBasedStateMachine):
         decodes = [row for row in step if not row.prefill]
         assert step[: len(decodes)] == decodes, "decodes come first"
         assert all(row.count == 1 and row.samples for row in decodes)
-        if decodes and self.limits.mixed_prefill_tokens:
+        streams = [row for row in decodes if (row.session_id, row.choice) in self.decoding]
+        if streams and self.limits.mixed_prefill_tokens:
             assert sum(row.count for row in step if row.prefill) <= self.limits.mixed_prefill_tokens
         missing = self.decoding - set(keys) - self.cancelled - self.ended.keys()
         assert not missing or self.paged, "a stream was left out of a step"

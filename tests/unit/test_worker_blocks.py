@@ -122,12 +122,13 @@ def test_pages_that_nobody_holds_are_forgotten_longest_unused_first_and_from_the
 
 
 def test_a_page_without_a_whole_unit_is_used_before_one_that_can_be_found() -> None:
-    blocks = PagedBlocks(4, 16, prefix=True)
-    one = admitted(blocks, counting(40))  # two full blocks and a part of one
-    compute(blocks, one)
-    blocks.release(one)
-    blocks.release(admitted(blocks, [7] * 20))
-    assert admitted(blocks, counting(40)).cached == 32
+    blocks = PagedBlocks(2, 16, prefix=True)
+    whole = admitted(blocks, counting(16))
+    compute(blocks, whole)
+    blocks.release(whole)
+    for _ in range(3):
+        blocks.release(admitted(blocks, [7] * 4))
+    assert admitted(blocks, counting(17)).cached == 16
 
 
 def test_a_newcomer_leaves_a_page_for_each_that_runs() -> None:

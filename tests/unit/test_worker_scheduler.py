@@ -269,18 +269,27 @@ def planned(scheduler: Scheduler) -> list[Work]:
 
 def test_a_full_cache_takes_from_the_newest_of_the_tenant_that_was_served_most() -> None:
     scheduler = scheduler_of(Limits(4, 64), PagedBlocks(7, 16, prefix=False))
-    for name, tenant, prompt in (
-        ("a1", "greedy", 15),
-        ("b1", "modest", 15),
-        ("a2", "greedy", 15),
-        ("a3", "greedy", 15),
-    ):
-        scheduler.add(waiting(name, prompt, tenant))
+    for name, tenant in (("a1", "greedy"), ("a2", "greedy"), ("a3", "greedy"), ("b1", "modest")):
+        scheduler.add(waiting(name, 15, tenant))
     seen = [step(scheduler).keys() for _ in range(30)]
     assert all({"a1", "b1"} <= names for names in seen)
     assert seen[0] == {"a1", "b1", "a2", "a3"}
     assert seen[3] == {"a1", "b1", "a2"}  # the second block of each: there were three for four
     assert seen[20] == {"a1", "b1"}
+
+
+def test_what_a_cancelled_prompt_was_not_served_is_given_back() -> None:
+    scheduler = scheduler_of(Limits(1, 10))
+    scheduler.add(waiting("huge", 1000, "a"))
+    for name, tenant in (("b1", "b"), ("a1", "a"), ("b2", "b")):
+        scheduler.add(waiting(name, 10, tenant, wanted=1))
+    assert step(scheduler) == {"huge": 10}
+    scheduler.cancel("huge", None)
+    order = []
+    while scheduler.waiting:
+        order += step(scheduler)
+        scheduler.cancel(order[-1], None)
+    assert order == ["b1", "a1", "b2"]
 
 
 def test_what_a_preemption_lost_is_computed_again_as_recompute_and_then_it_goes_on() -> None:
