@@ -117,6 +117,12 @@ def _decode_groups(lengths: list[int], slots: list[int]) -> list[_Decodes]:
     return groups
 
 
+def copy_slots(cache: SlotCache, source: int, target: int, tokens: int) -> None:
+    """Copy the first tokens of a slot into another one, in every layer."""
+    for layer in (*cache.keys, *cache.values):
+        layer[target, :, :tokens] = layer[source, :, :tokens]
+
+
 def attend(  # noqa: PLR0917 - the interface is transformers'
     module: Any,
     query: torch.Tensor,
@@ -127,12 +133,13 @@ def attend(  # noqa: PLR0917 - the interface is transformers'
     dropout: float = 0.0,
     step: StepContext | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, rows, head_dim], key and value [1, kv_heads, rows, head_dim] -> [1, rows, heads, head_dim]."""
     if step is None:
         raise AttentionUnsupported("this model does not hand the step on to its attention layers")
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("s_aux", "position_bias"):
         if others.get(name) is not None:
             raise AttentionUnsupported(f"this model's attention uses {name}, which the engine does not compute yet")
     keys, values = step.cache.keys[module.layer_idx], step.cache.values[module.layer_idx]
@@ -146,28 +153,45 @@ def attend(  # noqa: PLR0917 - the interface is transformers'
         queries = queries.reshape(step.decode_rows, kv_heads, heads // kv_heads, head_dim)
     for index, group in enumerate(step.decodes):
         rows = slice(0, group.b - group.a) if group.dense else step.slots[group.a : group.b]
-        out = F.scaled_dot_product_attention(
-            queries[group.a : group.b],
-            keys[rows, :, : group.length],
-            values[rows, :, : group.length],
-            attn_mask=_decode_mask(step, index, sliding_window),
-            scale=scaling,
-        )
+        mask = _decode_mask(step, index, sliding_window)
+        own, held = queries[group.a : group.b], (keys[rows, :, : group.length], values[rows, :, : group.length])
+        if softcap is None:
+            out = F.scaled_dot_product_attention(own, *held, attn_mask=mask, scale=scaling)
+        else:
+            out = _softcapped(own, *held, mask, scaling, softcap)
         outs.append(out.reshape(group.b - group.a, heads, head_dim))
     for index, chunk in enumerate(step.chunks):
         length = chunk.context + chunk.count
         mask = _chunk_mask(step, index, sliding_window)
-        out = F.scaled_dot_product_attention(
-            query[:, :, chunk.a : chunk.a + chunk.count],
-            keys[chunk.slot : chunk.slot + 1, :, :length],
-            values[chunk.slot : chunk.slot + 1, :, :length],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=heads != kv_heads,
-        )
+        own = query[:, :, chunk.a : chunk.a + chunk.count]
+        held = (keys[chunk.slot : chunk.slot + 1, :, :length], values[chunk.slot : chunk.slot + 1, :, :length])
+        if softcap is None:
+            out = F.scaled_dot_product_attention(
+                own, *held, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != kv_heads
+            )
+        else:
+            group_size = heads // kv_heads
+            key, value = (one.repeat_interleave(group_size, 1) for one in held)
+            out = _softcapped(own, key, value, mask, scaling, softcap)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)[None], None
+
+
+def _softcapped(  # noqa: PLR0917 - the order is scaled_dot_product_attention's
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention whose scores are bent by softcap * tanh(score / softcap), as Gemma 2 has it; mask None: causal."""
+    scores = query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights @ value.float()).to(query.dtype)
 
 
 def _decode_mask(step: StepContext, index: int, window: int | None) -> torch.Tensor:

@@ -16,9 +16,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from gpumeter_worker.engine.channel import Channel
-from gpumeter_worker.engine.faults import fault_of
+from gpumeter_worker.engine.faults import Fault, fault_of
 from gpumeter_worker.engine.loop import Engine
 from gpumeter_worker.engine.messages import (
     Cancel,
@@ -31,7 +32,7 @@ from gpumeter_worker.engine.messages import (
     Shutdown,
     Submit,
 )
-from gpumeter_worker.engine.scheduler import Limits
+from gpumeter_worker.engine.window import Window
 from gpumeter_worker.log import configure_logging
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.clock import step_clock
@@ -41,6 +42,12 @@ log = logging.getLogger("gpumeter_worker.engine.process")
 _POLL_S = 0.0005
 """How soon a launched step is looked at again when there is nothing else to launch."""
 
+
+_COMMANDS_MAX = 1024
+"""A flood of commands holds up those that run for no longer than it takes to read this many."""
+
+_SHEDS_MAX = 3
+"""So many steps in a row may lack memory, each with fewer sequences than the one before. Then something holds it."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -64,6 +71,11 @@ def main() -> int:
         return _run(channel, options)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the API process is gone; so is everything to do
+    except Exception as error:
+        log.exception("the engine failed")
+        with suppress(OSError):
+            channel.send([Failed(fault_of(error).sentence)])
+        return 1
 
 
 def _die_with(parent: int) -> None:
@@ -86,7 +98,7 @@ def _run(channel: EngineChannel, options: EngineOptions) -> int:
         runner = ModelRunner(options)
         clock = step_clock(options.device)
         channel.send([PhaseEntered(Phase.WARMUP, time.monotonic_ns())])
-        runner.warm_up(clock, options.max_batch_tokens)
+        runner.warm_up(clock)
     except LoadFailed as error:
         channel.send([Fatal(error.reason, str(error))])
         return 3
@@ -95,14 +107,29 @@ def _run(channel: EngineChannel, options: EngineOptions) -> int:
         channel.send([Failed(f"start-up raised {type(error).__name__}")])
         return 1
     ready = runner.ready(time.monotonic_ns())
-    engine = Engine(runner, clock, Limits(runner.slots, options.max_batch_tokens), ready.eos_ids, runner.max_model_len)
+    engine = Engine(runner, clock, runner.limits, ready.eos_ids, runner.max_model_len, runner.blocks())
+    window = Window(options.max_wait_ms * 10**6, ready.max_batch_size)
     channel.send([ready])
-    log.info("the engine serves with %d slots of %d tokens", ready.max_batch_size, ready.max_model_len)
-    while _take_commands(channel, engine, options):
+    log.info("the engine serves up to %d sequences of %d tokens", ready.max_batch_size, ready.max_model_len)
+    for remark in ready.remarks:
+        log.warning("%s", remark)
+    return serve(channel, engine, window)
+
+
+def serve(channel: EngineChannel, engine: Engine, window: Window) -> int:
+    """Turn the engine until it is told to leave, or until a step fails in a way that only a new process survives."""
+    sheds = 0
+    while _take_commands(channel, engine, window):
         try:
             events = engine.turn()
+            sheds = 0 if events else sheds
         except Exception as error:
-            return _give_up(channel, error)
+            fault = fault_of(error)
+            log.exception("a step failed")
+            sheds += 1
+            events = engine.shed(fault.sentence) if fault.memory and sheds <= _SHEDS_MAX else []
+            if not events:
+                return _give_up(channel, engine, fault)
         if events:
             channel.send(events)
         elif engine.busy and not engine.stepping:
@@ -110,37 +137,30 @@ def _run(channel: EngineChannel, options: EngineOptions) -> int:
     return 0
 
 
-def _give_up(channel: EngineChannel, error: Exception) -> int:
-    """A step failed in a way that leaves nothing to rely on: say why, and end."""
-    log.exception("a step failed")
-    channel.send([Failed(fault_of(error).sentence)])
+def _give_up(channel: EngineChannel, engine: Engine, fault: Fault) -> int:
+    """Nothing here can be relied on any more, except what was measured: report that, say why, and end."""
+    with suppress(Exception):  # the device may not even tell which steps it finished
+        channel.send(engine.last_report())
+    channel.send([Failed(fault.sentence)])
     channel.close()  # a device in an unknown state may keep the process from ending by itself; it is ended then
     return 1
 
 
-def _take_commands(channel: EngineChannel, engine: Engine, options: EngineOptions) -> bool:
-    """Apply every command that has come; from idle, wait for one, then up to maxWaitMs for company. False: leave."""
-    idle = not engine.busy
-    deadline = 0.0
-    while True:
-        if idle and not engine.busy:
-            wait_s: float | None = None
-        else:
-            wait_s = (
-                max(0.0, deadline - time.monotonic()) if deadline and engine.waiting < options.max_batch_size else 0
-            )
-        if not channel.poll(wait_s):
-            return True
+def _take_commands(channel: EngineChannel, engine: Engine, window: Window) -> bool:
+    """Apply the commands that have come, and wait for more as long as the window says. False: leave."""
+    for _ in range(_COMMANDS_MAX):
+        patience_ns = window.patience_ns(time.monotonic_ns(), waiting=engine.waiting, busy=engine.started)
+        if not channel.poll(None if patience_ns is None else patience_ns / 1e9):
+            break
         command = channel.receive()
         match command:
             case Submit():
                 engine.submit(command)
-                if idle and not deadline:
-                    deadline = time.monotonic() + options.max_wait_ms / 1000
             case Cancel():
                 engine.cancel(command)
             case Shutdown():
                 return False
+    return True
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""A model's matrix products on a CPU: weights packed once, for the kernels that are fastest on this processor.
+
+Owns which kernel multiplies how many rows. Does not know what a product is for. Two things are gained over torch's own
+linear layers: oneDNN gets the weights in its own layout, which saves rearranging them in every step; and where
+products of bfloat16 are slower than those of float32 (measured here, at start-up: processors without matrix units
+multiply bfloat16 at half the rate), many rows are multiplied in float32. What comes out is rounded to the model's type
+either way, and no less precise.
+"""
+
+import logging
+import time
+from collections import Counter
+
+import torch
+from torch import nn
+
+log = logging.getLogger("gpumeter_worker.engine.linear")
+
+_TYPES = (torch.bfloat16, torch.float32)
+_ROWS = (16, 32, 64, 128, 256)
+"""How many rows the two kernels are compared for. Fewer are bound by reading the weights: the smaller type wins."""
+
+_WORTH = 0.95
+"""A wide product must take at most this share of a narrow one's time to be worth its memory."""
+
+_LAYOUT_ROWS = 64
+"""The number of rows that oneDNN is told to lay weights out for; others run on the same layout."""
+
+_TRIALS = 7
+NEVER = 1 << 62
+
+_packed: list["PackedLinear"] = []
+"""Every packed layer of this process's model by number, because an opaque operation takes no modules."""
+
+
+class PackedLinear(nn.Module):  # type: ignore[misc]
+    """Stands where an nn.Linear stood, [..., in_features] -> [..., out_features]. From `wide_from` rows on: float32."""
+
+    def __init__(self, linear: nn.Linear, wide_from: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        self._wide_from = wide_from
+        self._narrow = _pack(weight)
+        self._wide = _pack(weight.float()) if wide_from < NEVER else None
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self._wide_bias = None if self._bias is None else self._bias.float()
+        self._number = len(_packed)
+        _packed.append(self)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """See the class. A compiler sees one operation that it cannot look into."""
+        if torch.compiler.is_compiling():
+            product: torch.Tensor = torch.ops.gpumeter.product(rows, self._number, self.out_features)
+            return product
+        return self.product(rows)
+
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product itself."""
+        if self._wide is not None and rows.numel() >= self._wide_from * self.in_features:
+            return _multiply(rows.float(), self._wide, self._wide_bias).to(rows.dtype)
+        return _multiply(rows, self._narrow, self._bias)
+
+
+def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
+    """Replace a model's linear layers; returns the rows from which they multiply in float32 (NEVER: not at all).
+
+    `spare_bytes` is what copies in float32 may take; None: nobody knows, so take none. Where torch was built without
+    oneDNN or the type is another one, nothing is replaced and 0 is returned.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.dtype in _TYPES and child.weight.device.type == "cpu"
+    ]
+    if not found or not _available(found[0][2].weight.dtype):
+        return 0
+    shapes = Counter((child.out_features, child.in_features) for _, _, child in found)
+    weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
+    wide_from = NEVER
+    if found[0][2].weight.dtype is torch.bfloat16 and spare_bytes is not None and 4 * weights <= spare_bytes:
+        wide_from = _faster_from(max(shapes, key=lambda shape: shapes[shape] * shape[0] * shape[1]))
+    replaced: dict[nn.Linear, PackedLinear] = {}
+    for parent, name, child in found:
+        if child not in replaced:
+            replaced[child] = PackedLinear(child, wide_from)
+        setattr(parent, name, replaced[child])
+    return wide_from
+
+
+def _available(dtype: torch.dtype) -> bool:
+    mkldnn = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not all(
+        hasattr(mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+    ):
+        return False
+    return dtype is not torch.bfloat16 or bool(mkldnn._is_mkldnn_bf16_supported())
+
+
+def _faster_from(shape: tuple[int, int]) -> int:
+    """The number of rows from which float32 is worth its memory on this machine, for weights of this shape."""
+    weights = [torch.randn(shape).bfloat16() for _ in range(4)]  # more than one, so that they are not all in a cache
+    narrow, wide = [_pack(one) for one in weights], [_pack(one.float()) for one in weights]
+    found = NEVER
+    for rows in reversed(_ROWS):
+        given = torch.randn(rows, shape[1]).bfloat16()
+        narrow_s = _fastest_s(given, narrow, wide=False)
+        wide_s = _fastest_s(given, wide, wide=True)
+        log.debug("%d rows: %.0f us in bfloat16, %.0f us in float32", rows, narrow_s * 1e6, wide_s * 1e6)
+        if wide_s > _WORTH * narrow_s:
+            break
+        found = rows
+    return found
+
+
+def _fastest_s(rows: torch.Tensor, weights: list[torch.Tensor], *, wide: bool) -> float:
+    """The least of a few trials: what else runs on the machine only ever adds."""
+    times = []
+    for _ in range(_TRIALS):
+        began = time.perf_counter()
+        for weight in weights:
+            _multiply(rows.float(), weight, None).to(rows.dtype) if wide else _multiply(rows, weight, None)
+        times.append(time.perf_counter() - began)
+    return min(times) / len(weights)
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_ROWS)
+    return packed
+
+
+def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return product
+
+
+def _product_of(rows: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return _packed[number].product(rows)
+
+
+def _product_shape(rows: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
+    return rows.new_empty((*rows.shape[:-1], out_features))
+
+
+_library = torch.library.Library("gpumeter", "FRAGMENT")
+_library.define("product(Tensor rows, int number, int out_features) -> Tensor")
+_library.impl("product", _product_of, "CPU")
+torch.library.register_fake("gpumeter::product", _product_shape, lib=_library)

@@ -1,0 +1,142 @@
+"""Loads a model's weights for an engine: what it is, and the sentence when it cannot be.
+
+Owns what is read from a model's configuration. Does not know how its steps are run. Raises LoadFailed with a reason and
+a sentence where the machine or the files are wrong.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from gpumeter_worker.engine.messages import EngineOptions
+from gpumeter_worker.engine.paged_attention import Heads
+
+DEFAULT_MAX_MODEL_LEN = 4096
+
+
+class LoadFailed(Exception):
+    """The model cannot be served here. `reason` is one of the worker's fatal reasons."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model on its device, and what an engine must know of it."""
+
+    model: Any
+    device: str
+    dtype: torch.dtype
+    layers: int
+    heads: Heads
+    vocabulary: int
+    eos_ids: frozenset[int]
+    max_model_len: int
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """What one token takes in the cache: keys and values of every layer."""
+        size: int = 2 * self.layers * self.heads.kv * self.heads.dim * self.dtype.itemsize
+        return size
+
+
+def load(options: EngineOptions, attention: str) -> Loaded:
+    """Load the model that the options name, with attention of the name given. Raises LoadFailed."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise LoadFailed(
+            "GpuNotFound",
+            f"a GPU was asked for and torch {torch.__version__} finds none it can use; check the node's driver "
+            "against the image's CUDA version, or ask for 0 GPUs to run on the CPU",
+        )
+    config = _config(options.model_path)
+    text = config.get_text_config(decoder=True)
+    dtype = _dtype(options.dtype, config, options.device)
+    model = _model(options, dtype, attention)
+    return Loaded(
+        model=model,
+        device=options.device,
+        dtype=dtype,
+        layers=int(text.num_hidden_layers),
+        heads=Heads(
+            query=int(text.num_attention_heads),
+            kv=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+            dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        ),
+        vocabulary=int(text.vocab_size),
+        eos_ids=_eos_ids(model),
+        max_model_len=_max_length(options.max_model_len, text),
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")[:300]
+
+
+def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model_path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=None if options.allow_pickle else True,
+        ).eval()
+        model = model.to(options.device)
+    except torch.OutOfMemoryError as error:
+        raise LoadFailed(
+            "OutOfMemory", f"the weights do not fit on the GPU ({first_line(error)}); use a smaller model or dtype"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise LoadFailed(
+            "ModelInvalid", f"the model at {options.model_path} cannot be loaded: {first_line(error)}"
+        ) from error
+    except Exception as error:  # safetensors raises a type of its own that is no subclass of these
+        raise LoadFailed(
+            "ModelInvalid",
+            f"the weights at {options.model_path} are damaged ({first_line(error)}); copy the model again",
+        ) from error
+    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:
+        raise LoadFailed(
+            "ModelInvalid",
+            f"{type(model).__name__} does not use transformers' attention interface; serve another model",
+        )
+    return model
+
+
+def _config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadFailed("ModelInvalid", f"{path}/config.json cannot be used: {first_line(error)}") from error
+
+
+def _dtype(asked: str, config: Any, device: str) -> torch.dtype:
+    if asked != "auto":
+        dtype: torch.dtype = getattr(torch, asked)
+        return dtype
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return torch.float32 if own is torch.float16 and device == "cpu" else own
+
+
+def _max_length(asked: int, text: Any) -> int:
+    """What was asked for (0 asks for nothing), or the model's own limit where that is smaller."""
+    own = int(getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN)
+    return min(asked or DEFAULT_MAX_MODEL_LEN, own)
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    found = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found) if isinstance(found, list | tuple) else frozenset((found,))
