@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.spec import read
@@ -12,6 +13,7 @@ from gpumeter_worker.main import main as worker_command
 from gpumeter_worker.settings import Settings, from_environment
 from gpumeter_worker.sources.location import local_path
 
+ROOT = Path(__file__).parents[2]
 INSTALLATION = Installation("registry/worker:1", "IfNotPresent", "http://gpumeter-gateway.gpumeter.svc")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
 
@@ -118,3 +120,11 @@ def test_the_worker_writes_only_where_its_pod_lets_it(tmp_path: Path):
 def test_the_secret_holds_what_the_worker_looks_for():
     secret = workload({"model": {"uri": "hf://o/n"}}).secret
     assert set(secret["data"]) == {"usage-token", "hop-key"}
+
+
+@pytest.mark.parametrize(
+    "example", sorted((ROOT / "examples").glob("inferenceservice-*.yaml")), ids=lambda one: one.stem
+)
+def test_every_example_is_one_that_the_operator_runs_and_the_worker_reads(example: Path, tmp_path: Path):
+    spec = yaml.safe_load(example.read_text())["spec"]
+    assert settings(spec, tmp_path).model_name

@@ -26,7 +26,7 @@ from gpumeter_worker.sources.remote import first_line
 log = logging.getLogger("gpumeter_worker.sources.process")
 
 _TELL_S = 1.0
-_LOG_EVERY = 5  # of the sentences that are told
+_LOG_EVERY = 5  # seconds, and at once when something else is being done
 
 
 def main() -> int:
@@ -57,16 +57,16 @@ def main() -> int:
 
 def _tell(progress: Progress) -> None:
     ended = threading.Event()
-    count, last = 0, ""
+    last, logged, since = "", "", 0
     while not ended.wait(_TELL_S):
         text = progress.text()
-        if text == last:
-            continue
-        _say(told=text)
-        last = text
-        if count % _LOG_EVERY == 0:
+        if text != last:
+            _say(told=text)
+        last, since = text, since + 1
+        what = text.partition(":")[0]
+        if what != logged or since >= _LOG_EVERY:
             log.info("%s", text)
-        count += 1
+            logged, since = what, 0
 
 
 def _say(**what: str) -> None:
