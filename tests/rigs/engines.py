@@ -32,6 +32,45 @@ def step(*tokens):
 
 """
 
+_STEPPING = """
+from gpumeter_worker.engine.blocks import PagedBlocks
+from gpumeter_worker.engine.loop import Engine, Sampled
+from gpumeter_worker.engine.process import serve
+from gpumeter_worker.engine.scheduler import Limits
+from gpumeter_worker.engine.window import Window
+from gpumeter_worker.metering.clock import HostClock
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+class Runner:
+    steps = 0
+
+    def run(self, plan, clock):
+        self.steps += 1
+        clock.begin()
+        self.check(plan)
+        clock.end()
+        return [Sampled(self.steps) for work in plan if work.samples]
+
+    def copy(self, copies):
+        pass
+
+def serve_with(check):
+    runner = Runner()
+    runner.check = lambda plan: check(runner, plan)
+    ready()
+    blocks = PagedBlocks(128, 16, prefix=False)
+    engine = Engine(runner, HostClock(), Limits(8, 256), frozenset(), 512, blocks)
+    sys.exit(serve(channel, engine, Window(0, 8)))
+
+"""
+
+
+def stepping(folder: Path, check: str) -> tuple[str, ...]:
+    """The command of the real engine on a runner that gives numbers; `check`, of (runner, plan), may fail a step."""
+    return program(folder, _STEPPING + dedent(check) + "\nserve_with(check)\n")
+
 
 def program(folder: Path, body: str) -> tuple[str, ...]:
     """The command of an engine that does what `body` says, with `channel`, `options`, `ready` and `step` at hand."""
