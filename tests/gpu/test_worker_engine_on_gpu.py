@@ -7,7 +7,6 @@ import torch
 
 from gpumeter_worker.engine.loop import Engine
 from gpumeter_worker.engine.messages import EngineOptions, Event, StepReport, Submit
-from gpumeter_worker.engine.scheduler import Limits
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
@@ -18,10 +17,11 @@ from rigs.worker import model_path
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 
-def gpu_runner(dtype: str) -> object:
+def run(dtype: str, submits: Sequence[Submit], *, graphs: bool = True) -> list[Event]:
+    """Serve the requests with an engine as a worker starts it, warmed up and all."""
     from gpumeter_worker.engine.model import ModelRunner
 
-    return ModelRunner(
+    runner = ModelRunner(
         EngineOptions(
             model_path=model_path(),
             device="cuda",
@@ -32,18 +32,27 @@ def gpu_runner(dtype: str) -> object:
             max_wait_ms=0,
             threads=4,
             memory_bytes=0,
+            cuda_graphs=graphs,
         )
     )
-
-
-def run(runner: object, submits: Sequence[Submit]) -> list[Event]:
-    engine = Engine(runner, step_clock("cuda"), Limits(8, 48), frozenset({2}), 512)  # type: ignore[arg-type]
+    clock = step_clock("cuda")
+    runner.warm_up(clock)
+    assert runner.ready(0).remarks == ()
+    engine = Engine(runner, clock, runner.limits, frozenset({2}), runner.max_model_len, runner.blocks())
     for submit in submits:
         engine.submit(submit)
     events: list[Event] = []
     while engine.busy:
         events += engine.turn()
     return events
+
+
+def tokens(events: Sequence[Event]) -> dict[str, list[int]]:
+    given: dict[str, list[int]] = {}
+    for event in events:
+        for token in event.tokens if isinstance(event, StepReport) else ():
+            given.setdefault(token.session_id, []).append(token.token)
+    return given
 
 
 def prompts() -> list[list[int]]:
@@ -56,14 +65,15 @@ def test_greedy_tokens_equal_generate_in_mixed_batches_in_fp32() -> None:
 
     reference = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).to("cuda")
     submits = [Submit(str(i), prompt, Sampling(16, temperature=0)) for i, prompt in enumerate(prompts())]
-    given: dict[str, list[int]] = {}
-    for event in run(gpu_runner("float32"), submits):
-        if isinstance(event, StepReport):
-            for token in event.tokens:
-                given.setdefault(token.session_id, []).append(token.token)
+    given = tokens(run("float32", submits))
     for submit in submits:
         made = reference.generate(torch.tensor([submit.prompt], device="cuda"), max_new_tokens=16, do_sample=False)
         assert given[submit.session_id] == made[0, len(submit.prompt) :].tolist()
+
+
+def test_graphs_change_no_token() -> None:
+    submits = [Submit(str(i), p, Sampling(24, temperature=0.8, seed=i)) for i, p in enumerate(prompts())]
+    assert tokens(run("float32", submits)) == tokens(run("float32", submits, graphs=False))
 
 
 def test_shares_add_up_to_what_the_events_measured() -> None:
@@ -74,7 +84,7 @@ def test_shares_add_up_to_what_the_events_measured() -> None:
 
     began_ns = anchor.utc_ns(time.monotonic_ns())
     meter = Meter(identity, uncalibrated(Rule.KNEE, "cuda"), began_ns)
-    events = run(gpu_runner("bfloat16"), submits)
+    events = run("bfloat16", submits)
     steps = [event for event in events if isinstance(event, StepReport)]
     meter.enter(Phase.SERVING, anchor.utc_ns(steps[0].started_ns))
     for submit in submits:

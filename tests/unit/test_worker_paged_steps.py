@@ -3,12 +3,14 @@
 What a GPU does in graphs is done here by running the recorded function again over the same static buffers.
 """
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpumeter_worker.engine.gpu import configure, show_triton_the_driver
 from gpumeter_worker.engine.graphs import buckets
 from gpumeter_worker.engine.paged_attention import Backend, Heads, choose
 from gpumeter_worker.engine.paged_steps import PagedSteps, largest_step
@@ -151,3 +153,20 @@ def test_an_attention_of_an_unknown_name_is_told_and_the_default_is_taken() -> N
     backend, remarks = choose("flash", Heads(4, 2, 64), torch.float32, "cpu")
     assert backend.name in ("triton", "gather")
     assert "must be one of auto, triton, varlen, gather" in remarks[0]
+
+
+def test_triton_is_told_where_the_driver_lies_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_LIBCUDA_PATH", raising=False)
+    show_triton_the_driver(
+        "7f00-7f01 r-xp 00000000 08:01 42      /usr/lib/libc.so.6\n7f02-7f03 rw-p 00000000 00:00 0\n"
+    )
+    assert "TRITON_LIBCUDA_PATH" not in os.environ
+    show_triton_the_driver("7f00-7f01 r-xp 00000000 08:01 42      /usr/lib64/nvidia/libcuda.so.570.86.10\n")
+    assert os.environ["TRITON_LIBCUDA_PATH"] == "/usr/lib64/nvidia"
+
+
+def test_float32_stays_float32() -> None:
+    torch.set_float32_matmul_precision("high")
+    configure()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32

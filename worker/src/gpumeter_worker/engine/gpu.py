@@ -4,6 +4,9 @@ Owns torch's switches and the reading of memory. Does not know the model. Every 
 has and later versions keep; nothing is decided by a version's number.
 """
 
+import os
+from pathlib import Path
+
 import torch
 
 from gpumeter_worker.engine.memory import Facts
@@ -18,6 +21,21 @@ def configure() -> None:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = False  # a trial of algorithms inside somebody's step would be billed
+    if torch.cuda.is_available():
+        torch.cuda.init()
+        show_triton_the_driver(Path("/proc/self/maps").read_text())
+
+
+def show_triton_the_driver(maps: str) -> None:
+    """Tell Triton where the driver's library lies that this process has mapped (`maps`: /proc/self/maps).
+
+    Triton asks ldconfig's cache, which nobody could bring up to date in a container whose root is read-only.
+    """
+    for line in maps.splitlines():
+        path = Path(line.partition("/")[1] + line.partition("/")[2])
+        if path.name.startswith("libcuda.so"):
+            os.environ.setdefault("TRITON_LIBCUDA_PATH", str(path.parent))
+            return
 
 
 def multiprocessors() -> int:
