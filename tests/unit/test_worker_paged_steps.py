@@ -3,7 +3,6 @@
 What a GPU does in graphs is done here by running the recorded function again over the same static buffers.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -155,14 +154,18 @@ def test_an_attention_of_an_unknown_name_is_told_and_the_default_is_taken() -> N
     assert "must be one of auto, triton, varlen, gather" in remarks[0]
 
 
-def test_triton_is_told_where_the_driver_lies_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_LIBCUDA_PATH", raising=False)
+def test_triton_is_told_where_the_driver_lies_that_is_in_use() -> None:
+    environment: dict[str, str] = {}
     show_triton_the_driver(
-        "7f00-7f01 r-xp 00000000 08:01 42      /usr/lib/libc.so.6\n7f02-7f03 rw-p 00000000 00:00 0\n"
+        "7f00-7f01 r-xp 00000000 08:01 42    /usr/lib/libc.so.6\n7f02-7f03 rw-p 00 00:00 0", environment
     )
-    assert "TRITON_LIBCUDA_PATH" not in os.environ
-    show_triton_the_driver("7f00-7f01 r-xp 00000000 08:01 42      /usr/lib64/nvidia/libcuda.so.570.86.10\n")
-    assert os.environ["TRITON_LIBCUDA_PATH"] == "/usr/lib64/nvidia"
+    assert environment == {}
+    mapped = "7f00-7f01 r-xp 00000000 08:01 42    /usr/lib64/nvidia/libcuda.so.570.86.10\n"
+    show_triton_the_driver(mapped, environment)
+    assert environment == {"TRITON_LIBCUDA_PATH": "/usr/lib64/nvidia"}
+    environment["TRITON_LIBCUDA_PATH"] = "/opt/driver"
+    show_triton_the_driver(mapped, environment)
+    assert environment == {"TRITON_LIBCUDA_PATH": "/opt/driver"}
 
 
 def test_float32_stays_float32() -> None:

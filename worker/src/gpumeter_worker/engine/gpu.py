@@ -5,6 +5,7 @@ has and later versions keep; nothing is decided by a version's number.
 """
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import torch
@@ -23,10 +24,10 @@ def configure() -> None:
     torch.backends.cudnn.benchmark = False  # a trial of algorithms inside somebody's step would be billed
     if torch.cuda.is_available():
         torch.cuda.init()
-        show_triton_the_driver(Path("/proc/self/maps").read_text())
+        show_triton_the_driver(Path("/proc/self/maps").read_text(), os.environ)
 
 
-def show_triton_the_driver(maps: str) -> None:
+def show_triton_the_driver(maps: str, environment: MutableMapping[str, str]) -> None:
     """Tell Triton where the driver's library lies that this process has mapped (`maps`: /proc/self/maps).
 
     Triton asks ldconfig's cache, which nobody could bring up to date in a container whose root is read-only.
@@ -34,7 +35,7 @@ def show_triton_the_driver(maps: str) -> None:
     for line in maps.splitlines():
         path = Path(line.partition("/")[1] + line.partition("/")[2])
         if path.name.startswith("libcuda.so"):
-            os.environ.setdefault("TRITON_LIBCUDA_PATH", str(path.parent))
+            environment.setdefault("TRITON_LIBCUDA_PATH", str(path.parent))
             return
 
 

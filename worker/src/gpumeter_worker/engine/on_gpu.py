@@ -4,6 +4,7 @@ Owns the order of a GPU's start-up. The twin of engine.on_cpu. Does not know wha
 """
 
 import logging
+import os
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -39,13 +40,16 @@ class Gpu:
         self.name, self.uuid = properties.name, str(getattr(properties, "uuid", ""))
         self.sequences = options.max_batch_size
         self.mixed_prefill_tokens = 0
-        self._backend, self.remarks = paged_attention.choose("auto", loaded.heads, loaded.dtype, loaded.device)
+        self._backend, self.remarks = paged_attention.choose(
+            os.environ.get("GPUMETER_ATTENTION", "auto"), loaded.heads, loaded.dtype, loaded.device
+        )
         weights = torch.cuda.memory_allocated()
         gpu.forget_peak()
         trial = self._make(0)
         probe = largest_step(trial, self.sequences, options.max_batch_tokens, loaded.max_model_len)
         with torch.inference_mode():
-            trial.logits(trial.stage(probe)).float()
+            # The most that sampling may do with them is to sort their probabilities.
+            trial.logits(trial.stage(probe)).float().softmax(-1).sort(-1)
         block = paged.BLOCK_TOKENS * loaded.kv_token_bytes
         sizes = buckets(self.sequences) if options.cuda_graphs and self._backend.graphs else []
         found = gpu.facts(
