@@ -1,6 +1,7 @@
 """The engine's device when it is a GPU: a paged cache sized from a warm-up's measured peak, and graphs of decodes.
 
-Owns the order of a GPU's start-up. The twin of engine.on_cpu. Does not know what is sampled from logits.
+Owns the order of a GPU's start-up. The twin of engine.on_cpu. Of sampling it knows only
+that it takes memory.
 """
 
 import logging
@@ -20,6 +21,7 @@ from gpumeter_worker.engine.memory import size_cache
 from gpumeter_worker.engine.messages import EngineOptions
 from gpumeter_worker.engine.paged_attention import PagedCache
 from gpumeter_worker.engine.paged_steps import PagedSteps, Staged, largest_step, make_forward
+from gpumeter_worker.engine.sampling import Sampler, choose
 from gpumeter_worker.engine.scheduler import Work
 
 log = logging.getLogger("gpumeter_worker.engine.on_gpu")
@@ -48,8 +50,9 @@ class Gpu:
         trial = self._make(0)
         probe = largest_step(trial, self.sequences, options.max_batch_tokens, loaded.max_model_len)
         with torch.inference_mode():
-            # The most that sampling may do with them is to sort their probabilities.
-            trial.logits(trial.stage(probe)).float().softmax(-1).sort(-1)
+            # With the draw that takes the most memory: a top-p, for which the whole vocabulary is sorted.
+            sampler = Sampler(loaded.vocabulary, loaded.eos_ids, loaded.device)
+            choose(trial.logits(trial.stage(probe)), sampler.prepare([work.sequence for work in probe]))
         block = paged.BLOCK_TOKENS * loaded.kv_token_bytes
         sizes = buckets(self.sequences) if options.cuda_graphs and self._backend.graphs else []
         found = gpu.facts(
