@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,24 @@ class Fetcher:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
+        self._answer: dict[str, Any] = {}
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
 
-    def answer(self) -> dict[str, Any]:
-        """What it says in the end."""
+    def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             said: dict[str, Any] = json.loads(line)
-            if "told" not in said:
-                return said
-            self.told.append(said["told"])
-        raise AssertionError(f"it ended with status {self._process.wait()} and without a word")
+            if "told" in said:
+                self.told.append(said["told"])
+            else:
+                self._answer = said
+
+    def answer(self) -> dict[str, Any]:
+        """What it says in the end."""
+        self._listening.join(timeout=120)
+        assert self._answer, f"it ended with status {self._process.poll()} and without a word"
+        return self._answer
 
     def kill(self) -> None:
         """As a node or a kubelet does it."""
@@ -75,15 +84,21 @@ def hub() -> Iterator[Server]:
 
 
 def test_of_two_who_want_a_model_one_fetches_and_both_use_it(hub: Server, tmp_path: Path) -> None:
-    hub.behaviour.slow_s = 0.03
+    hub.behaviour.slow_s = 1
     fetchers = [Fetcher(hub, tmp_path / "cache") for _ in range(2)]
+
+    def both_tell() -> bool:
+        told = [sentence for fetcher in fetchers for sentence in fetcher.told]
+        return any(
+            one.startswith("another worker is fetching the model (fetching the model: ") for one in told
+        ) and any(one.startswith("fetching the model: ") and one.endswith(" left") for one in told)
+
+    until(both_tell, "one fetches, the other says that it does")
+    hub.behaviour.slow_s = 0
     paths = {fetcher.answer()["path"] for fetcher in fetchers}
     assert len(paths) == 1
     assert hub.behaviour.sent[WEIGHTS] == len(MODEL["model.safetensors"])
     assert (Path(paths.pop()) / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
-    told = [sentence for fetcher in fetchers for sentence in fetcher.told]
-    assert any(sentence.startswith("another worker is fetching the model (fetching the model: ") for sentence in told)
-    assert any(sentence.startswith("fetching the model: ") and sentence.endswith(" left") for sentence in told)
     for fetcher in fetchers:
         fetcher.close()
     left = [path.name for path in (tmp_path / "cache" / "models").iterdir()]

@@ -1,12 +1,15 @@
 """Claims, progress, and which files belong to a model."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.sources import cache
 from gpumeter_worker.sources.claim import Claim, Watch
+from gpumeter_worker.sources.fetch import fetch
 from gpumeter_worker.sources.progress import Progress
 from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot
 from gpumeter_worker.sources.wanted import wanted
@@ -186,3 +189,30 @@ def test_a_model_is_its_weights_configuration_tokenizer_and_templates() -> None:
     assert wanted(["a.safetensors", "pytorch_model.bin"], allow_pickle=True) == ["a.safetensors"]
     assert wanted(["pytorch_model.bin"], allow_pickle=True) == ["pytorch_model.bin"]
     assert wanted(["pytorch_model.bin"], allow_pickle=False) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "ModelCacheFull"), (errno.EDQUOT, "ModelCacheFull"), (errno.EROFS, "ModelCacheUnusable")],
+)
+def test_a_disk_that_fills_up_in_the_middle_is_told_apart_from_one_that_cannot_be_written(
+    number: int, reason: str, tmp_path: Path
+) -> None:
+    class OnAFullDisk:
+        uri, revision, pinned = "hf://a/b", "main", ""
+
+        def look(self) -> Snapshot:
+            return Snapshot("v1", 6, FILES)
+
+        def copy(self, snapshot: Snapshot, folder: Path, progress: Progress) -> None:
+            (folder / "config.json").write_bytes(b"{}")
+            raise OSError(number, os.strerror(number))
+
+        def elsewhere(self) -> None:
+            return None
+
+    with pytest.raises(StartupFailed) as failed:
+        fetch(OnAFullDisk(), tmp_path, "me", Progress())
+    assert failed.value.reason == reason
+    assert str(tmp_path) in failed.value.message
+    assert not list((tmp_path / "models").glob("*.claim")), "another may try at once"

@@ -108,8 +108,8 @@ def test_an_older_driver_of_the_same_major_version_is_only_remarked() -> None:
             GOOD,
             ASKED,
             "ArchitectureUnknown: the installed transformers does not know the model type brandnew; the code that it "
-            "brings along is never run; use another model, or set spec.engine.image to an image with a transformers that "
-            "knows it",
+            "brings along is never run; use another model, or set spec.engine.image to an image with a transformers "
+            "that knows it",
         ),
         (
             replace(LLAMA, floats=10**9),
