@@ -62,6 +62,24 @@ def test_an_engine_that_hangs_in_a_step_is_told_killed_and_replaced(
     assert bill_problems(rounds, ledger) == []
 
 
+def test_a_worker_that_is_told_to_leave_while_its_engine_is_replaced_leaves_at_once(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    ledger = Ledger()
+    with worker(tmp_path, environment) as process:
+        process.ready()
+        (engine,) = process.children()
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: process.reason() == "EngineRestarting", "it says why it is not ready")
+        until(lambda: process.children() not in ([], [engine]), "the next engine loads")
+        (loading,) = process.children()
+        told_s = time.monotonic()
+        seal(process, ledger)
+        assert time.monotonic() - told_s < 10
+        assert is_gone(loading)
+    ledger.check()
+
+
 def test_the_engine_ends_with_a_worker_that_is_killed_though_it_hangs_itself(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -132,6 +132,39 @@ def test_sigterm_while_the_model_loads_seals_what_start_up_took(tmp_path: Path) 
     ledger.check()
 
 
+def test_sigterm_as_early_as_it_can_be_heard_ends_the_worker_in_order(tmp_path: Path) -> None:
+    with worker(tmp_path) as process:
+        until(lambda: _catches(process.process.pid, signal.SIGTERM), "Python runs", timeout_s=30)
+        process.send(signal.SIGTERM)
+        assert process.process.wait(30) == 0
+    assert "Traceback" not in process.log
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = int(next(line for line in lines if line.startswith("SigCgt")).split()[1], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def test_an_engine_that_is_killed_three_times_while_it_loads_ends_the_worker_with_what_to_do(tmp_path: Path) -> None:
+    with worker(tmp_path) as process:
+
+        def killed() -> bool:
+            for engine in process.children() if process.process.poll() is None else []:
+                os.kill(engine, signal.SIGKILL)
+            return process.process.poll() is not None
+
+        until(killed, "the worker gives up", timeout_s=60)
+        assert process.process.returncode == 3
+        last_words = process.log.strip().splitlines()[-1]
+        assert last_words.startswith("OutOfMemory: the engine was killed three times while it loaded the model")
+    with worker(tmp_path) as process:  # what it cost to try is on disk: the next boot seals it
+        ledger = Ledger()
+        until(lambda: _boots(process), "the journal is open")
+        until(lambda: (process.collect(ledger), any(r.kind is Kind.SEAL for r in ledger.all()))[1], "it is sealed")
+        assert sum(record.gpu_ns for record in ledger.all() if record.account == "init") > 0
+
+
 def test_without_an_acknowledgement_the_lease_ends_admission_and_one_brings_it_back(tmp_path: Path) -> None:
     with worker(tmp_path, {"GPUMETER_LEASE_TIMEOUT_MS": "2000"}) as process:
         until(lambda: process.reason() == "LeaseExpired", "the lease ran out", timeout_s=240)

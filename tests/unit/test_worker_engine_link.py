@@ -14,6 +14,7 @@ import pytest
 from gpumeter_worker.engine.channel import decode, encode
 from gpumeter_worker.engine.link import EVENTS_MAX, EngineLink
 from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport, Token
+from gpumeter_worker.engine.output import EngineOutput
 from gpumeter_worker.metering.meter import Part
 from rigs.engines import is_gone, options, program
 
@@ -167,6 +168,17 @@ async def test_what_an_engine_prints_becomes_lines_of_the_log(
     assert "".join(told[1:]) == "x" * 100_000 + "no newline at the end"
     assert max(map(len, told)) < 100_000
     assert capfd.readouterr().err.splitlines() == ['{"time": "2026-01-01", "message": "its own line"}']
+
+
+async def test_an_output_that_ends_before_the_loop_looks_at_it_is_told_whole_and_closed_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = EngineOutput()
+    os.write(output.target, b"last words")
+    output.started()  # nobody else holds it: the next read finds its end
+    output.close()
+    output.close()
+    assert [record.getMessage() for record in caplog.records] == ["last words"]
 
 
 async def test_engines_one_after_the_other_leave_no_thread_file_or_zombie(tmp_path: Path) -> None:

@@ -194,8 +194,8 @@ class EngineLink:
         self._on_lost(self, how)
 
     def _leave(self, _: None) -> None:
-        self._output.close()
         self._gone.set()
+        self._output.close()
 
     def _call(self, callback: Callable[[T], None], argument: T) -> None:
         try:

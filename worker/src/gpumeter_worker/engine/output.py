@@ -34,10 +34,9 @@ class EngineOutput:
 
     def close(self) -> None:
         """Tell what is still in the pipe, though a stray grandchild may hold its other end open."""
-        if self._source >= 0:
-            while self._read():
-                pass
-            self._end()
+        while self._source >= 0 and self._read():
+            pass
+        self._end()
 
     def _read(self) -> bool:
         try:
@@ -55,8 +54,9 @@ class EngineOutput:
         return True
 
     def _end(self) -> None:
-        if self._rest:
-            _tell(self._rest)
+        if self._source < 0:
+            return
+        _tell(self._rest)
         self._rest = b""
         self._loop.remove_reader(self._source)
         os.close(self._source)
@@ -65,8 +65,10 @@ class EngineOutput:
 
 def _tell(line: bytes) -> None:
     text = line.decode(errors="replace").rstrip()
+    if not text:
+        return
     if is_log_line(text):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-    elif text:
+    else:
         log.warning("%s", text)
