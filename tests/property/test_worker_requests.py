@@ -127,6 +127,12 @@ def test_a_call_of_a_tool_reaches_the_template_as_an_object_and_its_result_by_it
     assert read.messages[2] == {"role": "tool", "content": "12 °C", "tool_call_id": "c1"}
 
 
+@pytest.mark.parametrize(("sent", "meant"), [(None, None), (False, None), (0, 0), (3, 3)])
+def test_no_log_probabilities_and_those_of_no_other_tokens_are_two_things(sent: object, meant: int | None) -> None:
+    asked = completion_request({"model": "m", "prompt": "x", "logprobs": sent}, VOCABULARY)
+    assert asked.generation.logprobs == meant
+
+
 def test_tools_that_may_not_be_called_are_not_shown_to_the_model() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     for choice, shown in ((None, tools), ("auto", tools), ("none", [])):

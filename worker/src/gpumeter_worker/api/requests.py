@@ -86,7 +86,7 @@ def chat_request(values: Mapping[str, Any], vocabulary: int) -> ChatRequest:
 def completion_request(values: Mapping[str, Any], vocabulary: int) -> CompletionRequest:
     """Raises Refused."""
     logprobs = None
-    if values.get("logprobs") not in (None, False):
+    if values.get("logprobs") is not None and values["logprobs"] is not False:  # 0 asks for the chosen token's
         logprobs = whole(values, "logprobs", 0, 0, MAX_TOP_LOGPROBS)
     generation = read_generation(values, frozenset({"prompt"}), vocabulary, logprobs, COMPLETION_TOKENS)
     return CompletionRequest(generation, _prompts(values.get("prompt"), vocabulary))
@@ -95,7 +95,7 @@ def completion_request(values: Mapping[str, Any], vocabulary: int) -> Completion
 def generate_request(values: Mapping[str, Any], model: str) -> GenerateRequest:
     """The plain batch call; `model` is what is meant where none is named. Raises Refused."""
     for name, value in values.items():
-        if name not in ("inputs", "parameters", "model") and value not in (None, False):
+        if name not in ("inputs", "parameters", "model") and value is not None and value is not False:
             advice = "; /v1/completions streams" if name == "stream" else ""
             raise bad_parameter(
                 f"{name:.64}", f"the field {name:.64} is not supported{advice}", "unsupported_parameter"
