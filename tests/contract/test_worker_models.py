@@ -10,35 +10,22 @@ from gpumeter_worker.engine.messages import EngineOptions, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metering.clock import HostClock
+from rigs.paged import KINDS, SIZE, UNTIED
 
 NEW_TOKENS = 24
 PROMPTS = [[(7 * row + 3 * column) % 97 + 1 for column in range(length)] for row, length in enumerate((3, 40, 11, 1))]
-SIZE = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # logits far enough apart that the order of a sum cannot change the largest
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-KINDS = {
-    "llama": ("LlamaConfig", {}),
+MORE = {
     "llama with one head of keys and values and a head size of its own": (
         "LlamaConfig",
         {"num_key_value_heads": 1, "head_dim": 24},
     ),
-    "qwen2": ("Qwen2Config", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "mistral with a window shorter than its prompts": ("MistralConfig", {"sliding_window": 8}),
+    "mistral without a window": ("MistralConfig", {"sliding_window": None}),
+    "gemma": ("GemmaConfig", UNTIED),
 }
+ALL = KINDS | MORE
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_kind_of_model_gets_generates_tokens_in_mixed_batches_with_forced_chunks(kind: str, tmp_path: Path) -> None:
     import torch
     import transformers
@@ -46,7 +33,7 @@ def test_a_kind_of_model_gets_generates_tokens_in_mixed_batches_with_forced_chun
     from gpumeter_worker.engine.model import ModelRunner
 
     torch.manual_seed(5)
-    config_name, changes = KINDS[kind]
+    config_name, changes = ALL[kind]
     config = getattr(transformers, config_name)(**SIZE | changes)
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
@@ -67,3 +54,35 @@ def test_a_kind_of_model_gets_generates_tokens_in_mixed_batches_with_forced_chun
             for token in event.tokens if isinstance(event, StepReport) else ():
                 given.setdefault(token.session_id, []).append(token.token)
     assert given == {str(number): tokens for number, tokens in enumerate(expected)}
+
+
+def test_keys_and_values_that_are_no_numbers_fail_their_own_request_and_nobody_after_it(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    from gpumeter_worker.engine.model import ModelRunner
+
+    torch.manual_seed(5)
+    model: Any = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZE), dtype=torch.float32)
+    poison = 127
+    with torch.no_grad():
+        model.get_input_embeddings().weight[poison] = float("nan")
+    model.save_pretrained(tmp_path)
+    runner = ModelRunner(EngineOptions(tmp_path, "cpu", "float32", 128, 2, 64, 0, 2, 0, prefix_cache=False))
+
+    def run(*prompts: list[int]) -> list[list[int]]:
+        engine = Engine(runner, HostClock(), Limits(2, 64), frozenset({0}), 128, runner.blocks())
+        given: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+        for number, prompt in enumerate(prompts):
+            engine.submit(Submit(str(number), prompt, Sampling(max_tokens=6, temperature=0, logit_bias=((127, -100),))))
+        while engine.busy:
+            for event in engine.turn():
+                for token in event.tokens if isinstance(event, StepReport) else ():
+                    given[token.session_id].append(token.token)
+        return list(given.values())
+
+    short, long = [5, 6, 7], list(range(1, 41))
+    alone = run(short, long)
+    assert all(alone)
+    assert run([*range(1, 50), poison], [*range(1, 50), poison]) == [[], []]
+    assert run(short, long) == alone  # the short one is padded to the long one's length, over what the slot held

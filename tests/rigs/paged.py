@@ -7,11 +7,15 @@ import torch
 import transformers
 
 from gpumeter_worker.engine import paged, paged_attention
+from gpumeter_worker.engine.blocks import Copy
+from gpumeter_worker.engine.loop import Sampled
 from gpumeter_worker.engine.paged_attention import Backend, Heads, PagedCache
 from gpumeter_worker.engine.paged_steps import PagedSteps, make_forward
+from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.metering.clock import StepClock
 
 SIZE = {
     "vocab_size": 128,
@@ -114,3 +118,38 @@ def greedy(
                 work.sequence.tokens.append(next(tokens))
         running = [one for one in running if one.generated < count]
     return [sequence.tokens[sequence.prompt_length :] for sequence in sequences]
+
+
+class PagedRunner:
+    """A real engine's runner over a paged cache on a CPU: what a GPU's is, without graphs."""
+
+    def __init__(self, model: Any, blocks: int, max_model_len: int) -> None:
+        config = model.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+        backend, _ = paged_attention.choose("gather", heads, torch.float32, "cpu")
+        model.set_attn_implementation(paged_attention.NAME)
+        self._steps = PagedSteps(
+            make_forward(model, backend),
+            PagedCache(config.num_hidden_layers, blocks, heads, torch.float32, "cpu"),
+            heads,
+            device="cpu",
+            max_model_len=max_model_len,
+            block_q=backend.block_q,
+            multiprocessors=0,
+        )
+        self._sampler = Sampler(config.vocab_size, frozenset({2}), "cpu")
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        assert not copies, "blocks are shared, not copied"
+
+    def run(self, plan: Sequence[Work], clock: StepClock) -> list[Sampled]:
+        with torch.inference_mode():
+            staged = self._steps.stage(plan)
+            sequences = [work.sequence for work in plan if work.samples]
+            batch = self._sampler.prepare(sequences)
+            clock.begin()
+            logits = self._steps.logits(staged)
+            chosen = choose(logits, batch) if sequences else None
+            clock.end()
+            return [] if chosen is None else read(chosen, batch)

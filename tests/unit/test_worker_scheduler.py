@@ -419,3 +419,30 @@ def test_every_token_is_computed_once_within_the_budget_and_the_slots(
                     scheduler.leave(sequence)
     assert scheduler.running == scheduler.waiting == 0
     assert computed == {str(n): prompt + wanted - 1 for n, (prompt, wanted) in enumerate(requests)}
+
+
+def test_a_crowd_of_prompts_gets_more_of_a_step_than_a_single_one() -> None:
+    def second_step(prompts: int) -> int:
+        device = Counting()
+        one = Engine(device, device, Limits(100, 2048, mixed_prefill_tokens=8), frozenset({EOS}), max_length=700)
+        one.submit(Submit("runs", [1, 2], Sampling(max_tokens=50, temperature=0, ignore_eos=True)))
+        one.turn()
+        for number in range(prompts):
+            one.submit(Submit(f"p{number}", [3] * 512, Sampling(max_tokens=1, temperature=0, ignore_eos=True)))
+        one.turn()
+        return sum(count for name, count in device.plans[1] if name != "runs")
+
+    assert second_step(1) == 512 // 16
+    assert second_step(40) == 40 * 512 // 16
+
+
+def test_prompts_that_have_no_place_yet_take_nothing_from_running_streams() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(2, 2048, mixed_prefill_tokens=8), frozenset({EOS}), max_length=700)
+    for name in ("runs", "runs-too"):
+        one.submit(Submit(name, [1, 2], Sampling(max_tokens=50, temperature=0, ignore_eos=True)))
+    one.turn()
+    for number in range(40):
+        one.submit(Submit(f"p{number}", [3] * 512, Sampling(max_tokens=1, temperature=0, ignore_eos=True)))
+    one.turn()
+    assert device.plans[1] == [("runs", 1), ("runs-too", 1)]

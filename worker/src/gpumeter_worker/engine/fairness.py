@@ -29,6 +29,8 @@ class Lines:
         self._present: dict[str, int] = {}
         self._served: dict[str, int] = {}
         self._waiting = 0
+        self.waiting_tokens = 0
+        """Tokens of all who wait: what is to be computed before they can go on."""
 
     def __len__(self) -> int:
         return self._waiting
@@ -46,6 +48,7 @@ class Lines:
         self._present[tenant] = self._present.get(tenant, 0) + 1
         self._lines.setdefault(tenant, OrderedDict())[sequence] = None
         self._waiting += 1
+        self.waiting_tokens += len(sequence.tokens)
 
     def put_back(self, sequence: Sequence) -> None:
         """One that ran waits again, in front of its tenant's line."""
@@ -53,6 +56,7 @@ class Lines:
         line[sequence] = None
         line.move_to_end(sequence, last=False)
         self._waiting += 1
+        self.waiting_tokens += len(sequence.tokens)
 
     def take(self, sequence: Sequence) -> None:
         """It waits no longer: it runs, or was cancelled."""
@@ -61,6 +65,7 @@ class Lines:
         if not line:
             del self._lines[sequence.tenant]
         self._waiting -= 1
+        self.waiting_tokens -= len(sequence.tokens)
 
     def exit(self, sequence: Sequence) -> None:
         """It has ended, and waits nowhere."""

@@ -86,6 +86,11 @@ class Engine:
         return bool(self.started or self._scheduler.waiting)
 
     @property
+    def running(self) -> int:
+        """Sequences that have a place in the cache."""
+        return self._scheduler.running
+
+    @property
     def started(self) -> bool:
         """Whether anything but waiting sequences is left to do."""
         return bool(self._scheduler.running or self._unreported or self._ended)

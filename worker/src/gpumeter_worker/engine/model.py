@@ -13,12 +13,13 @@ from gpumeter_worker.engine import attention, gpu, paged_attention
 from gpumeter_worker.engine.attention import AttentionUnsupported
 from gpumeter_worker.engine.blocks import Copy, KvBlocks
 from gpumeter_worker.engine.loading import LoadFailed, first_line, load
-from gpumeter_worker.engine.loop import Sampled
+from gpumeter_worker.engine.loop import INVALID_TOKEN, Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready
 from gpumeter_worker.engine.on_cpu import Cpu
 from gpumeter_worker.engine.on_gpu import Gpu
 from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Limits, Work
+from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 from gpumeter_worker.metering.clock import StepClock
 
 __all__ = ["LoadFailed", "ModelRunner"]
@@ -48,6 +49,9 @@ class Device(Protocol):
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """See Runner.copy."""
+
+    def clean(self, sequence: EngineSequence) -> None:
+        """Its keys and values may be no numbers, and what is masked for others must still be one."""
 
     def largest(self, step_tokens: int) -> list[list[Work]]:
         """Steps to warm up with."""
@@ -101,6 +105,9 @@ class ModelRunner:
             chosen = choose(logits, batch) if sampling else None
             clock.end()
             found = [] if chosen is None else read(chosen, batch)
+            for work, new in zip(sampling, found, strict=True):
+                if new.token == INVALID_TOKEN:
+                    self._device.clean(work.sequence)
         if order == plan:
             return found
         by_work = dict(zip(map(id, sampling), found, strict=True))

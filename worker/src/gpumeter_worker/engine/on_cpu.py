@@ -22,6 +22,7 @@ from gpumeter_worker.engine.linear import NEVER, pack_linears
 from gpumeter_worker.engine.loading import Loaded, LoadFailed, first_line
 from gpumeter_worker.engine.messages import EngineOptions
 from gpumeter_worker.engine.scheduler import Work
+from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 from gpumeter_worker.engine.slot_steps import SlotSteps, Staged
 
 log = logging.getLogger("gpumeter_worker.engine.on_cpu")
@@ -90,6 +91,10 @@ class Cpu:
     def copy(self, copies: Sequence[Copy]) -> None:
         """See Runner.copy."""
         self._steps.copy(copies)
+
+    def clean(self, sequence: EngineSequence) -> None:
+        """See Device: a row that is padded to its neighbour's length reads what the slot held before."""
+        self._steps.clean(sequence)
 
     def largest(self, step_tokens: int) -> list[list[Work]]:
         """Steps to warm up with: a chunk, and a full batch of decodes. A CPU allocates nothing by a chunk's size."""

@@ -23,6 +23,7 @@ from gpumeter_worker.engine.paged_attention import PagedCache
 from gpumeter_worker.engine.paged_steps import PagedSteps, Staged, largest_step, make_forward
 from gpumeter_worker.engine.sampling import Sampler, choose
 from gpumeter_worker.engine.scheduler import Work
+from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 
 log = logging.getLogger("gpumeter_worker.engine.on_gpu")
 
@@ -92,6 +93,9 @@ class Gpu:
         """See Runner.copy: blocks are shared, so there is nothing to copy."""
         if copies:
             raise ValueError("a paged cache shares its blocks and copies none")
+
+    def clean(self, sequence: EngineSequence) -> None:
+        """See Device: the kernels read nobody's keys and values but a sequence's own."""
 
     def largest(self, step_tokens: int) -> list[list[Work]]:
         """Steps to warm up with: the one that takes the most memory, and a full batch of decodes."""

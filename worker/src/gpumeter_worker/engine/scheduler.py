@@ -20,12 +20,18 @@ _CHUNK_TOKENS_MIN = 16
 """A smaller piece of a prompt is not worth cutting off for another prompt's sake."""
 
 
+_BACKLOG_STEPS = 16
+"""A backlog of prompts is worked off in about so many steps, whatever running streams would like: one prompt does not
+hold them up, but a crowd of them is not served one drop at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`sequences` run at once; a step computes at most `step_tokens` tokens; at most `waiting` sequences wait.
 
     `mixed_prefill_tokens`: how many prompt tokens may share a step with decodes, so that a running stream's next token
-    does not wait for a whole prompt; 0: as many as the step has room for.
+    does not wait for a whole prompt; 0: as many as the step has room for. Where so many prompts wait that a step with
+    more of them is worth it to all, it may hold more.
     """
 
     sequences: int
@@ -100,12 +106,19 @@ class Scheduler:
         decodes = self._ordered_decodes()
         room = self._limits.step_tokens - len(decodes)
         if decodes and self._limits.mixed_prefill_tokens:
-            room = min(room, self._limits.mixed_prefill_tokens)
+            room = min(room, max(self._limits.mixed_prefill_tokens, self._backlog() // _BACKLOG_STEPS))
         plan = decodes + self._prefill(room)
         for work in plan:
             if work.samples:
                 self._lines.charge(work.sequence.tenant, OUTPUT_WEIGHT)
         return plan
+
+    def _backlog(self) -> int:
+        """Prompt tokens that are still to be computed, of those who run and of as many others as have a place."""
+        waiting = len(self._lines)
+        places = min(waiting, self._limits.sequences - len(self._running))
+        others = self._lines.waiting_tokens * places // waiting if waiting else 0
+        return sum(map(_left, self._prefilling)) + others
 
     def take_failed(self) -> list[tuple[Sequence, str]]:
         """Sequences that can never run, each with a sentence that says why. They have left already."""

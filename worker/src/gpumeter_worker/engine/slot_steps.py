@@ -64,6 +64,11 @@ class SlotSteps:
         for one in copies:
             attention.copy_slots(self.cache, one.source, one.target, one.tokens)
 
+    def clean(self, sequence: EngineSequence) -> None:
+        """Forget what a sequence left in its slot."""
+        for layer in (*self.cache.keys, *self.cache.values):
+            layer[sequence.blocks[0]].zero_()
+
     def probe(self, counts: Sequence[int], context: int = 0) -> list[Work]:
         """Works of sequences that nobody asked for, each of so many tokens after `context` others, a slot each."""
         works = []

@@ -1,0 +1,152 @@
+"""The engine with the real model in fp32 gives generate's greedy tokens: alone, mixed, found, chunked, preempted.
+
+GPUMETER_EQUALITY_PROMPTS says for how many prompts; `make bench-equality` asks for 200.
+"""
+
+import os
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+
+from gpumeter_worker.engine.blocks import KvBlocks, PagedBlocks, SlotBlocks
+from gpumeter_worker.engine.loop import Engine, Runner
+from gpumeter_worker.engine.messages import Cancel, EngineOptions, StepReport, Submit
+from gpumeter_worker.engine.scheduler import Limits
+from gpumeter_worker.engine.sequence import Sampling
+from gpumeter_worker.metering.clock import HostClock
+from gpumeter_worker.metering.meter import Part
+from rigs.worker import model_path
+
+COUNT = int(os.environ.get("GPUMETER_EQUALITY_PROMPTS", "20"))
+NEW_TOKENS = 8
+MAX_MODEL_LEN = 512
+EOS = frozenset({2})
+BLOCKS = 36
+
+SYSTEM = "You are a patient teacher who answers in one short sentence and never invents what you do not know."
+SUBJECTS = (
+    "the moon",
+    "a bicycle",
+    "Paris",
+    "bread",
+    "the number seven",
+    "rain",
+    "a violin",
+    "chess",
+    "honey",
+    "glass",
+)
+ASKED = (
+    "What is {}?",
+    "Tell me a fact about {}.",
+    "Who likes {} and why? Think of children, too.",
+    "Describe {}, please.",
+)
+
+
+def conversations(count: int) -> list[list[dict[str, str]]]:
+    """Half of them begin alike, so that there are prefixes to find; some are several times as long as others."""
+    random = Random(7)
+    found = []
+    for number in range(count):
+        question = " ".join(
+            random.choice(ASKED).format(random.choice(SUBJECTS)) for _ in range(random.choice((1, 1, 2, 6)))
+        )
+        said = [{"role": "user", "content": f"{number}. {question}"}]
+        found.append(([{"role": "system", "content": SYSTEM}] if number % 2 else []) + said)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path())
+    return [
+        tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False)
+        for one in conversations(COUNT)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers says, one request at a time, by its own attention and cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
+    made = (model.generate(torch.tensor([one]), max_new_tokens=NEW_TOKENS, do_sample=False)[0] for one in prompts)
+    return [tokens[len(one) :].tolist() for tokens, one in zip(made, prompts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def slots() -> Runner:
+    from gpumeter_worker.engine.model import ModelRunner
+
+    return ModelRunner(EngineOptions(model_path(), "cpu", "float32", MAX_MODEL_LEN, 16, 128, 0, 2, 0))
+
+
+@pytest.fixture(scope="module")
+def paged() -> Runner:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rigs.paged import PagedRunner
+
+    yield PagedRunner(
+        AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval(), 160, MAX_MODEL_LEN
+    )
+
+
+def given(
+    runner: Runner, blocks: KvBlocks, limits: Limits, prompts: Sequence[list[int]], at_once: int
+) -> tuple[list[list[int]], list[Part]]:
+    """Every prompt's tokens; `at_once` of them are in the engine together, and now and then one is cancelled beside."""
+    engine = Engine(runner, HostClock(), limits, EOS, MAX_MODEL_LEN, blocks)
+    tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    parts: list[Part] = []
+    coming = list(enumerate(prompts))
+    turns = 0
+    while coming or engine.busy:
+        while coming and engine.waiting + engine.running < at_once:
+            number, prompt = coming.pop(0)
+            engine.submit(
+                Submit(str(number), prompt, Sampling(NEW_TOKENS, temperature=0), tenant=f"t{number % 3 // 2}")
+            )
+            if at_once > 1 and number % 5 == 0:
+                engine.submit(Submit(f"stray-{number}", prompt[:-3], Sampling(NEW_TOKENS, temperature=0)))
+        for event in engine.turn():
+            if isinstance(event, StepReport):
+                parts += event.parts
+                for token in event.tokens:
+                    tokens.setdefault(token.session_id, []).append(token.token)
+        turns += 1
+        if at_once > 1 and turns % 4 == 0:
+            engine.cancel(Cancel(f"stray-{turns // 4 * 5 % max(1, len(prompts))}"))
+    return [tokens[str(number)] for number in range(len(prompts))], parts
+
+
+def test_alone(slots: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    found, _ = given(slots, SlotBlocks(16, MAX_MODEL_LEN, prefix=False), Limits(16, 2048), prompts, at_once=1)
+    assert found == expected
+
+
+def test_mixed_with_chunks_and_with_prefixes_found_in_other_slots(
+    slots: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    found, parts = given(slots, SlotBlocks(16, MAX_MODEL_LEN, prefix=True), Limits(16, 128, 24), prompts, at_once=14)
+    assert found == expected
+    assert sum(part.cached_tokens for part in parts) > 0
+    assert any(part.prefill and part.new_tokens <= 24 and part.context_tokens for part in parts)
+
+
+def test_mixed_on_shared_blocks_with_prefixes_and_preemptions(
+    paged: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    # So few blocks hold a few of the prompts: those that grow push others out, which compute again what they had.
+    found, parts = given(paged, PagedBlocks(BLOCKS, 16, prefix=True), Limits(16, 128, 48), prompts, at_once=14)
+    assert found == expected
+    assert sum(part.cached_tokens for part in parts) > 0
+    assert any(part.recompute for part in parts), "nobody was preempted"
