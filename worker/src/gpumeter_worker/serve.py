@@ -78,7 +78,7 @@ async def _serve(
     try:
         await asyncio.wait((running, *leaving), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
-            await worker.abandon()
+            await worker.flusher.keep()
             running.result()  # raises what went wrong
         await worker.drain(stop_now, told_to_stop_s[0] if told_to_stop_s else time.monotonic())
         return 0

@@ -1,6 +1,6 @@
 """One worker from process start to seal: joins engine, meter, journal and sessions.
 
-Owns what happens when: admission, the engine's events, flushes, drain. Speaks no HTTP (api.app calls it), computes no
+Owns what happens when: admission, the engine's events, drain. Speaks no HTTP (api.app calls it), computes no
 shares (metering does) and starts no engine (the supervisor does). Lives in the event loop of the API process.
 """
 
@@ -9,7 +9,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from gpumeter_worker.loading import Loading
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import uncalibrated
 from gpumeter_worker.metering.clock import Anchor
+from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
 from gpumeter_worker.metering.meter import Identity, Meter
 from gpumeter_worker.metering.writer import JournalWriter
@@ -46,14 +46,9 @@ from gpumeter_worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-_GROUP_COMMIT_S = 0.05
-"""How long a session's end waits for others to share its transaction; with the disk's time well under 200 ms."""
-
-_RETRY_S = 1.0
 _LOADING_LOG_S = 5.0
 _CUT_OFF_S = 10.0
 _ENGINE_STOP_S = 5.0
-_SEAL_S = 20.0
 
 _STATUS = {
     Finish.STOP: Status.FINISHED,
@@ -100,9 +95,9 @@ class Worker:
         self._draining = False
         self._clock_problem = ""
         self.wants_to_leave = asyncio.Event()
-        self._flush_ends = False
-        self._flush_wanted = asyncio.Event()
-        self._flushing: asyncio.Task[None] | None = None
+        self.flusher = Flusher(
+            self.meter, self.journal, self._now_ns, settings.checkpoint_interval_ms, before=self._look_at_clock
+        )
 
     async def run(self, path: Path | None) -> None:
         """Open the journal, fetch the model if `path` is None, keep an engine running. Raises StartupFailed."""
@@ -110,7 +105,7 @@ class Worker:
         if self.journal.problem:
             log.error("the worker serves what its journal still holds, and nothing else")
             await asyncio.Event().wait()
-        self._flushing = asyncio.create_task(self._flush_often())
+        self.flusher.start()
         if path is None:
             self._enter(Phase.LOAD, time.monotonic_ns())
             settings = self.settings
@@ -192,13 +187,6 @@ class Worker:
         if taken:
             self.engines.send(Cancel(session.session_id, index))
 
-    async def flush(self) -> bool:
-        """Journal everything up to the frontier; True when it is on disk."""
-        if self.journal.problem:
-            return await self.journal.retry()
-        flush = self.meter.cut(self._now_ns())
-        return await self.journal.append(flush) if flush else True
-
     async def drain(self, cut_short: asyncio.Event, told_s: float) -> None:
         """Admit nothing, finish or cut off what runs, seal the chain, wait for the seal's acknowledgement.
 
@@ -217,18 +205,9 @@ class Worker:
         await self.engines.stop(deadline.left_s(time.monotonic(), _ENGINE_STOP_S))
         if len(self.sessions):
             await self._until(self.engines.lost, deadline, _CUT_OFF_S)
-        await self._end_flushing(deadline)
-        await self._seal(deadline, cut_short)
-        await self._until_acknowledged(deadline, cut_short)
-
-    async def abandon(self) -> None:
-        """Start-up failed: keep what was measured. The next boot on this volume seals the chain."""
-        deadline = Deadline(time.monotonic() + _SEAL_S)
-        await self._end_flushing(deadline)
-        if self.journal.head is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):
-                    await self.flush()
+        await self.flusher.end(deadline)
+        await self.flusher.seal(deadline, cut_short)
+        await self.flusher.acknowledged(deadline, self.settings.seal_grace_ms, cut_short)
 
     async def _read_tokenizer(self, path: Path) -> None:
         self.tokenizer = await asyncio.to_thread(Tokenizer, path)
@@ -276,7 +255,7 @@ class Worker:
         why = next((one.message for one in session.choices if one.message), "")
         self.sessions.finish(session, End(status, totals, why))
         self.observed.session(status)
-        self._flush_wanted.set()
+        self.flusher.want()
 
     def _on_ready(self, ready: Ready) -> None:
         self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
@@ -300,34 +279,10 @@ class Worker:
         if phase is Phase.LOAD:
             self.loading.begin(at_ns / 1e9)
         self.meter.enter(phase, self.anchor.utc_ns(at_ns))
-        self._flush_wanted.set()
+        self.flusher.want()
 
     def _now_ns(self) -> int:
         return self.anchor.utc_ns(time.monotonic_ns())
-
-    async def _flush_often(self) -> None:
-        checkpoint_s = self.settings.checkpoint_interval_ms / 1000
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_S if self.journal.problem else checkpoint_s):
-                    await self._flush_wanted.wait()
-            if self._flush_wanted.is_set():
-                await asyncio.sleep(_RETRY_S if self.journal.problem else _GROUP_COMMIT_S)
-            if self._flush_ends:
-                return
-            self._flush_wanted.clear()
-            try:
-                self._look_at_clock()
-                await self.flush()
-            except Exception:
-                log.exception("a flush failed; it is tried again")
-
-    async def _end_flushing(self, deadline: Deadline) -> None:
-        """By a flag and never by a cancellation: a flush in the middle is finished before anything follows it."""
-        self._flush_ends = True
-        self._flush_wanted.set()
-        if self._flushing is not None:
-            await asyncio.wait((self._flushing,), timeout=deadline.left_s(time.monotonic(), _SEAL_S))
 
     def _look_at_clock(self) -> None:
         if self._draining or self._clock_problem:
@@ -336,33 +291,6 @@ class Worker:
         if self._clock_problem:
             log.error("%s", self._clock_problem)
             self.wants_to_leave.set()
-
-    async def _seal(self, deadline: Deadline, cut_short: asyncio.Event) -> None:
-        if self.journal.head is None:
-            return
-        flush = self.meter.cut(self._now_ns()) or self.meter.nothing()
-        try:
-            async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):
-                sealed = await self.journal.append(flush, closing=self.meter.seal(Status.DRAINED))
-                while not sealed and not cut_short.is_set():
-                    await asyncio.sleep(_RETRY_S)
-                    sealed = await self.journal.retry()
-        except TimeoutError:
-            sealed = False
-        if sealed:
-            log.info("sealed at record %d", self.journal.head.seq)
-        else:
-            log.error("the chain could not be sealed (%s); the next boot seals it", self.journal.problem or "too slow")
-
-    async def _until_acknowledged(self, deadline: Deadline, cut_short: asyncio.Event) -> None:
-        now_s = time.monotonic()
-        until_s = now_s + deadline.left_s(now_s, self.settings.seal_grace_ms / 1000)
-        while (head := self.journal.head) is not None and head.acknowledged_seq < head.seq:
-            if time.monotonic() >= until_s or cut_short.is_set():
-                if self.settings.seal_grace_ms:
-                    log.warning("records up to %d were not acknowledged in time; they stay in the journal", head.seq)
-                return
-            await asyncio.sleep(0.02)
 
     async def _until(
         self, event: asyncio.Event, deadline: Deadline, limit_s: float, cut_short: asyncio.Event | None = None
