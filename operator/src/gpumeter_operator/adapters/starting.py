@@ -18,7 +18,7 @@ FORGET_S = 60.0
 TIMEOUT_S = 2.0
 ANSWER_BYTES_MAX = 2**14
 SENTENCE_MAX = 300
-_TELLING = ("Loading", "WarmingUp", "Starting")
+_TELLING = ("Loading", "WarmingUp", "Starting", "EngineRestarting", "EngineHung")
 
 
 class StartingWorkers:

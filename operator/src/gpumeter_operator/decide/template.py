@@ -13,10 +13,12 @@ OWN_PREFIX = "gpumeter.io/"
 OWN_ENVIRONMENT = "GPUMETER_"
 FREE_ENVIRONMENT = (
     "GPUMETER_ALLOW_PICKLE",
+    "GPUMETER_ATTENTION",
     "GPUMETER_LOG_FORMAT",
     "GPUMETER_LOG_LEVEL",
     "GPUMETER_PLAIN_HTTP_REGISTRIES",
     "GPUMETER_PREFIX_CACHE",
+    "GPUMETER_STEP_TIMEOUT_MS",
 )
 """Settings of a worker that the spec has no field for, and that metering does not stand on."""
 
