@@ -11,6 +11,7 @@ from gpumeter_worker.engine.loop import Engine
 from gpumeter_worker.engine.messages import Ended, EngineOptions, StepReport, Submit
 from gpumeter_worker.engine.model import ModelRunner
 from gpumeter_worker.engine.sequence import Finish, Sampling
+from gpumeter_worker.machine import memory_bytes
 from gpumeter_worker.metering.clock import step_clock
 
 
@@ -27,7 +28,7 @@ class Ours(Stepping):
             max_batch_tokens=setup.step_tokens,
             max_wait_ms=0,
             threads=setup.threads,
-            memory_bytes=0,
+            memory_bytes=memory_bytes(),
             compile=setup.mode == "compiled",
             prefix_cache=False,
         )
