@@ -29,19 +29,31 @@ class Child:
     def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.name = name
         self._log = log
+        self._answers, theirs = os.pipe()
         with log.open("w") as out:
             self._process = subprocess.Popen(
-                command,
+                [*command, str(theirs)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs],
                 cwd=REPOSITORY,
                 env={**os.environ, **environment},
                 start_new_session=True,  # so that a signal reaches whatever it starts as well
             )
+        os.close(theirs)
         self._read = b""
-        self.about: dict[str, str] = self._answer(START_S)
+        try:
+            self.about: dict[str, str] = self._answer(START_S)
+        except BaseException:
+            self.end()
+            raise
         self._signal(signal.SIGSTOP)
+
+    @property
+    def pid(self) -> int:
+        """Of its process, and of its process group."""
+        return self._process.pid
 
     def ask(self, what: str, **details: Any) -> dict[str, Any]:
         """One question, one answer. Raises EngineLost."""
@@ -61,14 +73,13 @@ class Child:
         """Kill it and whatever it started."""
         self._signal(signal.SIGKILL)
         self._process.wait()
+        os.close(self._answers)
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        file = self._process.stdout.fileno()
         while b"\n" not in self._read:
-            if not select.select([file], [], [], timeout_s)[0]:
+            if not select.select([self._answers], [], [], timeout_s)[0]:
                 raise EngineLost(f"{self.name} said nothing for {timeout_s:.0f} s; see {self._log}")
-            part = os.read(file, 2**20)
+            part = os.read(self._answers, 2**20)
             if not part:
                 raise EngineLost(f"{self.name} ended with {self._process.wait()}; see {self._log}")
             self._read += part

@@ -80,8 +80,8 @@ def serve(make: Callable[[Setup], Engine]) -> None:
     """Load, say so, and answer until the pipe closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody would wake it up again
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not come between the answers
+    answers = os.fdopen(int(sys.argv[2]), "w")  # not stdout: libraries print
+    os.set_inheritable(answers.fileno(), False)  # its end must be seen, whatever processes a library leaves behind
     engine = make(Setup(**json.loads(sys.argv[1])))
     _say(answers, engine.about())
     for line in sys.stdin:
