@@ -20,6 +20,8 @@ from rigs.cache import RecordingCache, next_token
 
 EOS = 49
 LONGEST = 96
+BACKLOG_STEPS = 16
+"""With more prompts than running streams can bear, their backlog is still worked off in about so many steps."""
 
 PROMPTS = st.builds(
     lambda family, shared, own: [100 * family + place for place in range(shared)] + own,
@@ -62,6 +64,7 @@ class Schedules(RuleBasedStateMachine):
         self.computed: dict[tuple[str, int], Counter[int]] = {}
         self.decoding: set[tuple[str, int]] = set()
         self.stepped: set[tuple[str, int]] = set()
+        self.sound = True
 
     @rule(tenant=st.sampled_from("ab"), prompt=PROMPTS, answers=st.integers(1, 3), wanted=st.integers(1, 20))
     def submit(self, tenant: str, prompt: list[int], answers: int, wanted: int) -> None:
@@ -89,11 +92,21 @@ class Schedules(RuleBasedStateMachine):
         for _ in range(turns):
             self._turn()
 
+    @rule()
+    def a_step_runs_out_of_memory(self) -> None:
+        self.device.out_of_memory = self.engine.stepping
+        self._turn()
+
     def _turn(self) -> None:
-        stepping, steps = self.engine.stepping, len(self.device.steps)
-        events = self.engine.turn()
+        self.sound = False
+        stepping, steps, short = self.engine.stepping, len(self.device.steps), self.device.out_of_memory
+        try:
+            events = self.engine.turn()
+        except MemoryError:
+            events = self.engine.shed("no memory")
+            assert any(isinstance(event, Ended) for event in events), "what was too much must become less"
         ran = self.device.steps[steps:]
-        assert bool(ran) == stepping, "with something to do every turn is a step"
+        assert bool(ran) == (stepping and not short), "with something to do every turn is a step"
         if ran:
             self._check_step()
         for event in events:
@@ -102,8 +115,10 @@ class Schedules(RuleBasedStateMachine):
             elif isinstance(event, Ended):
                 key = event.session_id, event.choice
                 assert key not in self.ended, "a sequence ends once"
+                assert short or event.finish is not Finish.FAILED
                 self.ended[key] = event.finish
         assert self.engine.stepping or not self.blocks.used_tokens, "a block is held by nobody"
+        self.sound = True
 
     def _check_step(self) -> None:
         step = self.device.steps[-1]
@@ -117,7 +132,10 @@ class Schedules(RuleBasedStateMachine):
         assert all(row.count == 1 and row.samples for row in decodes)
         streams = [row for row in decodes if (row.session_id, row.choice) in self.decoding]
         if streams and self.limits.mixed_prefill_tokens:
-            assert sum(row.count for row in step if row.prefill) <= self.limits.mixed_prefill_tokens
+            alive = self.asked.keys() - self.ended.keys() - self.cancelled
+            backlog = sum(len(self.asked[key].prompt) + len(self.given[key]) for key in alive)
+            prompts = sum(row.count for row in step if row.prefill)
+            assert prompts <= max(self.limits.mixed_prefill_tokens, backlog // BACKLOG_STEPS)
         missing = self.decoding - set(keys) - self.cancelled - self.ended.keys()
         assert not missing or self.paged, "a stream was left out of a step"
         order = list(self.asked)
@@ -153,7 +171,7 @@ class Schedules(RuleBasedStateMachine):
             self.given[key].append(token.token)
 
     def teardown(self) -> None:
-        if not hasattr(self, "engine"):
+        if not getattr(self, "sound", False):
             return
         for _ in range(5000):
             if not self.engine.busy:
@@ -167,8 +185,7 @@ class Schedules(RuleBasedStateMachine):
                 assert given[-1] == EOS
             elif self.ended[key] is Finish.LENGTH:
                 assert len(given) == command.sampling.max_tokens or prompt + len(given) == LONGEST
-            else:
-                assert self.ended[key] is Finish.CANCELLED
+            elif self.ended[key] is Finish.CANCELLED:
                 assert key in self.cancelled
             if given:
                 assert self.counted[key[0]] == prompt, "a prompt is counted once, whoever computed it"

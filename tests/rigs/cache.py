@@ -51,6 +51,7 @@ class RecordingCache:
         self.cells: dict[tuple[int, int], tuple[str, int]] = {}
         self.steps: list[list[Ran]] = []
         self.copies: list[Copy] = []
+        self.out_of_memory = False
         self._names: dict[Sequence, list[int]] = {}
         self._times: list[StepTime] = []
 
@@ -71,6 +72,9 @@ class RecordingCache:
                 block, offset = self._cell(work.sequence, place)
                 assert holders[block] == {work.sequence}, "a block is written that another sequence holds, too"
                 self.cells[block, offset] = self._content(work.sequence, place)
+        if self.out_of_memory:  # in the middle of a step: it has written, and says nothing
+            self.out_of_memory = False
+            raise MemoryError
         for work in plan:  # all rows are written before attention reads
             for place in range(work.sequence.computed + work.count):
                 found = self.cells.get(self._cell(work.sequence, place))
