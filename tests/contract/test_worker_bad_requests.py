@@ -1,8 +1,6 @@
 """Every bad kind of request, sent while 32 good streams run: none of these gets another token for it.
 
-In fp32, with seeds: what a stream says depends on its request alone. (Draws among a vocabulary that is cut, as in
-practice: sums over all of it differ in the sixth digit with the batch, and among tokens that rare the sixth digit
-decides.) The good ones run once undisturbed and once among
+In fp32, with seeds: what a stream says depends on its request alone. The good ones run once undisturbed and once among
 the bad; a few run all alone, too.
 """
 
@@ -48,6 +46,7 @@ class Stream:
         self.tokens: list[str] = []
         kinds: list[dict[str, Any]] = [
             {"temperature": 0},
+            {"temperature": 1.0, "seed": number},
             {"temperature": 1.1, "top_k": 50, "seed": number},
             {"temperature": 0.8, "top_p": 0.9, "seed": number},
             {"temperature": 1.0, "min_p": 0.05, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "seed": number},

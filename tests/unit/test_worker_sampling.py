@@ -1,6 +1,7 @@
-"""Sampling: the distribution that was asked for, from one uniform number of the sequence's own a row."""
+"""Sampling: the distribution that was asked for, from one number of the sequence's own a row."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from random import Random
 from typing import Any
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from gpumeter_worker.engine.loop import Sampled
-from gpumeter_worker.engine.sampling import Sampler, choose, read
+from gpumeter_worker.engine.sampling import Sampler, choose, noise, read
 from gpumeter_worker.engine.sequence import Sampling, Sequence
 
 PROBABILITIES = (0.1, 0.4, 0.2, 0.3)
 LOGITS = torch.tensor([PROBABILITIES]).log()
 EOS = 1
+DRAWS = 8_000
 
 
 class Given(Random):
@@ -46,10 +48,21 @@ def tokens(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     return [one.token for one in sampled(logits, sequences)]
 
 
-def drawn(draws: int = 1000, logits: torch.Tensor = LOGITS, **asked: Any) -> dict[int, float]:
-    """How often each token comes out when the uniform numbers cover [0, 1) evenly."""
-    found = tokens(logits.expand(draws, -1), [a_sequence((i + 0.5) / draws, **asked) for i in range(draws)])
-    return {token: found.count(token) / draws for token in sorted(set(found))}
+def drawn(logits: torch.Tensor = LOGITS, **asked: Any) -> dict[int, float]:
+    """How often each token comes out for numbers that cover [0, 1) evenly: the same ones each time."""
+    found = tokens(logits.expand(DRAWS, -1), [a_sequence((i + 0.5) / DRAWS, **asked) for i in range(DRAWS)])
+    return {token: count / DRAWS for token, count in sorted(Counter(found).items())}
+
+
+def near(expected: dict[int, float]) -> Any:
+    """Four standard deviations of the most uncertain share."""
+    return pytest.approx(expected, abs=4 * math.sqrt(0.25 / DRAWS))
+
+
+def chi_square(found: Iterable[float], expected: Iterable[float]) -> float:
+    """In standard deviations from what as many independent draws give."""
+    terms = [(one - mean) ** 2 / mean for one, mean in zip(found, expected, strict=True)]
+    return (sum(terms) - (len(terms) - 1)) / math.sqrt(2 * (len(terms) - 1))
 
 
 def test_temperature_zero_is_greedy() -> None:
@@ -64,13 +77,41 @@ def test_equal_logits_give_the_lower_token(width: int) -> None:
 
 
 def test_temperature_one_draws_the_models_own_distribution() -> None:
-    assert drawn() == pytest.approx({0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3}, abs=0.002)
+    assert drawn() == near({0: 0.1, 1: 0.4, 2: 0.2, 3: 0.3})
+
+
+@pytest.mark.parametrize("asked", [{}, {"top_k": 300}, {"top_p": 0.9999999}], ids=str)
+def test_every_token_of_many_blocks_comes_as_often_as_its_probability_says(asked: dict[str, Any]) -> None:
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(5))
+    shares = drawn(logits, **asked)
+    expected = logits[0].double().softmax(-1).tolist()
+    assert abs(chi_square([shares.get(token, 0) * DRAWS for token in range(300)], [p * DRAWS for p in expected])) < 4
+    assert max(shares.values()) == pytest.approx(max(expected), rel=0.1)
+
+
+def test_the_noise_is_even_and_that_of_one_key_or_name_says_nothing_of_the_next() -> None:
+    keys = torch.arange(1000)[:, None] + torch.tensor([[0], [2**53 - 1000]]).repeat_interleave(500, 0)
+    found = noise(keys, torch.arange(1000))
+    assert 0 < float(found.min()) < 1e-5
+    assert 1 - 1e-5 < float(found.max()) < 1
+    cells = torch.histc(found.float(), 1000, 0, 1).tolist()
+    assert abs(chi_square(cells, [1000.0] * 1000)) < 4
+    even = found - 0.5
+    for one, other in ((even[1:], even[:-1]), (even[:, 1:], even[:, :-1]), (even[1:, 1:], even[:-1, :-1])):
+        assert abs(float((one * other).mean()) * 12) < 4 / math.sqrt(one.numel())
+
+
+def test_a_token_keeps_its_noise_whatever_else_is_a_candidate() -> None:
+    rows = range(2000)
+    few = tokens(LOGITS.expand(2000, -1), [a_sequence(i / 2000, top_k=2) for i in rows])
+    all_ = tokens(LOGITS.expand(2000, -1), [a_sequence(i / 2000, top_k=3) for i in rows])
+    assert {(a, b) for a, b in zip(few, all_, strict=True) if a != b} == {(1, 2), (3, 2)}
 
 
 def test_a_temperature_sharpens_or_flattens_as_its_formula_says() -> None:
     powers = [p**2 for p in PROBABILITIES]
     expected = {token: power / sum(powers) for token, power in enumerate(powers)}
-    assert drawn(temperature=0.5) == pytest.approx(expected, abs=0.002)
+    assert drawn(temperature=0.5) == near(expected)
 
 
 def test_a_temperature_near_zero_is_greedy_and_not_infinite() -> None:
@@ -78,21 +119,21 @@ def test_a_temperature_near_zero_is_greedy_and_not_infinite() -> None:
 
 
 def test_top_k_keeps_the_k_likeliest() -> None:
-    assert drawn(top_k=2) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.002)
+    assert drawn(top_k=2) == near({1: 4 / 7, 3: 3 / 7})
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
-    assert drawn(top_p=0.6) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.002)
+    assert drawn(top_p=0.6) == near({1: 4 / 7, 3: 3 / 7})
     assert drawn(top_p=1e-9) == {1: 1.0}
 
 
 def test_min_p_keeps_what_is_at_least_that_share_of_the_likeliest() -> None:
-    assert drawn(min_p=0.6) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.002)
-    assert drawn(min_p=0.4) == pytest.approx({1: 4 / 9, 2: 2 / 9, 3: 3 / 9}, abs=0.002)
+    assert drawn(min_p=0.6) == near({1: 4 / 7, 3: 3 / 7})
+    assert drawn(min_p=0.4) == near({1: 4 / 9, 2: 2 / 9, 3: 3 / 9})
 
 
 def test_top_p_counts_among_what_min_p_and_top_k_left() -> None:
-    assert drawn(min_p=0.4, top_p=0.5) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.002)
+    assert drawn(min_p=0.4, top_p=0.5) == near({1: 4 / 7, 3: 3 / 7})
     assert drawn(min_p=0.4, top_p=0.44) == {1: 1.0}
     assert drawn(top_k=2, top_p=0.57) == {1: 1.0}
 
@@ -100,7 +141,7 @@ def test_top_p_counts_among_what_min_p_and_top_k_left() -> None:
 def test_a_logit_bias_is_added_before_all_else() -> None:
     biased = [p * math.exp(b) for p, b in zip(PROBABILITIES, (0, -1.0, 2.0, 0), strict=True)]
     expected = {token: weight / sum(biased) for token, weight in enumerate(biased)}
-    assert drawn(logit_bias=((1, -1.0), (2, 2.0))) == pytest.approx(expected, abs=0.002)
+    assert drawn(logit_bias=((1, -1.0), (2, 2.0))) == near(expected)
     assert drawn(temperature=0, logit_bias=((0, 100.0),)) == {0: 1.0}
     assert 1 not in drawn(logit_bias=((1, -100.0),))
 
@@ -138,8 +179,8 @@ def test_a_negative_penalty_favours_what_was_there() -> None:
 
 def test_before_the_minimum_length_neither_eos_nor_a_stop_id_is_chosen() -> None:
     held = {"min_tokens": 2, "stop_ids": (3,)}
-    assert drawn(answer=[0], **held) == pytest.approx({0: 1 / 3, 2: 2 / 3}, abs=0.002)
-    assert drawn(answer=[0], ignore_eos=True, **held) == pytest.approx({0: 1 / 7, 1: 4 / 7, 2: 2 / 7}, abs=0.002)
+    assert drawn(answer=[0], **held) == near({0: 1 / 3, 2: 2 / 3})
+    assert drawn(answer=[0], ignore_eos=True, **held) == near({0: 1 / 7, 1: 4 / 7, 2: 2 / 7})
     assert drawn(answer=[0, 0], **held) == drawn()
 
 

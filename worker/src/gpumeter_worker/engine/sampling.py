@@ -5,6 +5,12 @@ draw. Nothing of a row's result depends on its neighbours, not in the last bit o
 a row, ties go to the lower token id, and each draw takes one number of the sequence's own generator. Does not know how
 logits come about, nor who asked.
 
+The logits themselves depend on the neighbours a little: other kernels multiply other numbers of rows, and in fp32 a
+logit moves by some 3e-5. So that the same seed gives the same tokens in any batch, a draw is a race in which every
+candidate has noise of its own, hashed from the draw's number and the candidate's name: another token wins only where
+the best two are as near to each other as that, in less than 1 of 20,000 draws. (In a walk along the sums of probabilities
+every candidate's place moves with all those before it, which made another token of 1 draw in 200.)
+
 `Sampler.prepare` does the host's part before a step's clock begins, `choose` the device's part (on CUDA without waiting
 for the device), `read` fetches the result after the clock ended.
 """
@@ -28,6 +34,10 @@ CPU. They serve every top-k up to their number; a top-p only where their probabi
 
 IN_ORDER = 0
 """Draws over the whole vocabulary need no order of likelihood."""
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+"""splitmix64's odd constants, as int64 holds them."""
 
 
 class Sampler:
@@ -94,7 +104,8 @@ class Sampler:
             least=column(_least(one) for one in samplings) if any(one.min_p > 0 for one in samplings) else None,
             top_k=column((one.top_k or self._vocabulary for one in samplings), torch.long),
             top_p=column((one.top_p for one in samplings), torch.float64),
-            uniform=column((one.random.random() for one in sequences), torch.float64),
+            # random() gives multiples of 2**-53, so these are all of its bits; engine.loop counts one call a draw.
+            key=column((int(one.random.random() * 2**53) for one in sequences), torch.long),
         )
 
     def _index(self, values: Row[int]) -> torch.Tensor:
@@ -111,7 +122,8 @@ class Edits(NamedTuple):
 class Draw(NamedTuple):
     """Rows that are drawn in one way. `at` [n]: which of the worked rows, ascending; the other tensors are [n, 1].
 
-    `least` is min-p on the scale of logits whose maximum is 0; None where no row asks for it.
+    `least` is min-p on the scale of logits whose maximum is 0; None where no row asks for it. `key` is the draw's own
+    number, from which the noise of its candidates is hashed.
     """
 
     size: int
@@ -120,7 +132,7 @@ class Draw(NamedTuple):
     least: torch.Tensor | None
     top_k: torch.Tensor
     top_p: torch.Tensor
-    uniform: torch.Tensor
+    key: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +224,7 @@ def _edited(logits: torch.Tensor, edits: Edits) -> torch.Tensor:
 
 
 def _drawn(logits: torch.Tensor, best: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Inverse transform: the first token at which the sum of kept probabilities passes the uniform number.
+    """One token a row, each kept token with its share of the kept probability.
 
     logits [n, vocabulary], their maxima [n] -> tokens [n].
     """
@@ -222,14 +234,18 @@ def _drawn(logits: torch.Tensor, best: torch.Tensor, draw: Draw) -> torch.Tensor
         weights.masked_fill_(scaled < draw.least, 0)
     if draw.size != IN_ORDER:
         return _ranked(scaled, weights, draw)
-    # The whole vocabulary, in its own order: first the block, then the token in it.
-    block, rest = _pick(block_sums(weights), draw.uniform)
-    inside, positions = block_of(weights, block)
-    return positions.gather(1, _pick(inside.double(), rest)[0])[:, 0]
+    # The whole vocabulary: first among the blocks, then among the winner's tokens. Their names do not meet.
+    sums = block_sums(weights)
+    names = torch.arange(sums.shape[1], device=sums.device) + weights.shape[1]
+    inside, tokens = block_of(weights, _race(sums, names, draw.key))
+    return tokens.gather(1, _race(inside.double(), tokens, draw.key))[:, 0]
 
 
 def _ranked(scaled: torch.Tensor, weights: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """The draw in the order of likelihood, from as many candidates as it turns out to take."""
+    """The draw from the likeliest, from as many candidates as it turns out to take.
+
+    How many were looked at and in which order does not matter to the race: only which are kept.
+    """
     vocabulary = scaled.shape[1]
     ids = likeliest(scaled, draw.size)
     ranks = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -238,8 +254,7 @@ def _ranked(scaled: torch.Tensor, weights: torch.Tensor, draw: Draw) -> torch.Te
     complete = draw.top_k <= ids.shape[1]
     total = torch.where(complete, sums[:, -1:], block_sums(weights).cumsum(-1)[:, -1:])
     kept = (sums - candidates < draw.top_p * total) | (draw.top_p >= 1) | (ranks == 0)
-    index, _ = _pick(candidates.masked_fill(~kept, 0), draw.uniform)
-    tokens = ids.gather(1, index)[:, 0]
+    tokens = ids.gather(1, _race(candidates.masked_fill(~kept, 0), ids, draw.key))[:, 0]
     if draw.size < vocabulary and tokens.device.type == "cpu":  # see Sampler._candidates
         short = (~complete & (sums[:, -1:] < draw.top_p * total))[:, 0].nonzero()[:, 0]
         if len(short):
@@ -249,14 +264,28 @@ def _ranked(scaled: torch.Tensor, weights: torch.Tensor, draw: Draw) -> torch.Te
     return tokens
 
 
-def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weights [n, width] float64, uniform [n, 1] in [0, 1) -> an index [n, 1], and where in its share the number fell.
+def _race(weights: torch.Tensor, names: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The exponential race: whoever has the least -log(u) / weight wins, with the probability weight / sum of weights.
 
-    Rounding never picks what has no weight.
+    It is the Gumbel-max trick, arg-max of log(weight) - log(-log(u)), with one logarithm instead of three. weights
+    [n, k] float64, not all 0 in a row, names [n, k] or [k] and key [n, 1] of int64 -> the winner's index [n, 1]. What
+    has no weight never wins: the noise is finite, and some weight is above 0.
     """
-    sums = weights.cumsum(-1)
-    threshold = uniform * sums[:, -1:]
-    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(-1, keepdim=True)
-    index = torch.minimum(torch.searchsorted(sums, threshold, right=True), last)
-    share = weights.gather(1, index)
-    return index, ((threshold - (sums.gather(1, index) - share)) / share).clamp(0, 1)
+    return (weights / noise(key, names).log_().neg_()).argmax(-1, keepdim=True)
+
+
+def noise(key: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """key [n, 1] and names [n, k] or [k] of int64 -> uniform numbers [n, k] float64, above 0 and below 1.
+
+    A number is a function of its own key and name alone, and the same on every device: 52 bits of splitmix64 (Steele,
+    Lea and Flood 2014), whose state starts at the mixed key and whose steps are counted by the name.
+    """
+    state = _mixed(_mixed(key.clone()) + names * _GOLDEN)
+    return (state >> 12).bitwise_and_(2**52 - 1).double().add_(0.5).mul_(2.0**-52)
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finalizer, in place. int64 wraps as uint64 does; a mask makes its right shift a logical one."""
+    bits.bitwise_xor_((bits >> 30).bitwise_and_(2**34 - 1)).mul_(_MIX[0])
+    bits.bitwise_xor_((bits >> 27).bitwise_and_(2**37 - 1)).mul_(_MIX[1])
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**33 - 1))
