@@ -8,8 +8,8 @@ logits come about, nor who asked.
 The logits themselves depend on the neighbours a little: other kernels multiply other numbers of rows, and in fp32 a
 logit moves by some 3e-5. So that the same seed gives the same tokens in any batch, a draw is a race in which every
 candidate has noise of its own, hashed from the draw's number and the candidate's name: another token wins only where
-the best two are as near to each other as that, in less than 1 of 20,000 draws. (In a walk along the sums of probabilities
-every candidate's place moves with all those before it, which made another token of 1 draw in 200.)
+the best two are as near to each other as that, in less than 1 of 20,000 draws. (In a walk along the sums of
+probabilities every candidate's place moves with all those before it, which made another token of 1 draw in 200.)
 
 `Sampler.prepare` does the host's part before a step's clock begins, `choose` the device's part (on CUDA without waiting
 for the device), `read` fetches the result after the clock ended.
