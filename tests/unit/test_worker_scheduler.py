@@ -446,3 +446,14 @@ def test_prompts_that_have_no_place_yet_take_nothing_from_running_streams() -> N
         one.submit(Submit(f"p{number}", [3] * 512, Sampling(max_tokens=1, temperature=0, ignore_eos=True)))
     one.turn()
     assert device.plans[1] == [("runs", 1), ("runs-too", 1)]
+
+
+@pytest.mark.parametrize("blocks", [SlotBlocks(2, 64, prefix=True), PagedBlocks(8, 16, prefix=True)])
+def test_what_a_failed_sequence_left_is_never_found(blocks: KvBlocks) -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(2, 64), frozenset({EOS}), max_length=64, blocks=blocks)
+    device.answers = {"broken": INVALID_TOKEN}
+    for name in ("broken", "again", "once-more"):
+        one.submit(Submit(name, list(range(100, 140)), Sampling(max_tokens=1, temperature=0)))
+        parts = [part for event in drive(one) if isinstance(event, StepReport) for part in event.parts]
+        assert parts[0].cached_tokens == (32 if name == "once-more" else 0)

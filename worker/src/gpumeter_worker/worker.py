@@ -159,7 +159,8 @@ class Worker:
             raise Refused(
                 429,
                 "queue_full",
-                f"{self.sessions.waiting} requests wait already (at most {self.settings.max_queue_length}); try again",
+                f"{self.sessions.sequences} answers are being given or wait already, and {len(choices)} more are asked "
+                f"for (at most {engine.max_batch_size} and {self.settings.max_queue_length}); try again",
                 headers={"Retry-After": "1"},
             )
         if self.sessions.known(caller.session_id):
@@ -244,7 +245,9 @@ class Worker:
 
     def _finish(self, session: Session, choice: Choice, finish: Finish, message: str) -> None:
         # What the API process took back is what it says; that the engine then saw a cancel is only how it was done.
-        choice.outcome = choice.outcome if choice.outcome and finish is Finish.CANCELLED else _STATUS[finish]
+        # An answer that had come to its stop string is whole, even where the engine was lost before it said so.
+        kept = finish is Finish.CANCELLED or choice.outcome is Status.FINISHED
+        choice.outcome = choice.outcome if choice.outcome and kept else _STATUS[finish]
         choice.finish, choice.message = finish, message
         session.line.put_nowait(Finished(session.choices.index(choice), finish))
         outcomes = [one.outcome for one in session.choices if one.finish is not None]

@@ -32,6 +32,11 @@ def choices(
         )
     made = []
     for prompt in prompts:
+        if prompt and max(prompt) >= engine.vocabulary:
+            # A tokenizer may know more tokens than its model, and such an id would end the engine for everybody.
+            raise bad_parameter(
+                param, f"the prompt has the token {max(prompt)}, and this model's last one is {engine.vocabulary - 1}"
+            )
         room = _room(generation, prompt, engine.max_model_len, param)
         made += [
             Choice(prompt, _sampling(generation, room, answer), counts_prompt=answer == 0)

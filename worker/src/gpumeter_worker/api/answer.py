@@ -118,7 +118,7 @@ class Answer:
 
     def _finish(self, finished: Finished, pieces: list[Piece]) -> None:
         text = self.texts[finished.choice]
-        if finished.finish is Finish.FAILED:
+        if finished.finish is Finish.FAILED and not text.stopped:
             self.worker.take_back(self.session, Status.CANCELLED)
         elif finished.finish is not Finish.CANCELLED or text.stopped:
             said, placed = text.finish()

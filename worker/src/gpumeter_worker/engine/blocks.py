@@ -67,6 +67,9 @@ class KvBlocks(Protocol):
     def release(self, sequence: Sequence) -> None:
         """It is done, cancelled or preempted. What it computed is found until its blocks are used again."""
 
+    def discard(self, sequence: Sequence) -> None:
+        """What it computed itself may be no numbers: nobody shall find it. Its release follows."""
+
     def take_copies(self) -> list[Copy]:
         """What the runner must copy, in this order, before the next step."""
 
@@ -143,6 +146,14 @@ class PagedBlocks:
                 if self._names[block] is None:
                     self._free.move_to_end(block, last=False)
         sequence.blocks = []
+
+    def discard(self, sequence: Sequence) -> None:
+        """See KvBlocks; blocks that others hold as well were found, not computed."""
+        for block in sequence.blocks:
+            name = self._names[block]
+            if name is not None and self._holders[block] == 1:
+                del self._index[name]
+                self._names[block] = None
 
     def take_copies(self) -> list[Copy]:
         """Nothing: sharing needs no copy."""
@@ -228,6 +239,10 @@ class SlotBlocks:
         heapq.heappush(self._free, slot)
         self._touch(slot)
         sequence.blocks = []
+
+    def discard(self, sequence: Sequence) -> None:
+        """See KvBlocks."""
+        self._forget(sequence.blocks[0], 0)
 
     def take_copies(self) -> list[Copy]:
         """Sources are read before anything later in the list, or the next step, writes them."""

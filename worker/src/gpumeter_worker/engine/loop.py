@@ -182,6 +182,7 @@ class Engine:
             if new is None:
                 continue
             if new.token == INVALID_TOKEN:
+                self._blocks.discard(sequence)
                 finished.append((sequence, Finish.FAILED))
                 continue
             sequence.tokens.append(new.token)

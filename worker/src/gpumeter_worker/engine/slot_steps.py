@@ -69,13 +69,14 @@ class SlotSteps:
         for layer in (*self.cache.keys, *self.cache.values):
             layer[sequence.blocks[0]].zero_()
 
-    def probe(self, counts: Sequence[int], context: int = 0) -> list[Work]:
+    def probe(self, counts: Sequence[int], context: int = 0, vocabulary: int = 2) -> list[Work]:
         """Works of sequences that nobody asked for, each of so many tokens after `context` others, a slot each."""
         works = []
         for slot, count in enumerate(counts):
             length = context + count
+            tokens = [1 + (7919 * place + 31 * slot) % (vocabulary - 1) for place in range(length)]
             sequence = EngineSequence(
-                "", 0, "", [1] * length, length, Sampling(max_tokens=2), computed=context, random=Random(0)
+                "", 0, "", tokens, length, Sampling(max_tokens=2), computed=context, random=Random(0)
             )
             sequence.blocks = [slot]
             works.append(Work(sequence, count, samples=True, prefill=count > 1))

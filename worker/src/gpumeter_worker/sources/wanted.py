@@ -17,7 +17,8 @@ def wanted(names: Iterable[str], *, allow_pickle: bool) -> list[str]:
     Weights are safetensors. Where a repository holds them twice, as `model*.safetensors` and under another name, only
     the first are taken. Pickled weights are taken where they are allowed and there is nothing better.
     """
-    top = sorted(name for name in names if "/" not in name or fnmatchcase(name, _TEMPLATES))
+    top = sorted(name for name in names if "/" not in name or (name.count("/") == 1 and fnmatchcase(name, _TEMPLATES)))
+    top = [name for name in top if ".." not in name.split("/")]  # a bucket's key may say anything
     weights = [name for name in top if name.endswith(".safetensors")]
     weights = [name for name in weights if name.startswith("model")] or weights
     if not weights and allow_pickle:
