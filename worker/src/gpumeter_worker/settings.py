@@ -19,6 +19,9 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 DEV_TENANT = "anonymous"
 
+_URI_CHARS_MAX = 1024
+"""As long as the InferenceService lets spec.model.uri be."""
+
 
 class SettingsInvalid(Exception):
     """The settings cannot be used; the message joins every problem into one sentence."""
@@ -97,7 +100,7 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
                 [f"--dev is refused because the operator started this worker ({', '.join(marks)} is set)"]
             )
     state = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "gpumeter" if dev else Path("/")
-    model_uri = model or read.text("GPUMETER_MODEL_URI", required=not model)
+    model_uri = model or read.text("GPUMETER_MODEL_URI", required=not model, longest=_URI_CHARS_MAX)
     gpu_count = read.whole("GPUMETER_GPU_COUNT", 0, 0, 1024)
     settings = Settings(
         service=read.text("GPUMETER_SERVICE", "dev/worker" if dev else "", required=not dev),
@@ -164,12 +167,12 @@ class _Reader:
         self._environment = environment
         self.problems: list[str] = []
 
-    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
+    def text(self, name: str, default: str = "", *, required: bool = False, longest: int = 250) -> str:
         value = self._environment.get(name, "").strip()
         if required and not value:
             self.problems.append(f"{name} is not set")
-        elif len(value) > 250 or not value.isprintable():
-            self.problems.append(f"{name} must be at most 250 printable characters")
+        elif len(value) > longest or not value.isprintable():
+            self.problems.append(f"{name} must be at most {longest} printable characters")
         return value or default
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
