@@ -20,7 +20,7 @@ from rigs.cache import RecordingCache, next_token
 
 EOS = 49
 LONGEST = 96
-BACKLOG_STEPS = 16
+BACKLOG_STEPS = 32
 """With more prompts than running streams can bear, their backlog is still worked off in about so many steps."""
 
 PROMPTS = st.builds(

@@ -432,8 +432,8 @@ def test_a_crowd_of_prompts_gets_more_of_a_step_than_a_single_one() -> None:
         one.turn()
         return sum(count for name, count in device.plans[1] if name != "runs")
 
-    assert second_step(1) == 512 // 16
-    assert second_step(40) == 40 * 512 // 16
+    assert second_step(1) == 512 // 32
+    assert second_step(40) == 40 * 512 // 32
 
 
 def test_prompts_that_have_no_place_yet_take_nothing_from_running_streams() -> None:

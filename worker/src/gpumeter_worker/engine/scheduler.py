@@ -20,7 +20,7 @@ _CHUNK_TOKENS_MIN = 16
 """A smaller piece of a prompt is not worth cutting off for another prompt's sake."""
 
 
-_BACKLOG_STEPS = 16
+_BACKLOG_STEPS = 32
 """A backlog of prompts is worked off in about so many steps, whatever running streams would like: one prompt does not
 hold them up, but a crowd of them is not served one drop at a time."""
 
