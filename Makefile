@@ -18,7 +18,7 @@ DEVCLUSTER := $(PY) -m devcluster
 
 .PHONY: help
 help: ## Explain every target
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (nvidia.com/gpu that the node offers, $(GPUS)),"
 	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
@@ -90,11 +90,13 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill
+.PHONY: bench-engine bench-engine-kill bench-equality
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
 	@$(PY) -m bench.engine_kill
+bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone, mixed, found, chunked, preempted
+	@GPUMETER_EQUALITY_PROMPTS=200 $(PY) -m pytest -q tests/contract/test_worker_equality.py
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images
