@@ -63,11 +63,6 @@ class Session:
     end: End | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
-    def ended(self) -> bool:
-        """Whether its usage is final."""
-        return self.end is not None
-
 
 class Sessions:
     """Every session in flight, by id."""

@@ -80,11 +80,6 @@ class Sequence:
     """The hashes of its first units of tokens, as far as the cache's index needed them."""
 
     @property
-    def key(self) -> tuple[str, int]:
-        """What tells it from every other sequence of the engine."""
-        return self.session_id, self.choice
-
-    @property
     def prefilling(self) -> bool:
         """Whether more is to be run than its newest token: a part of the prompt, or what a preemption lost."""
         return self.computed < self.prompt_length or self.computed < self.recompute_until
