@@ -37,7 +37,7 @@ PROGRAM = (sys.executable, "-m", "gpumeter_worker.engine.process")
 # instead of 28. So they spin for a moment. Memory that a step gave back is kept for the next one, which would else take
 # it from the kernel page by page: 5 %. Whoever sets any of it otherwise is obeyed.
 _ENGINE_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
+    "GOMP_SPINCOUNT": "30000",
     "KMP_BLOCKTIME": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
