@@ -289,10 +289,15 @@ async def test_conditions_follow_a_pod_from_no_capacity_over_failures_to_serving
     assert status["modelStatus"] == {"state": "Loaded"}
     assert condition(status, "MeteringReady")["status"] == "True"
 
-    told = await cluster.list(EVENTS, namespace)
-    reasons = [one["reason"] for one in told if one["involvedObject"]["kind"] == "InferenceService"]
+    async def all_told() -> list[Manifest] | None:
+        told = await cluster.list(EVENTS, namespace)
+        about = [one for one in told if one["involvedObject"]["kind"] == "InferenceService"]
+        wanted = {"InsufficientCapacity", "ImagePullFailed", "ModelNotFound", "OOMKilled", "Serving"}
+        return about if wanted <= {one["reason"] for one in about} else None
+
+    told = await eventually(all_told, 10)  # an event is posted after the status that it is about
+    reasons = [one["reason"] for one in told]
     assert sorted(reasons) == sorted(set(reasons)), "an event is not repeated"
-    assert {"InsufficientCapacity", "ImagePullFailed", "ModelNotFound", "OOMKilled", "Serving"} <= set(reasons)
     [failure] = [one for one in told if one["reason"] == "ModelNotFound"]
     assert (failure["message"], failure["type"]) == (sentence, "Warning")
 
