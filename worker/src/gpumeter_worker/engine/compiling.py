@@ -11,20 +11,12 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gpumeter_worker.engine.interface import Asked, Attend, offer
 
 log = logging.getLogger("gpumeter_worker.engine.compiling")
 
 NAME = "gpumeter_opaque"
-
-Attend = Callable[..., tuple[torch.Tensor, None]]
-
-
-class _Layer:
-    """All that attention wants to know of a model's module."""
-
-    def __init__(self, index: int) -> None:
-        self.layer_idx = index
 
 
 class _Running:
@@ -32,8 +24,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
-        self.step: dict[str, Any] = {}
-        self.layers: list[_Layer] = []
+        self.step: object = None
 
 
 _running = _Running()
@@ -49,19 +40,20 @@ class CompiledDecoder:
         self._decoder = decoder
         self._original = decoder.forward
         _running.attend = attend
-        _running.layers = [_Layer(index) for index in range(model.config.get_text_config().num_hidden_layers)]
         model.set_attn_implementation(NAME)
 
         def run(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             hidden: torch.Tensor = self._original(
-                input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False
+                input_ids=tokens, position_ids=positions, attention_mask=None, use_cache=False, step="the running one"
             ).last_hidden_state
             return hidden
 
-        compiled = torch.compile(run, fullgraph=True, dynamic=True)
+        compiled = torch.compile(run, fullgraph=True, dynamic=True, options=_options())
 
-        def forward(input_ids: torch.Tensor, position_ids: torch.Tensor, **others: Any) -> BaseModelOutputWithPast:
-            _running.step = {name: others[name] for name in ("step", "backend") if name in others}
+        def forward(
+            input_ids: torch.Tensor, position_ids: torch.Tensor, step: object, **others: Any
+        ) -> BaseModelOutputWithPast:
+            _running.step = step
             return BaseModelOutputWithPast(last_hidden_state=compiled(input_ids, position_ids))
 
         decoder.forward = forward
@@ -104,6 +96,17 @@ def compile_decoder(
     return ""
 
 
+def _options() -> dict[str, Any] | None:
+    """A loaded model never changes, and to make sure of that before each step costs more than a millisecond."""
+    if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # a torch without such filters
+        return None
+    return {"guard_filter_fn": lambda guards: [_on_input(guard.name, guard.guard_type) for guard in guards]}
+
+
+def _on_input(name: str, guard_type: str) -> bool:
+    return guard_type == "SHAPE_ENV" or "tokens" in name or "positions" in name
+
+
 def _seconds(step: Callable[[], torch.Tensor]) -> float:
     """The fastest of three runs, to the last kernel's end."""
     times = []
@@ -115,26 +118,13 @@ def _seconds(step: Callable[[], torch.Tensor]) -> float:
     return min(times)
 
 
-def _attend_opaquely(  # noqa: PLR0917 - the interface is transformers'
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    for name in ("s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise RuntimeError(f"this model's attention uses {name}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.ops.gpumeter.attend(
-        query, key, value, module.layer_idx, float(scale), sliding_window or 0, float(softcap or 0)
+def _attend_opaquely(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked, step: object
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.gpumeter.attend(
+        query, key, value, asked.layer, float(asked.scale), asked.window or 0, float(asked.softcap or 0)
     )
-    return out, None
+    return out
 
 
 def _attend(  # noqa: PLR0917 - an operation takes no keywords
@@ -147,18 +137,8 @@ def _attend(  # noqa: PLR0917 - an operation takes no keywords
     softcap: float,
 ) -> torch.Tensor:
     assert _running.attend is not None  # noqa: S101 - only a compiled decoder asks
-    out, _ = _running.attend(
-        _running.layers[layer],
-        query,
-        key,
-        value,
-        None,
-        scaling=scale,
-        sliding_window=window or None,
-        softcap=softcap or None,
-        **_running.step,
-    )
-    return out.contiguous()
+    asked = Asked(layer, scale, window or None, softcap or None)
+    return _running.attend(query, key, value, asked, _running.step).contiguous()
 
 
 def _attend_shape(  # noqa: PLR0917
@@ -180,4 +160,4 @@ _library.define(
 for _device in ("CPU", "CUDA"):
     _library.impl("attend", _attend, _device)
 torch.library.register_fake("gpumeter::attend", _attend_shape, lib=_library)
-ALL_ATTENTION_FUNCTIONS.register(NAME, _attend_opaquely)
+offer(NAME, _attend_opaquely)

@@ -1,15 +1,19 @@
 """A model's matrix products on a CPU: weights packed once, for the kernels that are fastest on this processor.
 
-Owns which kernel multiplies how many rows. Does not know what a product is for. Two things are gained over torch's own
-linear layers: oneDNN gets the weights in its own layout, which saves rearranging them in every step; and where
-products of bfloat16 are slower than those of float32 (measured here, at start-up: processors without matrix units
-multiply bfloat16 at half the rate), many rows are multiplied in float32. What comes out is rounded to the model's type
-either way, and no less precise.
+Owns which kernel multiplies how many rows. Does not know what a product is for. Three things are gained over torch's
+own linear layers: oneDNN gets the weights in its own layout, which saves rearranging them in every step; layers that
+are given the same rows (queries, keys and values; gate and up) are one product; and where products of bfloat16 are
+slower than those of float32 (measured here, at start-up: processors without matrix units multiply bfloat16 at half the
+rate), many rows are multiplied in float32. What comes out is rounded to the model's type either way, and no less
+precise.
 """
 
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,37 +33,78 @@ _LAYOUT_ROWS = 64
 _TRIALS = 7
 NEVER = 1 << 62
 
-_packed: list["PackedLinear"] = []
-"""Every packed layer of this process's model by number, because an opaque operation takes no modules."""
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that every known decoder gives the same rows. A decoder that does not only loses time."""
+
+_products: list["Product"] = []
+"""Every product of this process's model by number, because an opaque operation takes no modules."""
 
 
-class PackedLinear(nn.Module):  # type: ignore[misc]
-    """Stands where an nn.Linear stood, [..., in_features] -> [..., out_features]. From `wide_from` rows on: float32."""
+class Product:
+    """Packed weights of one linear layer or of several, side by side: [..., in_features] -> [..., out_features].
 
-    def __init__(self, linear: nn.Linear, wide_from: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach()
+    From `wide_from` rows on it is computed in float32.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], wide_from: int) -> None:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        self.out_features, self._in_features = weight.shape
         self._wide_from = wide_from
         self._narrow = _pack(weight)
         self._wide = _pack(weight.float()) if wide_from < NEVER else None
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        biased = linears[0].bias is not None
+        self._bias = torch.cat([linear.bias.detach() for linear in linears]) if biased else None
         self._wide_bias = None if self._bias is None else self._bias.float()
-        self._number = len(_packed)
-        _packed.append(self)
+        self._rows: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None
+        self._number = len(_products)
+        _products.append(self)
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """See the class. A compiler sees one operation that it cannot look into."""
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product. A compiler sees one operation that it cannot look into."""
         if torch.compiler.is_compiling():
-            product: torch.Tensor = torch.ops.gpumeter.product(rows, self._number, self.out_features)
-            return product
-        return self.product(rows)
+            found: torch.Tensor = torch.ops.gpumeter.product(rows, self._number, self.out_features)
+            return found
+        return self.compute(rows)
 
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
+    def once(self, rows: torch.Tensor, *, last: bool) -> torch.Tensor:
+        """The product, computed once for all who share it and ask with the same tensor; `last`: nobody asks after."""
+        found = self._found if rows is self._rows else None
+        if found is None:
+            found = self.of(rows)
+        self._rows, self._found = (None, None) if last else (rows, found)
+        return found
+
+    def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """The product itself."""
-        if self._wide is not None and rows.numel() >= self._wide_from * self.in_features:
+        if self._wide is not None and rows.numel() >= self._wide_from * self._in_features:
             return _multiply(rows.float(), self._wide, self._wide_bias).to(rows.dtype)
         return _multiply(rows, self._narrow, self._bias)
+
+
+class PackedLinear(nn.Module):  # type: ignore[misc]
+    """Stands where an nn.Linear stood: the whole of a product of its own."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self._product = product
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return self._product.of(rows)
+
+
+class SharedLinear(nn.Module):  # type: ignore[misc]
+    """Stands where an nn.Linear stood: columns `a` to `b` of a product that it shares with its siblings."""
+
+    def __init__(self, product: Product, a: int, b: int) -> None:
+        super().__init__()
+        self._product, self._a, self._b = product, a, b
+        self._last = b == product.out_features
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return self._product.once(rows, last=self._last)[..., self._a : self._b]
 
 
 def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
@@ -68,25 +113,56 @@ def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
     `spare_bytes` is what copies in float32 may take; None: nobody knows, so take none. Where torch was built without
     oneDNN or the type is another one, nothing is replaced and 0 is returned.
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.dtype in _TYPES and child.weight.device.type == "cpu"
-    ]
-    if not found or not _available(found[0][2].weight.dtype):
+    found = list(_groups(model))
+    if not found or not _available(found[0].dtype):
         return 0
-    shapes = Counter((child.out_features, child.in_features) for _, _, child in found)
+    shapes = Counter(group.shape for group in found)
     weights = sum(rows * columns * count for (rows, columns), count in shapes.items())
     wide_from = NEVER
-    if found[0][2].weight.dtype is torch.bfloat16 and spare_bytes is not None and 4 * weights <= spare_bytes:
+    if found[0].dtype is torch.bfloat16 and spare_bytes is not None and 4 * weights <= spare_bytes:
         wide_from = _faster_from(max(shapes, key=lambda shape: shapes[shape] * shape[0] * shape[1]))
-    replaced: dict[nn.Linear, PackedLinear] = {}
-    for parent, name, child in found:
-        if child not in replaced:
-            replaced[child] = PackedLinear(child, wide_from)
-        setattr(parent, name, replaced[child])
+    packed: dict[nn.Linear, Product] = {}  # two modules may have a layer in common
+    for group in found:
+        linears = list(group.layers.values())
+        product = packed.get(linears[0]) or Product(linears, wide_from)
+        packed[linears[0]] = product
+        ends = accumulate(linear.out_features for linear in linears)
+        for name, linear, end in zip(group.layers, linears, ends, strict=True):
+            part = PackedLinear(product) if len(linears) == 1 else SharedLinear(product, end - linear.out_features, end)
+            setattr(group.parent, name, part)
     return wide_from
+
+
+class _Group(NamedTuple):
+    """Linear layers of one module that make one product, by name."""
+
+    parent: nn.Module
+    layers: dict[str, nn.Linear]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.layers.values())).weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Out and in features of the product."""
+        linears = self.layers.values()
+        return sum(linear.out_features for linear in linears), next(iter(linears)).in_features
+
+
+def _groups(model: nn.Module) -> Iterator[_Group]:
+    for parent in model.modules():
+        left = {
+            name: child
+            for name, child in parent.named_children()
+            if type(child) is nn.Linear and child.weight.dtype in _TYPES and child.weight.device.type == "cpu"
+        }
+        for names in _SIBLINGS:
+            kinds = {(left[name].in_features, left[name].bias is None) for name in names if name in left}
+            if len(kinds) == 1 and left.keys() >= set(names):
+                yield _Group(parent, {name: left.pop(name) for name in names})
+        for name, child in left.items():
+            yield _Group(parent, {name: child})
 
 
 def _available(dtype: torch.dtype) -> bool:
@@ -136,7 +212,7 @@ def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _product_of(rows: torch.Tensor, number: int, out_features: int) -> torch.Tensor:
-    return _packed[number].product(rows)
+    return _products[number].compute(rows)
 
 
 def _product_shape(rows: torch.Tensor, number: int, out_features: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from gpumeter_worker.engine import attention, gpu, paged_attention
-from gpumeter_worker.engine.attention import AttentionUnsupported
 from gpumeter_worker.engine.blocks import Copy, KvBlocks
+from gpumeter_worker.engine.interface import AttentionUnsupported
 from gpumeter_worker.engine.loading import LoadFailed, first_line, load
 from gpumeter_worker.engine.loop import INVALID_TOKEN, Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready

@@ -10,14 +10,13 @@ and a sentence says so.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpumeter_worker.engine import paged
-from gpumeter_worker.engine.attention import AttentionUnsupported
+from gpumeter_worker.engine.interface import Asked, AttentionUnsupported, offer
 from gpumeter_worker.engine.paged import BLOCK_TOKENS, Frame
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
@@ -97,31 +96,20 @@ class Backend:
     attend: Callable[..., torch.Tensor]
 
 
-def attend(  # noqa: PLR0917 - the interface is transformers'
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    step: PagedStep | None = None,
-    backend: Backend | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """query [1, heads, rows, head_dim], key and value [1, kv_heads, rows, head_dim] -> [1, rows, heads, head_dim]."""
-    if step is None or backend is None:
-        raise AttentionUnsupported("this model does not hand the step on to its attention layers")
-    for name in ("s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise AttentionUnsupported(f"this model's attention uses {name}, which the engine does not compute yet")
-    keys, values = step.cache.keys[module.layer_idx], step.cache.values[module.layer_idx]
-    rows = query[0].transpose(0, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+class Bound(NamedTuple):
+    """A step, and who computes its attention."""
+
+    step: PagedStep
+    backend: Backend
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked, bound: Bound) -> torch.Tensor:
+    """See interface.Attend."""
+    step, backend = bound
+    keys, values = step.cache.keys[asked.layer], step.cache.values[asked.layer]
     backend.write(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, step)
-    return backend.attend(rows, keys, values, step, scale, sliding_window, softcap)[None], None
+    rows = query[0].transpose(0, 1)
+    return backend.attend(rows, keys, values, step, asked.scale, asked.window, asked.softcap)[None]
 
 
 def choose(asked: str, heads: Heads, dtype: torch.dtype, device: str) -> tuple[Backend, list[str]]:
@@ -347,4 +335,4 @@ def _first_line(error: BaseException) -> str:
     return (text[0] if text else type(error).__name__).rstrip(".")[:200]
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+offer(NAME, attend)

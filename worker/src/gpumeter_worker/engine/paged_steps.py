@@ -14,7 +14,7 @@ import torch
 from gpumeter_worker.engine import paged, paged_attention
 from gpumeter_worker.engine.graphs import Recorder, bucket_for
 from gpumeter_worker.engine.paged import BLOCK_TOKENS, Frame
-from gpumeter_worker.engine.paged_attention import Backend, Heads, PagedCache, PagedStep
+from gpumeter_worker.engine.paged_attention import Backend, Bound, Heads, PagedCache, PagedStep
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
@@ -166,8 +166,7 @@ def make_forward(model: Callable[..., object], backend: Backend) -> Forward:
             attention_mask=None,
             use_cache=False,
             logits_to_keep=keep,
-            step=step,
-            backend=backend,
+            step=Bound(step, backend),
         )
         logits: torch.Tensor = answer.logits[0]  # type: ignore[attr-defined]
         return logits
