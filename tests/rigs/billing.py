@@ -20,8 +20,8 @@ from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.period import SECOND_NS
 from gpumeter_usage.record import Kind, Record, Status, parse
-from gpumeter_worker.engine.blocks import KvBlocks, PagedBlocks
-from gpumeter_worker.engine.loop import Engine, Runner
+from gpumeter_worker.engine.blocks import Copy, KvBlocks, PagedBlocks
+from gpumeter_worker.engine.loop import Engine, Runner, Sampled
 from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.engine.sequence import Finish, Sampling
@@ -68,11 +68,33 @@ def _model() -> Any:
     return tiny_model("llama", "cpu")
 
 
+class _OnOneThread:
+    """Runs a tiny model's steps on one thread: on a busy machine the other threads are what a step waits for."""
+
+    def __init__(self, inner: Runner) -> None:
+        self._inner = inner
+
+    def run(self, plan: Sequence[Work], clock: StepClock) -> list[Sampled]:
+        """See Runner."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._inner.run(plan, clock)
+        finally:
+            torch.set_num_threads(threads)
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """See Runner."""
+        self._inner.copy(copies)
+
+
 def load_runner() -> Runner:
     """Load and warm up as an engine process does: a real model's step before anybody is served."""
     from rigs.paged import PagedRunner
 
-    runner = PagedRunner(_model(), BLOCKS, MAX_LENGTH)
+    runner = _OnOneThread(PagedRunner(_model(), BLOCKS, MAX_LENGTH))
     warm = EngineSequence("", 0, "", [1] * 8, 8, Sampling(1, temperature=0.0), blocks=[0])
     clock = HostClock()
     runner.run([Work(warm, 8, samples=True, prefill=True)], clock)
