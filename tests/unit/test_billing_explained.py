@@ -16,7 +16,7 @@ from devcluster.layout import REPOSITORY
 from gpumeter_operator.billing.accounts import fold
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod, Span, Worker
-from gpumeter_operator.billing.report import PodPeriod, ServicePeriod, reports
+from gpumeter_operator.billing.report import RECONCILED_PER_MILLE, PodPeriod, ServicePeriod, reports
 from gpumeter_operator.billing.tariff import HOUR_NS, PeriodPlan, canonical_spec, per_thousand, plain, plan_from
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, from_rfc3339, period_of
@@ -162,6 +162,21 @@ def test_every_condition_that_the_document_explains_is_one_that_reports_have() -
         assert f'"{reason}"' in source
 
 
+def test_the_limits_that_the_document_states_are_the_defaults() -> None:
+    resource = (REPOSITORY / "crds/inferenceservices.yaml").read_text()
+    values = (REPOSITORY / "charts/gpumeter/values.yaml").read_text()
+    for sentence, default, text in (
+        ("about 5 seconds later (`metering.checkpointInterval`)", r"checkpointInterval:.{,99}default: 5s", resource),
+        ("for 60 seconds (`metering.leaseTimeout`)", r"leaseTimeout:.{,99}default: 60s", resource),
+        ("the grace period (10 minutes, unless set otherwise)", r"closeGrace: 10m", values),
+        ("(an hour, unless the installation says otherwise)", r"period: 1h", values),
+    ):
+        assert sentence in " ".join(TEXT.split())
+        assert re.search(default, text, re.DOTALL), default
+    assert "more than 0.1 % of `allocated`" in TEXT
+    assert RECONCILED_PER_MILLE == 1
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
     """Two pods of two services, two tenants, three minutes, all closed; one pod drained, one was killed."""
@@ -217,6 +232,7 @@ def test_the_auditors_script_finds_nothing_in_an_honest_ledger(ledger: Path) -> 
             "the chain breaks here",
         ),
         ("records", "DELETE FROM records WHERE seq = 3", "the chain breaks here"),
+        ("records", "DELETE FROM records WHERE kind = 'seal'", "does not end where the collector left it"),
         ("pod_accounts", "UPDATE pod_accounts SET unaccounted = unaccounted - 1", "the accounts do not add up"),
         ("pod_accounts", "UPDATE pod_accounts SET load = load - 1, idle = idle + 1", "nonbillable work is not what"),
         ("pod_accounts", "UPDATE pod_accounts SET idle = idle + 1, drain = drain - 1", "idle or drain is not what"),
