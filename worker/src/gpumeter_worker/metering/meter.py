@@ -69,14 +69,6 @@ class _Session:
     since_ns: int
     """Where the next slice starts: the session's begin, then the end of the slice before."""
     totals: Totals = field(default_factory=Totals)
-    """Of the slices that are written; a step adds to the running one alone."""
-
-    def add(self, written: "_Slice") -> None:
-        """A slice is complete."""
-        self.totals.gpu_ns += written.gpu_ns
-        self.totals.prompt_tokens += written.prompt_tokens
-        self.totals.cached_tokens += written.cached_tokens
-        self.totals.completion_tokens += written.completion_tokens
 
 
 @dataclass(slots=True)
@@ -144,7 +136,7 @@ class Meter:
             running = self._slice(session_id, session, at_ns)
             running.started_ns = max(running.started_ns, (at_ns - 1) // MINUTE_NS * MINUTE_NS)
         running.status = status
-        session.add(running)
+        _sum_up(session.totals, running)
         self._close(self.accounts.end(at_ns))
         return session.totals
 
@@ -207,7 +199,7 @@ class Meter:
             self._records.append(self._record(running))
             if session := self._sessions.get(running.session_id):
                 session.since_ns = running.ended_ns
-                session.add(running)
+                _sum_up(session.totals, running)
         self._slices = {}
 
     def _record(self, running: _Slice) -> Record:
@@ -237,6 +229,14 @@ def seal(identity: Identity, at_ns: int, status: Status) -> Record:
     return Record(
         kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity)
     )
+
+
+def _sum_up(totals: Totals, complete: _Slice) -> None:
+    """A step adds to the running slice alone; a session's totals grow by slices that are complete."""
+    totals.gpu_ns += complete.gpu_ns
+    totals.prompt_tokens += complete.prompt_tokens
+    totals.cached_tokens += complete.cached_tokens
+    totals.completion_tokens += complete.completion_tokens
 
 
 class _Common(TypedDict):
