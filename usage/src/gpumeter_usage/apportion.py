@@ -23,15 +23,13 @@ def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
     weight_sum = sum(weights)
     if weight_sum == 0:
         weights, weight_sum = [1] * len(weights), len(weights)
-    parts: list[int] = []
-    remainders: list[int] = []
-    for weight in weights:
-        part, remainder = divmod(total * weight, weight_sum)
-        parts.append(part)
-        remainders.append(remainder)
+    exact = [divmod(total * weight, weight_sum) for weight in weights]
+    parts = [part for part, _ in exact]
     left = total - sum(parts)
     if left:
-        by_remainder = sorted(range(len(parts)), key=lambda index: (-remainders[index], index))
+        remainders = [remainder for _, remainder in exact]
+        # A sort is stable, also in reverse: among equal remainders the lower index comes first.
+        by_remainder = sorted(range(len(parts)), key=remainders.__getitem__, reverse=True)
         for index in by_remainder[:left]:
             parts[index] += 1
     return parts

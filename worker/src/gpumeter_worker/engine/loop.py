@@ -231,12 +231,13 @@ def _settle(work: Work, *, sampled: bool) -> Part:
     """
     sequence = work.sequence
     prompt, context_tokens = sequence.prompt, sequence.computed
-    end = min(context_tokens + work.count, sequence.prompt_length)
     prompt_tokens = cached_tokens = 0
-    if end > prompt.settled:
-        prompt_tokens = end - prompt.settled
-        cached_tokens = max(0, min(sequence.cached, end) - prompt.settled)
-        prompt.settled = end
+    if prompt.settled < sequence.prompt_length:  # of most works, all of the prompt is
+        end = min(context_tokens + work.count, sequence.prompt_length)
+        if end > prompt.settled:
+            prompt_tokens = end - prompt.settled
+            cached_tokens = max(0, min(sequence.cached, end) - prompt.settled)
+            prompt.settled = end
     return Part(
         sequence.session_id,
         work.count,

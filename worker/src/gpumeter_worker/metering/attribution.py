@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -47,28 +48,45 @@ class Profile:
     @property
     def hash(self) -> str:
         """SHA-256 of the canonical parameters; every record names it."""
-        return sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return _hash(self)
 
 
-def split(duration_ns: int, loads: Sequence[Load], profile: Profile) -> list[int]:
-    """Each sequence's share of the step in nanoseconds; the shares sum to `duration_ns` exactly."""
+@lru_cache(maxsize=64)
+def _hash(profile: Profile) -> str:
+    return sha256(json.dumps(asdict(profile), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def split(duration_ns: int, loads: Sequence[tuple[int, int]], profile: Profile) -> list[int]:
+    """Each sequence's share of the step in nanoseconds; the shares sum to `duration_ns` exactly.
+
+    A load is a `Load`, or a plain (new tokens, context tokens).
+    """
     return largest_remainder(duration_ns, weights(loads, profile))
 
 
-def weights(loads: Sequence[Load], profile: Profile) -> list[int]:
+def weights(loads: Sequence[tuple[int, int]], profile: Profile) -> list[int]:
     """The weights of a step, scaled by B x N so that they are whole numbers.
 
     With B sequences, n_i new and c_i context tokens, N = sum n_i and L = max(lam*N, phi), design section 2 says
     w_i = (t0 + phi)/B + (L - phi)*n_i/N + max(kap*(c_i + n_i), alp*(n_i*c_i + n_i*(n_i + 1)/2)).
     """
     if profile.rule is Rule.TOKENS:
-        return [load.new_tokens for load in loads]
+        return [new for new, _ in loads]
     sequences = len(loads)
-    new_tokens = sum(load.new_tokens for load in loads)
+    new_tokens = sum([new for new, _ in loads])
     fixed = (profile.t0_ps + profile.phi_ps) * new_tokens
     linear = (max(profile.lam_ps * new_tokens, profile.phi_ps) - profile.phi_ps) * sequences
     scale = sequences * new_tokens
-    return [fixed + linear * load.new_tokens + _attention_ps(load, profile) * scale for load in loads]
+    # With one new token there are as many pairs as there are tokens to read, c + 1. Most rows are such, in every step
+    # of a stream, and this runs for each of them: it is kept to two operations.
+    of_context = max(profile.kap_ps, profile.alp_ps) * scale
+    decode = fixed + linear + of_context
+    return [
+        decode + of_context * load[1]
+        if load[0] == 1
+        else fixed + linear * load[0] + _attention_ps(Load(*load), profile) * scale
+        for load in loads
+    ]
 
 
 def _attention_ps(load: Load, profile: Profile) -> int:

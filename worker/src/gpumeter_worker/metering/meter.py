@@ -11,7 +11,7 @@ from typing import NamedTuple, TypedDict
 from gpumeter_usage.period import MINUTE_NS
 from gpumeter_usage.record import Account, Kind, Record, Status
 from gpumeter_worker.metering.accounts import Accounts, Phase, Segment
-from gpumeter_worker.metering.attribution import Load, Profile, split
+from gpumeter_worker.metering.attribution import Profile, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Meter:
         """Book a finished step to the sessions that shared it; returns their shares in nanoseconds."""
         booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
         self._close(closed)
-        shares_ns = split(booked_ns, [Load(part.new_tokens, part.context_tokens) for part in parts], self.profile)
+        shares_ns = split(booked_ns, [(part.new_tokens, part.context_tokens) for part in parts], self.profile)
         attributed_ns = 0
         seen: set[str] = set()
         for part, share_ns in zip(parts, shares_ns, strict=True):
@@ -136,6 +136,7 @@ class Meter:
             running = self._slice(session_id, session, at_ns)
             running.started_ns = max(running.started_ns, (at_ns - 1) // MINUTE_NS * MINUTE_NS)
         running.status = status
+        _sum_up(session.totals, running)
         self._close(self.accounts.end(at_ns))
         return session.totals
 
@@ -168,10 +169,6 @@ class Meter:
         running.completion_tokens += part.sampled
         running.steps += first  # a session's choices may share a step, which is one step of the session
         running.batch_ns += share_ns * batch
-        session.totals.gpu_ns += share_ns
-        session.totals.prompt_tokens += part.prompt_tokens
-        session.totals.cached_tokens += part.cached_tokens
-        session.totals.completion_tokens += part.sampled
 
     def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
         minute_start_ns = (ended_ns - 1) // MINUTE_NS * MINUTE_NS  # what ends on an edge lies in the minute before
@@ -202,6 +199,7 @@ class Meter:
             self._records.append(self._record(running))
             if session := self._sessions.get(running.session_id):
                 session.since_ns = running.ended_ns
+                _sum_up(session.totals, running)
         self._slices = {}
 
     def _record(self, running: _Slice) -> Record:
@@ -231,6 +229,14 @@ def seal(identity: Identity, at_ns: int, status: Status) -> Record:
     return Record(
         kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity)
     )
+
+
+def _sum_up(totals: Totals, complete: _Slice) -> None:
+    """A step adds to the running slice alone; a session's totals grow by slices that are complete."""
+    totals.gpu_ns += complete.gpu_ns
+    totals.prompt_tokens += complete.prompt_tokens
+    totals.cached_tokens += complete.cached_tokens
+    totals.completion_tokens += complete.completion_tokens
 
 
 class _Common(TypedDict):
