@@ -40,6 +40,13 @@ class Claim:
         threading.Thread(target=self._beat, name="claim", daemon=True).start()
         return True
 
+    def held(self) -> bool:
+        """Whether it is still ours, and not broken by someone who saw no beat. Raises OSError when the disk is away."""
+        try:
+            return _owner(self._path.read_text()) == self._owner
+        except FileNotFoundError:
+            return False
+
     def release(self) -> None:
         """Remove the file, if it is still ours."""
         self._released.set()

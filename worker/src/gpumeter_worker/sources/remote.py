@@ -37,6 +37,8 @@ class RemoteFile:
     name: str
     size: int  # bytes
     digest: str = ""
+    tag: str = ""
+    """The source's own word for exactly this content, where that can only be compared by the source (S3's ETag)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Remote(Protocol):
 
     uri: str
     revision: str  # empty where the source has none
+    allow_pickle: bool  # which files belong to the model depends on it
+    resumed: str
+    """The folder below the copy's in which `copy` leaves what it goes on with after a break; empty where it begins a
+    file anew."""
     pinned: str
     """The version, where URI and revision name it already, so that a copy in the cache needs no question; else ""."""
 
