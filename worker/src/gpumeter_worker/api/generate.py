@@ -37,6 +37,7 @@ class BatchAnswer(Response):
             for piece in pieces:
                 texts[piece.choice] += piece.text
                 reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
+            answer.refuse_to_keep(sum(text.kept for text in answer.texts))
         end = answer.end
         if failed := failure(end):
             status, body = failed[0], with_usage(failed[1], end.totals)
