@@ -21,9 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumeter_worker.failure import MODEL_CACHE_FULL, MODEL_CACHE_UNUSABLE, StartupFailed
+from gpumeter_worker.failure import MODEL_CACHE_FULL, MODEL_CACHE_UNUSABLE, StartupFailed, first_line
 from gpumeter_worker.sources.progress import megabytes
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, first_line
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot
 
 MARKER = ".gpumeter.json"
 _OWNER = ".gpumeter-owner"

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpumeter_worker.failure import first_line
 from gpumeter_worker.sources import cache as copies
 from gpumeter_worker.sources.claim import BEAT_S, STALE_S, Claim, Watch
 from gpumeter_worker.sources.progress import Progress, duration, megabytes
-from gpumeter_worker.sources.remote import Damaged, Remote, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import Damaged, Remote, Snapshot, Unreachable
 
 log = logging.getLogger(__name__)
 

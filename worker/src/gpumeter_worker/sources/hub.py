@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed
+from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed, first_line
 from gpumeter_worker.sources.location import Location
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import RemoteFile, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 
 T = TypeVar("T")

@@ -21,10 +21,10 @@ import requests
 from oras.auth import AuthenticationException
 from oras.provider import Registry as OrasRegistry
 
-from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_INVALID, MODEL_NOT_FOUND, StartupFailed
+from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_INVALID, MODEL_NOT_FOUND, StartupFailed, first_line
 from gpumeter_worker.sources.location import Location
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 
 T = TypeVar("T")

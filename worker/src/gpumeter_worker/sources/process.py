@@ -16,12 +16,11 @@ import uuid
 from pathlib import Path
 from typing import TextIO
 
-from gpumeter_worker.failure import MODEL_SOURCE_UNREACHABLE, StartupFailed
+from gpumeter_worker.failure import MODEL_SOURCE_UNREACHABLE, StartupFailed, first_line
 from gpumeter_worker.log import configure_logging
 from gpumeter_worker.sources.fetch import Patience, fetch
 from gpumeter_worker.sources.location import Location, remote
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import first_line
 
 log = logging.getLogger("gpumeter_worker.sources.process")
 

@@ -74,9 +74,3 @@ class Remote(Protocol):
     def elsewhere(self) -> Path | None:
         """A copy that the source's own tools keep on this machine, for when the source does not answer."""
         ...
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own words, short enough for a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:200]

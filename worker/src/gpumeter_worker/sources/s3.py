@@ -29,10 +29,10 @@ from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 from s3transfer.futures import TransferFuture
 from s3transfer.subscribers import BaseSubscriber
 
-from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed
+from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed, first_line
 from gpumeter_worker.sources.location import Location
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 
 T = TypeVar("T")
