@@ -62,6 +62,18 @@ def test_a_claim_that_beats_is_never_stale_and_says_how_far_its_owner_is(tmp_pat
     claim.release()
 
 
+def test_a_claim_that_is_taken_again_beats_again(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "claim", "a", 0.02)
+    assert claim.take()
+    claim.release()
+    assert not claim.held()
+    assert claim.take()
+    before = (tmp_path / "claim").read_text()
+    until(lambda: (tmp_path / "claim").read_text() not in ("", before), "it beats", 10)
+    assert claim.held()
+    claim.release()
+
+
 def test_a_claim_without_an_owner_grows_stale_and_can_be_broken(tmp_path: Path) -> None:
     (tmp_path / "claim").write_text('{"owner": "dead", "beats": 3, "told": ""}')
     watch = Watch(tmp_path / "claim", 0.1)

@@ -37,7 +37,8 @@ class Claim:
             return False
         with os.fdopen(file, "w") as stream:
             stream.write(self._content())
-        threading.Thread(target=self._beat, name="claim", daemon=True).start()
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, args=(self._released,), name="claim", daemon=True).start()
         return True
 
     def held(self) -> bool:
@@ -54,8 +55,8 @@ class Claim:
             if _owner(self._path.read_text()) == self._owner:
                 self._path.unlink()
 
-    def _beat(self) -> None:
-        while not self._released.wait(self._beat_s):
+    def _beat(self, released: threading.Event) -> None:
+        while not released.wait(self._beat_s):
             with suppress(OSError):  # a disk that is full or away is no reason to stop; others see no beat
                 if _owner(self._path.read_text()) != self._owner:
                     return  # broken by someone who saw no beat; what we fetch meanwhile is still good
