@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gpumeter_usage.record import Status
-from gpumeter_worker.api.answer import KEPT_ENTRIES_MAX, Answer, ChoiceText, Piece, taken, while_connected
+from gpumeter_worker.api.answer import KEPT_ENTRIES_MAX, Answer, ChoiceText, Piece, send_whole, taken, while_connected
 from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.api.logprobs import LEAST, Placed, chat_logprobs, completion_logprobs
 from gpumeter_worker.api.responses import CHAT, Wanted, WholeAnswer
@@ -182,6 +182,20 @@ async def test_a_whole_answer_with_more_log_probabilities_than_are_kept_is_cut_o
     error = json.loads(sent[1]["body"])["error"]
     assert error["code"] == "answer_too_large"
     assert "set stream to true" in error["message"]
+
+
+async def test_a_whole_answer_is_written_a_piece_at_a_time() -> None:
+    made, _ = answer([Sampling(max_tokens=9)])
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = bytes(range(256)) * 1000
+    await send_whole(send, made.session, 200, body)
+    assert dict(sent[0]["headers"])[b"content-length"] == b"256000"
+    assert b"".join(one["body"] for one in sent[1:]) == body
+    assert [one["more_body"] for one in sent[1:]] == [True, True, True, False]
 
 
 async def test_a_client_that_takes_nothing_is_given_up_and_the_engine_works_for_it_no_longer(

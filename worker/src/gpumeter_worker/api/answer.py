@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from starlette.types import Receive
+from starlette.types import Receive, Send
 
+from gpumeter_usage.hop import SESSION_HEADER
 from gpumeter_usage.record import Status
 from gpumeter_worker.api.desk import Clerk
 from gpumeter_worker.api.errors import Refused, error_document
@@ -34,6 +35,7 @@ _BURST = 256
 KEPT_ENTRIES_MAX = 2**18
 """Log probabilities that are kept for one answer that is written when it is whole: about 50 MB. A stream keeps none."""
 
+_PIECE_BYTES = 2**16
 _TAKEN_S = 60.0
 """How long a client may take nothing of what is written to it."""
 
@@ -231,6 +233,17 @@ async def taken(sending: Awaitable[None], timeout_s: float = _TAKEN_S) -> None:
             await sending
     except TimeoutError:
         raise NotTaken from None
+
+
+async def send_whole(send: Send, session: Session, status: int, body: bytes) -> None:
+    """One JSON document, a piece at a time, so that a client that takes nothing holds none of it. Raises NotTaken."""
+    headers = {"content-type": "application/json", "content-length": str(len(body)), SESSION_HEADER: session.session_id}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    for at in range(0, len(body), _PIECE_BYTES):
+        more = at + _PIECE_BYTES < len(body)
+        piece = body[at : at + _PIECE_BYTES]
+        await taken(send({"type": "http.response.body", "body": piece, "more_body": more}))
 
 
 async def _disconnected(receive: Receive) -> None:

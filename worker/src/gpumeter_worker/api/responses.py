@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
-from gpumeter_worker.api.answer import Answer, Piece, failure, taken, to_json, while_connected, with_usage
+from gpumeter_worker.api.answer import Answer, Piece, failure, send_whole, taken, to_json, while_connected, with_usage
 from gpumeter_worker.api.logprobs import Placed, chat_logprobs, completion_logprobs
 from gpumeter_worker.api.sessions import entries
 
@@ -80,9 +80,9 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client leaves first."""
-        await while_connected(self._respond(scope, receive, send), receive, self._answer)
+        await while_connected(self._respond(send), receive, self._answer)
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, send: Send) -> None:
         answer, wanted = self._answer, self._wanted
         texts: list[list[str]] = [[] for _ in answer.texts]
         placed: list[list[Placed]] = [[] for _ in answer.texts]
@@ -105,8 +105,7 @@ class WholeAnswer(Response):
                 )
                 for index in range(len(texts))
             ]
-        headers = {SESSION_HEADER: answer.session.session_id}
-        await Response(with_usage(document, end.totals), status, headers, "application/json")(scope, receive, send)
+        await send_whole(send, answer.session, status, with_usage(document, end.totals))
 
 
 class EventStream(Response):
