@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import yaml
 
-from apiserver import CRDS, Answer, Server, merged, rule_file
+from apiserver import CRDS, ROOT, Answer, Server, collection, merged, rule_file
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,24 @@ def test_a_manifest_against_the_schema_is_refused(server: Server, namespace: str
     answer = attempt(server, namespace, case)
     assert answer.code == 422, answer.body
     assert (case.rule["field"], case.rule["text"]) in answer.causes, answer.causes
+
+
+def examples() -> list[Any]:
+    """What a user copies first."""
+    found = []
+    for file in sorted((ROOT / "examples").glob("*.yaml")):
+        for number, manifest in enumerate(yaml.safe_load_all(file.read_text())):
+            found.append(pytest.param(manifest, id=f"{file.stem} [{number}]"))
+    return found
+
+
+@pytest.mark.parametrize("manifest", examples())
+def test_every_example_is_accepted(server: Server, namespace: str, manifest: dict[str, Any]) -> None:
+    plural = f"{manifest['kind'].lower()}s"
+    path = collection(namespace, plural) if plural in CRDS else f"/api/v1/namespaces/{namespace}/{plural}"
+    here = {} if plural == "priceplans" else {"metadata": {"namespace": namespace}}
+    answer = server.call("POST", f"{path}?dryRun=All&fieldValidation=Strict", merged(manifest, here))
+    assert answer.code == 201, answer.body
 
 
 def attempt(server: Server, namespace: str, case: Case) -> Answer:

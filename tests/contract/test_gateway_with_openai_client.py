@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from aiohttp import web
@@ -44,6 +45,31 @@ async def test_a_plain_answer_comes_back_whole_with_the_session_it_was_metered_u
     assert seen.claims["tenant"] == "acme"
     assert raw.headers["X-Gpumeter-Session"] == seen.claims["session"]
     assert seen.claims["exp"] - seen.claims["iat"] == 60
+
+
+async def test_the_plain_batch_call_is_metered_like_any_other(rig: Rig) -> None:
+    texts = [{"generated_text": "Paris"}, {"generated_text": "Rome", "usage": {"gpu_seconds": 0.125}}]
+
+    async def batch(_: web.Request, __: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(texts)
+
+    rig.worker.behaviour = batch
+    key = {"Authorization": "Bearer key-of-acme"}
+    body = b'{"model": "smollm2", "inputs": ["France", "Italy"], "parameters": {"max_new_tokens": 3}}'
+    async with aiohttp.ClientSession(rig.url) as http:
+        async with http.post("/generate", data=body, headers=key) as answer:
+            assert answer.status == 200
+            assert await answer.json() == texts
+            (seen,) = rig.worker.seen
+            assert (seen.path, seen.body, seen.claims["tenant"]) == ("/generate", body, "acme")
+            assert answer.headers["X-Gpumeter-Session"] == seen.claims["session"]
+        async with http.post("/generate", json={"inputs": "France"}, headers=key) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, "model_missing")
+        async with http.post("/generate", data=body) as answer:
+            assert answer.status == 401
+        async with http.post("/generate", json={"model": "team-a/smollm2", "inputs": "x"}, headers=key) as answer:
+            assert answer.status == 200
+    assert json.loads(rig.worker.seen[-1].body) == {"model": "smollm2", "inputs": "x"}
 
 
 async def test_events_pass_as_they_come(rig: Rig) -> None:

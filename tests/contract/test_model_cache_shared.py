@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ QUICK = {"source_s": 10.0, "back_off_s": [0.2], "beat_s": 0.2, "stale_s": 2.0, "
 class Fetcher:
     """One process that fetches, as a worker starts it."""
 
-    def __init__(self, hub: Server, cache: Path) -> None:
+    def __init__(self, hub: Server, cache: Path, environment: Mapping[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gpumeter_worker.sources.process"],
-            env={"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HOME": str(cache.parent)},
+            env={"PATH": os.environ["PATH"], "HF_ENDPOINT": hub.url, "HOME": str(cache.parent), **(environment or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -126,3 +126,28 @@ def test_a_fetcher_ends_when_its_worker_does(hub: Server, tmp_path: Path) -> Non
     fetcher = Fetcher(hub, tmp_path / "cache")
     until(lambda: hub.behaviour.sent[WEIGHTS] > 0, "it fetches")
     fetcher.close()
+
+
+PRINTS = """
+import builtins, os, subprocess
+import huggingface_hub
+
+download = huggingface_hub.hf_hub_download
+
+def printing(*arguments, **named):
+    print('{"path": "/a/library/says/so"}', flush=True)
+    os.write(1, b"7 % of it\\n")
+    subprocess.run(["echo", "null"], check=True)
+    return download(*arguments, **named)
+
+huggingface_hub.hf_hub_download = printing
+"""
+
+
+def test_what_a_library_prints_is_no_answer(hub: Server, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PRINTS)
+    fetcher = Fetcher(hub, tmp_path / "cache", {"PYTHONPATH": str(tmp_path)})
+    folder = Path(fetcher.answer()["path"])
+    fetcher.close()
+    assert (folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
+    assert not [one for one in fetcher.told if not isinstance(one, str)]

@@ -1,12 +1,15 @@
 """Each source of models against a real server of its protocol: what arrives, and what is refused how."""
 
+import base64
 import gzip
 import io
 import json
 import socket
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.sources.fetch import Patience, fetch
 from gpumeter_worker.sources.location import Location, local_path, remote
+from gpumeter_worker.sources.oci import credentials
 from gpumeter_worker.sources.progress import Progress
 from rigs import modelservers
 from rigs.modelservers import Layer, Server, manifest, tiny_model
@@ -186,6 +190,86 @@ def test_a_bucket_gives_the_files_of_the_folder_that_is_named(
     assert fetched("s3://models/tiny/v1/", tmp_path, s3, "").name != ""
 
 
+@contextmanager
+def when_fetching(act: Callable[[], object], at: int) -> Iterator[Progress]:
+    """Something happens once, when so many bytes have come."""
+
+    class Acting(Progress):
+        acted = False
+
+        def advance(self, count: int) -> None:
+            super().advance(count)
+            if not self.acted and self.moved >= at:
+                self.acted = True
+                act()
+
+    progress = Acting()
+    yield progress
+    assert progress.acted
+
+
+def bucket(s3: dict[str, str], folder: str, files: dict[str, bytes]) -> Any:
+    client = boto3.client("s3", endpoint_url=s3["AWS_ENDPOINT_URL"])
+    for name, content in files.items():
+        client.put_object(Bucket="models", Key=f"{folder}/{name}", Body=content)
+    return client
+
+
+LARGE = tiny_model(20 * 2**20)
+BEFORE, AFTER = LARGE | {"added_tokens.json": b"1"}, LARGE | {"added_tokens.json": b"2"}
+
+
+@pytest.mark.parametrize("at", [1, 2**20, 20 * 2**20])
+def test_a_folder_that_changes_while_it_is_fetched_gives_one_version_and_no_mixture(
+    at: int, s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    client = bucket(s3, f"synced-{at}", BEFORE)
+    newer = AFTER | {"model.safetensors": LARGE["model.safetensors"][:-1] + b"!"}
+
+    def sync() -> None:
+        for name, content in newer.items():
+            client.put_object(Bucket="models", Key=f"synced-{at}/{name}", Body=content)
+
+    with when_fetching(sync, at) as progress:
+        source = remote(Location(f"s3://models/synced-{at}", "", False), s3)
+        assert contents(fetch(source, tmp_path, "tester", progress, IMPATIENT)) == newer
+
+
+def test_a_folder_that_changes_all_the_time_is_refused_with_advice(
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    client = bucket(s3, "restless", MODEL)
+
+    class Restless(Progress):
+        def advance(self, count: int) -> None:
+            super().advance(count)
+            client.put_object(Bucket="models", Key="restless/config.json", Body=str(self.moved).encode())
+
+    with pytest.raises(StartupFailed) as failed:
+        fetch(remote(Location("s3://models/restless", "", False), s3), tmp_path, "tester", Restless(), IMPATIENT)
+    assert failed.value.line.startswith("ModelInvalid: s3://models/restless changed while it was fetched; wait until")
+    assert not [path for path in (tmp_path / "models").glob("restless*") if ".part-" not in path.name]
+
+
+@pytest.mark.parametrize("model", [MODEL, LARGE])
+def test_a_bucket_that_breaks_off_is_asked_again_and_then_told(
+    model: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with modelservers.bucket("models", {f"tiny/{name}": content for name, content in model.items()}) as server:
+        server.behaviour.cut_at = 2**17
+        source = remote(Location("s3://models/tiny", "", False), {"AWS_ENDPOINT_URL": server.url})
+        with pytest.raises(StartupFailed) as failed:
+            fetch(source, tmp_path, "tester", Progress(), IMPATIENT)
+    assert failed.value.reason == "ModelSourceUnreachable"
+    assert server.behaviour.asked["GET /models/tiny/model.safetensors"] > 1
+
+
 def test_a_bucket_or_folder_that_is_not_there_is_told(
     s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,15 +302,19 @@ def raw_layers(files: dict[str, bytes], annotation: str = "org.opencontainers.im
     return [Layer(content, "application/octet-stream", {annotation: name}) for name, content in files.items()]
 
 
-def packed(files: dict[str, bytes], *, media: str = "application/vnd.oci.image.layer.v1.tar+gzip") -> Layer:
+def packed(files: Mapping[str, bytes | str], *, media: str = "application/vnd.oci.image.layer.v1.tar+gzip") -> Layer:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
+            if isinstance(content, str):  # a link to there
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                archive.addfile(member)
+                continue
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    content = stream.getvalue()
-    return Layer(gzip.compress(content, mtime=0) if media.endswith("gzip") else content, media)
+    body = stream.getvalue()
+    return Layer(gzip.compress(body, mtime=0) if media.endswith("gzip") else body, media)
 
 
 @pytest.mark.parametrize("annotation", ["org.opencontainers.image.title", "org.cncf.model.filepath"])
@@ -255,6 +343,35 @@ def test_an_image_gives_the_model_that_lies_in_its_layers(media: str, tmp_path: 
     layers = [base, above]
     with modelservers.registry("acme/car", {"v1": manifest(layers)}, layers) as server:
         assert contents(fetched(f"oci://{server.host}/acme/car:v1", tmp_path, {})) == MODEL
+
+
+def test_a_layer_takes_back_files_and_folders_of_earlier_layers_and_none_of_its_own(tmp_path: Path) -> None:
+    under = {f"old/{name}": content for name, content in MODEL.items()}
+    stale = {"models/extra.json": b"{}", "models/gone.json": b"{}", "other/deep/config.json": b"{}"}
+    above = {f"models/{name}": content for name, content in MODEL.items()}
+    opaque = above | {"models/.wh..wh..opq": b"", ".wh.old": b"", "other/.wh.deep": b"", ".wh...": b"", ".wh..": b""}
+    layers = [packed(under | stale), packed(opaque)]
+    with modelservers.registry("acme/car", {"v1": manifest(layers)}, layers) as server:
+        assert contents(fetched(f"oci://{server.host}/acme/car:v1", tmp_path, {})) == MODEL
+
+
+def test_a_whiteout_or_a_link_reaches_nothing_outside_of_the_copy(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "config.json").write_bytes(b"mine")
+    escaping = {f"{'../' * 20}{outside.relative_to('/')}/.wh.config.json": b"", f"{outside}/.wh..wh..opq": b""}
+    evil = [packed({**MODEL, **escaping}), packed({"models": str(outside), "models/.wh.config.json": b""})]
+    with modelservers.registry("acme/evil", {"v1": manifest(evil)}, evil) as server:
+        assert contents(fetched(f"oci://{server.host}/acme/evil:v1", tmp_path / "cache", {})) == MODEL
+    assert (outside / "config.json").read_bytes() == b"mine"
+    through = [packed({**MODEL, "models": str(outside), "models/config.json": b"evil"})]
+    with modelservers.registry("acme/evil", {"v1": manifest(through)}, through) as server:
+        fetched(f"oci://{server.host}/acme/evil:v1", tmp_path / "other", {})
+    assert (outside / "config.json").read_bytes() == b"mine"
+    linked = [packed({**MODEL, "tokenizer_config.json": str(outside / "config.json")})]
+    with modelservers.registry("acme/evil", {"v1": manifest(linked)}, linked) as server:
+        failure = refused(f"oci://{server.host}/acme/evil:v1", tmp_path / "third", {})
+    assert "tokenizer_config.json in" in failure.message and "is a link, which is not followed" in failure.message
 
 
 def test_an_index_of_platforms_gives_this_machines_image(tmp_path: Path) -> None:
@@ -305,6 +422,27 @@ def test_a_registry_that_wants_credentials_gets_those_of_the_docker_config(
         wrong = refused(uri, tmp_path / "other", {"DOCKER_CONFIG": str(tmp_path)})
         assert wrong.reason == "ModelAccessDenied"
         assert "wrong" not in wrong.message
+
+
+@pytest.mark.parametrize("host", ["docker.io", "index.docker.io", "registry-1.docker.io"])
+def test_docker_hubs_entry_is_found_under_the_key_that_docker_login_writes(host: str, tmp_path: Path) -> None:
+    entry = {"auth": base64.b64encode(b"bob:se:cret").decode()}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"https://index.docker.io/v1/": entry}}))
+    assert credentials({"DOCKER_CONFIG": str(tmp_path)}, host) == ("bob", "se:cret")
+    assert credentials({"DOCKER_CONFIG": str(tmp_path)}, "127.0.0.1:5000") is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"auth": "Ym9iOnNlY3JldA"}, {"auth": "%%%"}, {"auth": "/////w=="}, {"auth": "c2VjcmV0"}, {"auth": 7}, "secret"],
+)
+def test_an_entry_of_the_docker_config_that_is_damaged_is_told_without_its_secret(entry: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"127.0.0.1:5000": entry}}))
+    with pytest.raises(StartupFailed) as failed:
+        credentials({"DOCKER_CONFIG": str(tmp_path)}, "127.0.0.1:5000")
+    assert failed.value.line.startswith("ModelAccessDenied: the entry 127.0.0.1:5000 of the docker config")
+    assert "secret" not in failed.value.message
+    assert str(entry) not in failed.value.message
 
 
 def test_a_registrys_refusals_are_told_apart(tmp_path: Path) -> None:

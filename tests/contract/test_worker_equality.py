@@ -1,5 +1,7 @@
 """The engine with the real model in fp32 gives generate's greedy tokens: alone, mixed, found, chunked, preempted.
 
+And whatever was found, shared or lost, each prompt's tokens are counted once.
+
 GPUMETER_EQUALITY_PROMPTS says for how many prompts; `make bench-equality` asks for 200.
 """
 
@@ -12,9 +14,9 @@ import pytest
 
 from gpumeter_worker.engine.blocks import KvBlocks, PagedBlocks, SlotBlocks
 from gpumeter_worker.engine.loop import Engine, Runner
-from gpumeter_worker.engine.messages import Cancel, EngineOptions, StepReport, Submit
+from gpumeter_worker.engine.messages import Cancel, Ended, EngineOptions, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits
-from gpumeter_worker.engine.sequence import Sampling, Sequence
+from gpumeter_worker.engine.sequence import Finish, Sampling, Sequence
 from gpumeter_worker.metering.clock import HostClock
 from gpumeter_worker.metering.meter import Part
 from rigs.worker import model_path
@@ -100,6 +102,13 @@ def paged() -> Runner:
     )
 
 
+class ScarceSlots(SlotBlocks):
+    """With every slot in use there is now and then no room for a sequence's next token, until somebody has gone."""
+
+    def grow(self, sequence: Sequence, count: int) -> bool:
+        return None in self._holder or bool(sequence.generated % 3)
+
+
 class Scarce(PagedBlocks):
     """Where more than four sequences hold blocks there is now and then none for the next token, until somebody goes."""
 
@@ -157,3 +166,60 @@ def test_mixed_on_shared_blocks_with_prefixes_and_preemptions(
     assert found == expected
     assert sum(part.cached_tokens for part in parts) > 0
     assert any(part.recompute for part in parts), "nobody was preempted"
+
+
+FEW = slice(1, 8, 2)
+"""Four that begin alike."""
+
+
+def together(
+    runner: Runner, blocks: SlotBlocks, prompts: Row[list[int]], answers: int = 1
+) -> tuple[dict[tuple[str, int], list[int]], list[Part]]:
+    """All at once in three slots, each prompt with several answers; the tokens by session and choice."""
+    engine = Engine(runner, HostClock(), Limits(3, 48, 16), EOS, MAX_MODEL_LEN, blocks)
+    for number, prompt in enumerate(prompts):
+        for choice in range(answers):
+            sampling = Sampling(NEW_TOKENS, temperature=0)
+            engine.submit(Submit(str(number), prompt, sampling, choice, counts_prompt=choice == 0))
+    tokens: dict[tuple[str, int], list[int]] = {}
+    parts: list[Part] = []
+    while engine.busy:
+        for event in engine.turn():
+            assert not (isinstance(event, Ended) and event.finish is Finish.FAILED)
+            if isinstance(event, StepReport):
+                parts += event.parts
+                for token in event.tokens:
+                    tokens.setdefault((token.session_id, token.choice), []).append(token.token)
+    return tokens, parts
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once(
+    slots: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    blocks = SlotBlocks(3, MAX_MODEL_LEN, prefix=True)
+    for again in range(2):  # one after the other, then the same again: other slots, other copies
+        for number, (prompt, tokens) in enumerate(zip(prompts[FEW], expected[FEW], strict=True)):
+            found, parts = together(slots, blocks, [prompt])
+            assert found == {("0", 0): tokens}
+            assert sum(part.cached_tokens for part in parts) >= 16 or (number == again == 0)
+            assert sum(part.prompt_tokens for part in parts) == len(prompt)
+
+
+def test_choices_that_share_a_prompt_get_the_same_tokens_and_count_it_once(
+    slots: Any, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    found, parts = together(slots, SlotBlocks(3, MAX_MODEL_LEN, prefix=True), prompts[FEW], answers=2)
+    assert found == {(str(n), choice): tokens for n, tokens in enumerate(expected[FEW]) for choice in range(2)}
+    assert sum(part.prompt_tokens for part in parts) == sum(map(len, prompts[FEW]))
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_what_preemptions_lost_in_slots_is_computed_again_and_counted_once(
+    slots: Any, prompts: list[list[int]], expected: list[list[int]], prefix: bool
+) -> None:
+    found, parts = together(slots, ScarceSlots(3, MAX_MODEL_LEN, prefix), prompts[FEW])
+    assert found == {(str(n), 0): tokens for n, tokens in enumerate(expected[FEW])}
+    again = [part for part in parts if part.recompute]
+    assert again, "nothing was preempted"
+    assert not any(part.prompt_tokens or part.sampled for part in again)
+    assert sum(part.prompt_tokens for part in parts) == sum(map(len, prompts[FEW]))

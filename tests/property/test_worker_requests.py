@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpumeter_worker.api.admission import choices
 from gpumeter_worker.api.errors import Refused, error_response
-from gpumeter_worker.api.parameters import LABELS, NEUTRAL, UNDERSTOOD, Generation
+from gpumeter_worker.api.parameters import LABELS, MAX_SEED, NEUTRAL, UNDERSTOOD, Generation
 from gpumeter_worker.api.requests import (
     GENERATE_PARAMETERS,
     chat_request,
@@ -186,3 +186,18 @@ def test_a_route_gives_its_usual_number_of_tokens_or_what_fits() -> None:
     assert given(60, usual_tokens=16) == 4
     assert given(4, usual_tokens=16, min_tokens=20) == 20
     assert given(4, usual_tokens=16, max_tokens=30) == 30
+
+
+@given(st.integers(-MAX_SEED, MAX_SEED), st.integers(-MAX_SEED, MAX_SEED), st.integers(1, 4))
+def test_different_seeds_are_different_to_the_engine_negative_ones_too(one: int, other: int, n: int) -> None:
+    engine = Ready(0, 64, 8, VOCABULARY, frozenset(), "", "", "", 64)
+
+    def seeds(seed: int) -> list[int]:
+        made = choices(Generation("m", seed=seed, n=n), [[1]], engine, 0, "prompt")
+        return [choice.sampling.seed or 0 for choice in made]
+
+    for seed in (one, -one, other):
+        assert min(seeds(seed)) >= 0, "Python's generator drops a sign"
+    assert seeds(abs(one))[0] == abs(one)
+    for left, right in ((one, other), (one, -one)):
+        assert left == right or not {*seeds(left)} & {*seeds(right)}

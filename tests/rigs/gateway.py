@@ -221,6 +221,7 @@ async def serving(worker: ScriptedWorker, **options: Any) -> AsyncIterator[Scrip
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/v1/chat/completions", worker.handle)
     app.router.add_post("/v1/completions", worker.handle)
+    app.router.add_post("/generate", worker.handle)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1, **options)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -110,6 +110,28 @@ def _sibling(name: str, content: bytes) -> dict[str, Any]:
     return one
 
 
+@contextmanager
+def bucket(name: str, objects: Mapping[str, bytes]) -> Iterator[Server]:
+    """A bucket's list and objects, for what moto cannot do: hang up in the middle."""
+
+    def answer(request: "_Handler", behaviour: Behaviour) -> None:
+        key = unquote(urlsplit(request.path).path).removeprefix(f"/{name}").strip("/")
+        if key:
+            return request.send(
+                objects[key], {"ETag": f'"{hashlib.md5(objects[key], usedforsecurity=False).hexdigest()}"'}
+            )
+        entries = "".join(
+            f"<Contents><Key>{key}</Key><Size>{len(content)}</Size>"
+            f'<ETag>"{hashlib.md5(content, usedforsecurity=False).hexdigest()}"</ETag></Contents>'
+            for key, content in objects.items()
+        )
+        listed = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{entries}</ListBucketResult>'
+        return request.send(listed.encode(), {"Content-Type": "application/xml"}, whole=True)
+
+    with _running(answer) as server:
+        yield server
+
+
 @dataclass(frozen=True)
 class Layer:
     """What was pushed as one layer."""

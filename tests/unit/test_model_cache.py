@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,25 @@ import pytest
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.sources import cache
 from gpumeter_worker.sources.claim import Claim, Watch
-from gpumeter_worker.sources.fetch import fetch
+from gpumeter_worker.sources.fetch import Patience, fetch
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 from rigs.worker import until
 
 FILES = (RemoteFile("config.json", 2), RemoteFile("model.safetensors", 4))
 
 
+def place(folder: Path, version: str) -> cache.Place:
+    return cache.place(folder, "hf://a/b", version, allow_pickle=False)
+
+
+def fill(where: cache.Place, owner: str) -> Path:
+    return made(cache.take_over(where, owner))
+
+
 def made(folder: Path) -> Path:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(b"{}")
     (folder / "model.safetensors").write_bytes(b"1234")
     return folder
@@ -53,6 +62,18 @@ def test_a_claim_that_beats_is_never_stale_and_says_how_far_its_owner_is(tmp_pat
     claim.release()
 
 
+def test_a_claim_that_is_taken_again_beats_again(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "claim", "a", 0.02)
+    assert claim.take()
+    claim.release()
+    assert not claim.held()
+    assert claim.take()
+    before = (tmp_path / "claim").read_text()
+    until(lambda: (tmp_path / "claim").read_text() not in ("", before), "it beats", 10)
+    assert claim.held()
+    claim.release()
+
+
 def test_a_claim_without_an_owner_grows_stale_and_can_be_broken(tmp_path: Path) -> None:
     (tmp_path / "claim").write_text('{"owner": "dead", "beats": 3, "told": ""}')
     watch = Watch(tmp_path / "claim", 0.1)
@@ -76,21 +97,23 @@ def test_the_slower_of_two_breakers_leaves_the_new_owners_claim(tmp_path: Path) 
 
 def test_a_copy_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     cache.prepare(tmp_path)
-    where = cache.place(tmp_path, "hf://a/b", "v1")
-    part = made(where.part("me"))
+    where = place(tmp_path, "v1")
+    part = fill(where, "me")
     assert not cache.whole(where)
-    cache.publish(where, part, "hf://a/b", Snapshot("v1", 6, FILES))
+    cache.publish(where, "me", "hf://a/b", Snapshot("v1", 6, FILES))
     assert cache.whole(where)
     assert not part.exists()
-    assert where != cache.place(tmp_path, "hf://a/b", "v2")
+    assert where != place(tmp_path, "v2")
 
 
 def test_a_copy_that_someone_else_made_first_stays(tmp_path: Path) -> None:
     cache.prepare(tmp_path)
-    where = cache.place(tmp_path, "hf://a/b", "v1")
-    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    where = place(tmp_path, "v1")
+    fill(where, "me")
+    cache.publish(where, "me", "hf://a/b", Snapshot("v1", 6, FILES))
     before = (where.folder / "model.safetensors").stat().st_ino
-    cache.publish(where, made(where.part("other")), "hf://a/b", Snapshot("v1", 6, FILES))
+    fill(where, "other")
+    cache.publish(where, "other", "hf://a/b", Snapshot("v1", 6, FILES))
     assert (where.folder / "model.safetensors").stat().st_ino == before
     assert not where.part("other").exists()
 
@@ -98,17 +121,19 @@ def test_a_copy_that_someone_else_made_first_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", ".gpumeter.json"])
 def test_a_copy_that_lost_something_is_not_whole_and_is_replaced(name: str, tmp_path: Path) -> None:
     cache.prepare(tmp_path)
-    where = cache.place(tmp_path, "hf://a/b", "v1")
-    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    where = place(tmp_path, "v1")
+    fill(where, "me")
+    cache.publish(where, "me", "hf://a/b", Snapshot("v1", 6, FILES))
     (where.folder / name).write_bytes(b"1")
     assert not cache.whole(where)
-    cache.publish(where, made(where.part("me")), "hf://a/b", Snapshot("v1", 6, FILES))
+    fill(where, "me")
+    cache.publish(where, "me", "hf://a/b", Snapshot("v1", 6, FILES))
     assert cache.whole(where)
 
 
 def test_what_a_dead_owner_fetched_is_taken_over(tmp_path: Path) -> None:
     cache.prepare(tmp_path)
-    where = cache.place(tmp_path, "hf://a/b", "v1")
+    where = place(tmp_path, "v1")
     made(where.part("dead"))
     where.part("deader").mkdir()
     mine = cache.take_over(where, "me")
@@ -129,7 +154,7 @@ def test_what_differs_from_the_source_is_removed_and_told_together(tmp_path: Pat
 
 def test_what_nobody_wrote_to_for_an_hour_is_swept(tmp_path: Path) -> None:
     cache.prepare(tmp_path)
-    old, new = (cache.place(tmp_path, f"hf://a/{name}", "v1") for name in ("old", "new"))
+    old, new = (cache.place(tmp_path, f"hf://a/{name}", "v1", allow_pickle=False) for name in ("old", "new"))
     for where in (old, new):
         made(where.part("dead"))
         where.claim.write_text("{}")
@@ -140,6 +165,136 @@ def test_what_nobody_wrote_to_for_an_hour_is_swept(tmp_path: Path) -> None:
     assert not old.claim.exists()
     assert new.part("dead").exists()
     assert new.claim.exists()
+
+
+def test_the_part_of_a_claim_that_beats_is_not_swept_however_long_it_is_checked(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = place(tmp_path, "v1")
+    part = fill(where, "checks")
+    for path in (part, *part.iterdir()):
+        os.utime(path, (0, 0))
+    where.claim.write_text("{}")
+    cache.sweep(tmp_path)
+    assert (part / "model.safetensors").exists()
+    os.utime(where.claim, (0, 0))
+    cache.sweep(tmp_path)
+    assert not part.exists()
+
+
+def test_what_a_killed_download_left_is_neither_counted_nor_published(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = place(tmp_path, "v1")
+    part = fill(where, "me")
+    (part / "model.safetensors.Ab12cD34").write_bytes(b"123")
+    (part / "half").mkdir()
+    (part / "half" / "one").write_bytes(b"123")
+    (part / ".cache").mkdir()
+    (part / ".cache" / "goes-on").write_bytes(b"12")
+    cache.tidy(part, FILES, ".cache")
+    assert cache.held_bytes(part) == 6 + 2
+    (part / "config.json.incomplete").write_bytes(b"123")
+    cache.publish(where, "me", "hf://a/b", Snapshot("v1", 6, FILES))
+    assert sorted(path.name for path in where.folder.iterdir()) == [
+        ".gpumeter.json",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_an_owner_who_was_taken_over_while_asleep_publishes_nothing(tmp_path: Path) -> None:
+    cache.prepare(tmp_path)
+    where = place(tmp_path, "v1")
+    fill(where, "sleeper")
+    cache.take_over(where, "other")
+    with pytest.raises(cache.Displaced):
+        cache.publish(where, "sleeper", "hf://a/b", Snapshot("v1", 6, ()))
+    half = where.part("sleeper")
+    half.mkdir()  # as a source does that goes on with the next layer
+    (half / "config.json").write_bytes(b"{}")
+    with pytest.raises(cache.Displaced):
+        cache.publish(where, "sleeper", "hf://a/b", Snapshot("v1", 6, ()))
+    assert not where.folder.exists()
+    cache.publish(where, "other", "hf://a/b", Snapshot("v1", 6, FILES))
+    assert cache.whole(where)
+
+
+class Source:
+    """A source whose copy does what the test says."""
+
+    uri, revision, pinned, resumed, allow_pickle = "hf://a/b", "main", "", "", False
+
+    def __init__(self, files: tuple[RemoteFile, ...], copy: Callable[[Path, Progress], None]) -> None:
+        self.files, self.copied, self._copy = files, 0, copy
+
+    def look(self) -> Snapshot:
+        return Snapshot("v1", 6, self.files)
+
+    def copy(self, snapshot: Snapshot, folder: Path, progress: Progress) -> None:
+        self.copied += 1
+        self._copy(folder, progress)
+
+    def elsewhere(self) -> None:
+        return None
+
+
+QUICK = Patience(source_s=60, back_off_s=(0.001,), beat_s=10, stale_s=60, poll_s=0.01)
+
+
+def test_an_owner_who_wakes_up_after_a_takeover_serves_what_the_other_one_made(tmp_path: Path) -> None:
+    where = place(tmp_path, "v1")
+
+    def sleeps_through_a_takeover(folder: Path, _: Progress) -> None:
+        (folder / "config.json").write_bytes(b"{}")
+        where.claim.unlink()
+        claim = Claim(where.claim, "other", 10)
+        assert claim.take()
+        fill(where, "other")
+        cache.publish(where, "other", "hf://a/b", Snapshot("v1", 6, FILES))
+        claim.release()
+        folder.mkdir()
+        (folder / "half").write_bytes(b"of it")
+
+    source = Source((), sleeps_through_a_takeover)
+    assert fetch(source, tmp_path, "sleeper", Progress(), QUICK) == where.folder
+    assert source.copied == 1
+    assert sorted(path.name for path in where.folder.iterdir()) == [
+        ".gpumeter.json",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert not where.part("sleeper").exists()
+
+
+def test_a_source_that_always_breaks_at_the_same_place_is_given_up(tmp_path: Path) -> None:
+    def breaks(_: Path, progress: Progress) -> None:
+        progress.advance(3_000_000)
+        raise Unreachable("it hung up")
+
+    source = Source(FILES, breaks)
+    with pytest.raises(Unreachable) as failed:
+        fetch(source, tmp_path, "me", Progress(), QUICK)
+    assert source.copied == 6
+    assert failed.value.reason == "ModelSourceUnreachable"
+    assert failed.value.message.startswith("it hung up; it broke off 6 times and never came further than 3 MB")
+
+
+def test_a_source_that_breaks_again_and_again_but_further_each_time_is_waited_for(tmp_path: Path) -> None:
+    def breaks(folder: Path, progress: Progress) -> None:
+        progress.advance(1000 * source.copied)
+        if source.copied < 20:
+            raise Unreachable("it hung up")
+        made(folder)
+
+    source = Source(FILES, breaks)
+    assert fetch(source, tmp_path, "me", Progress(), QUICK) == place(tmp_path, "v1").folder
+
+
+def test_a_copy_with_pickles_and_one_without_are_two(tmp_path: Path) -> None:
+    source = Source(FILES, lambda folder, _: made(folder) and None)
+    strict = fetch(source, tmp_path, "me", Progress(), QUICK)
+    source.allow_pickle = True
+    assert fetch(source, tmp_path, "me", Progress(), QUICK) != strict
+    assert source.copied == 2
 
 
 def test_progress_tells_amount_rate_and_what_is_left() -> None:
@@ -199,7 +354,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_apart_from_one_that_cannot_b
     number: int, reason: str, tmp_path: Path
 ) -> None:
     class OnAFullDisk:
-        uri, revision, pinned = "hf://a/b", "main", ""
+        uri, revision, pinned, resumed, allow_pickle = "hf://a/b", "main", "", "", False
 
         def look(self) -> Snapshot:
             return Snapshot("v1", 6, FILES)

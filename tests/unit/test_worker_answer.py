@@ -1,12 +1,16 @@
 """What becomes of a session's tokens: whose text, in which order, with which log probabilities, who is taken back."""
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from gpumeter_usage.record import Status
-from gpumeter_worker.api.answer import Answer, ChoiceText, Piece
+from gpumeter_worker.api.answer import KEPT_ENTRIES_MAX, Answer, ChoiceText, Piece, send_whole, taken, while_connected
+from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.api.logprobs import LEAST, Placed, chat_logprobs, completion_logprobs
+from gpumeter_worker.api.responses import CHAT, Wanted, WholeAnswer
 from gpumeter_worker.api.sessions import Choice, End, Finished, Session
 from gpumeter_worker.api.tokenizer import Tokenizer, TokenText
 from gpumeter_worker.engine.messages import Token
@@ -29,6 +33,12 @@ class Desk:
 
     def __init__(self) -> None:
         self.taken: list[tuple[Status, int | None]] = []
+        self.cut: list[Refused] = []
+        self.was_cut = asyncio.Event()
+
+    def cut_off(self, session: Session, why: Refused) -> None:
+        self.cut.append(why)
+        self.was_cut.set()
 
     def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
         self.taken.append((outcome, index))
@@ -39,6 +49,10 @@ def answer(samplings: list[Sampling], stops: tuple[str, ...] = ()) -> tuple[Answ
     session, desk = Session("s-1", "acme", choices), Desk()
     texts = [ChoiceText(Bytes(), choice, stops, frozenset({EOS})) for choice in choices]  # type: ignore[arg-type]
     return Answer(desk, session, Bytes(), texts), desk  # type: ignore[arg-type]
+
+
+def keeping(sampling: Sampling) -> ChoiceText:
+    return ChoiceText(Bytes(), Choice([65], sampling), (), frozenset({EOS}), keeps=True)  # type: ignore[arg-type]
 
 
 def token(choice: int, value: int, logprob: float | None = None) -> Token:
@@ -129,6 +143,78 @@ async def test_tokens_of_a_stop_string_are_not_listed_and_those_held_back_in_vai
     made, _ = answer([Sampling(max_tokens=9, logprobs=0)], ("stop",))
     said = await pieces(made, [*(token(0, byte, -1.0) for byte in text.encode()), Finished(0, Finish.LENGTH)])
     assert sum(len(one.placed) for one in said) == placed
+
+
+def test_only_who_writes_all_at_once_keeps_log_probabilities() -> None:
+    sampling = Sampling(max_tokens=9, logprobs=2)
+    streamed = answer([sampling])[0].texts[0]
+    kept = keeping(sampling)
+    for text in (streamed, kept):
+        for _ in range(3):
+            text.push(Token("s-1", 0, 97, -1.0, ((97, -1.0), (98, -2.0))))
+    assert (streamed.tokens, streamed.kept) == ([], 0)
+    assert (len(kept.tokens), kept.kept) == (3, 9)
+
+
+async def test_a_whole_answer_with_more_log_probabilities_than_are_kept_is_cut_off_and_says_why() -> None:
+    made, desk = answer([Sampling(max_tokens=9, logprobs=20)])
+    top = tuple((number, -1.0) for number in range(20))
+    crowd = [Token("s-1", 0, 97, -1.0, top)] * (KEPT_ENTRIES_MAX // 21 + 1)
+    for item in (*crowd, Finished(0, Finish.CANCELLED)):
+        made.session.line.put_nowait(item)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def end() -> None:
+        await desk.was_cut.wait()
+        made.session.end = End(Status.CANCELLED, Totals(), "", desk.cut[0])
+        made.session.over.set()
+
+    ending = asyncio.create_task(end())
+    await WholeAnswer(made, Wanted(CHAT, "m", logprobs=True, include_usage=False))({"type": "http"}, receive, send)
+    await ending
+    assert sent[0]["status"] == 400
+    error = json.loads(sent[1]["body"])["error"]
+    assert error["code"] == "answer_too_large"
+    assert "set stream to true" in error["message"]
+
+
+async def test_a_whole_answer_is_written_a_piece_at_a_time() -> None:
+    made, _ = answer([Sampling(max_tokens=9)])
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    body = bytes(range(256)) * 1000
+    await send_whole(send, made.session, 200, body)
+    assert dict(sent[0]["headers"])[b"content-length"] == b"256000"
+    assert b"".join(one["body"] for one in sent[1:]) == body
+    assert [one["more_body"] for one in sent[1:]] == [True, True, True, False]
+
+
+async def test_a_client_that_takes_nothing_is_given_up_and_the_engine_works_for_it_no_longer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made, desk = answer([Sampling(max_tokens=9)])
+
+    async def never(_: asyncio.Event) -> None:
+        await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def write() -> None:
+        await taken(never(asyncio.Event()), 0.05)
+
+    await asyncio.wait_for(while_connected(write(), receive, made), 10)
+    assert desk.taken == [(Status.CANCELLED, None)]
+    assert "took nothing" in caplog.text
 
 
 TEXTS = {1: TokenText(" Paris", b" Paris"), 2: TokenText("bytes:\\xc3", b"\xc3"), 3: TokenText("<s>", None)}

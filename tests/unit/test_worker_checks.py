@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gpumeter_worker import machine
-from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model, effective_dtype
+from gpumeter_worker import failure, machine
+from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.machine import Driver, Gpu, read_probe
-from gpumeter_worker.modelfiles import ModelFacts, read_model
+from gpumeter_worker.modelfiles import ModelFacts, read_model, served_dtype
 
 GB = 10**9
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * GB, 79 * GB)
@@ -149,10 +149,10 @@ def test_a_shorter_sequence_may_be_what_makes_a_model_fit() -> None:
 
 
 def test_auto_is_the_models_own_dtype_except_for_float16_on_a_cpu() -> None:
-    assert effective_dtype("auto", "bfloat16", gpu=False) == "bfloat16"
-    assert effective_dtype("auto", "float16", gpu=True) == "float16"
-    assert effective_dtype("auto", "float16", gpu=False) == "float32"
-    assert effective_dtype("float16", "bfloat16", gpu=False) == "float16"
+    assert served_dtype("auto", "bfloat16", gpu=False) == "bfloat16"
+    assert served_dtype("auto", "float16", gpu=True) == "float16"
+    assert served_dtype("auto", "float16", gpu=False) == "float32"
+    assert served_dtype("float16", "bfloat16", gpu=False) == "float16"
 
 
 def write_model(folder: Path, config: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> Path:
@@ -236,3 +236,15 @@ def test_device_files_are_found_where_the_container_has_them(tmp_path: Path) -> 
 def test_shared_memory_is_measured_and_nothing_where_there_is_none(tmp_path: Path) -> None:
     assert machine.shared_memory_bytes(tmp_path) > 0
     assert machine.shared_memory_bytes(tmp_path / "absent") == 0
+
+
+def test_a_reason_and_the_way_to_quote_an_error_are_written_once() -> None:
+    root = Path(failure.__file__).parent
+    reasons = {value for name, value in vars(failure).items() if name.isupper() and isinstance(value, str)}
+    assert "OutOfMemory" in reasons
+    for file in root.rglob("*.py"):
+        if file.name == "failure.py":
+            continue
+        text = file.read_text()
+        assert not [reason for reason in reasons if f'"{reason}"' in text], file
+        assert ".strip().splitlines()" not in text, file

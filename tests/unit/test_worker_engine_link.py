@@ -181,6 +181,17 @@ async def test_an_output_that_ends_before_the_loop_looks_at_it_is_told_whole_and
     assert [record.getMessage() for record in caplog.records] == ["last words"]
 
 
+async def test_an_engine_that_cannot_be_started_leaves_nothing_open(tmp_path: Path) -> None:
+    def held() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = held()
+    for _ in range(3):
+        with pytest.raises(OSError, match="no-such-program"):
+            EngineLink(options(), 8, lambda *_: None, lambda *_: None, (str(tmp_path / "no-such-program"),))
+    assert held() == before
+
+
 async def test_engines_one_after_the_other_leave_no_thread_file_or_zombie(tmp_path: Path) -> None:
     command = program(tmp_path, "ready(); time.sleep(600)")
 

@@ -252,7 +252,27 @@ def test_when_the_choice_that_computes_is_cancelled_the_next_one_does() -> None:
         scheduler.add(one)
     planned(scheduler)
     scheduler.cancel("n", 0)
-    assert [(w.sequence.choice, w.sequence.cached, w.count) for w in scheduler.plan()] == [(1, 32, 32)]
+    assert [(w.sequence.choice, w.sequence.cached, w.count) for w in scheduler.plan()] == [(1, 0, 32)]
+
+
+@pytest.mark.parametrize("blocks", [PagedBlocks(64, 16, prefix=True), SlotBlocks(4, 256, prefix=True)])
+def test_nobody_finds_what_a_sequence_computed_that_left_before_its_first_token(blocks: KvBlocks) -> None:
+    scheduler = scheduler_of(Limits(4, 64), blocks)
+    first, second, third = (
+        Sequence(name, 0, "acme", list(range(100)), 100, Sampling(max_tokens=9)) for name in ("a", "b", "c")
+    )
+    scheduler.add(first)
+    planned(scheduler)
+    assert first.computed == 64
+    scheduler.cancel("a", None)
+    scheduler.add(second)
+    assert [work.sequence.cached for work in scheduler.plan()] == [0], "they may be no numbers; nobody has looked"
+    for _ in range(2):
+        planned(scheduler)
+    second.tokens.append(1)
+    scheduler.cancel("b", None)
+    scheduler.add(third)
+    assert [work.sequence.cached > 0 for work in scheduler.plan()] == [True], "what gave a token is good"
 
 
 def planned(scheduler: Scheduler) -> list[Work]:
@@ -381,7 +401,7 @@ def test_when_the_choice_that_counts_is_cancelled_another_counts_the_rest() -> N
         one.submit(Submit("n", list(range(80)), sampling, choice, counts_prompt=choice == 0))
     events = one.turn()
     one.cancel(Cancel("n", 0))
-    assert parts_of(events + drive(one)) == [(32, 0), (32, 0), (16, 0)]
+    assert parts_of(events + drive(one)) == [(32, 0), (0, 0), (32, 0), (16, 0)]
 
 
 def test_a_step_needs_room_for_every_running_sequence() -> None:

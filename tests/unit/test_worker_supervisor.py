@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport
+from gpumeter_worker.engine.messages import Cancel, Ended, Event, Ready, StepReport
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.readiness import HUNG, RESTARTING, Loss
 from gpumeter_worker.supervisor import Supervisor
@@ -28,20 +28,29 @@ class Told:
         self.losses: list[Loss] = []
         self.work = True
 
+    def take(self, event: Event) -> None:
+        self.events.append(event)
+
     @property
     def starts(self) -> int:
         return sum(isinstance(event, Ready) for event in self.events)
 
 
 @asynccontextmanager
-async def supervised(command: tuple[str, ...], step_timeout_ms: int = 0) -> AsyncIterator[tuple[Supervisor, Told]]:
-    told = Told()
+async def supervised(
+    command: tuple[str, ...],
+    step_timeout_ms: int = 0,
+    start_timeout_ms: int = 0,
+    told: Told | None = None,
+) -> AsyncIterator[tuple[Supervisor, Told]]:
+    told = told or Told()
     supervisor = Supervisor(
-        told.events.append,
+        told.take,
         told.losses.append,
         has_work=lambda: told.work,
         sequences_max=8,
         step_timeout_ms=step_timeout_ms,
+        start_timeout_ms=start_timeout_ms,
         program=command,
     )
     running = asyncio.create_task(supervisor.run(options()))
@@ -140,6 +149,74 @@ async def test_an_engine_that_is_silent_with_work_at_hand_is_killed_and_replaced
         told.work = False
         await until(lambda: told.starts == 2, "the next one serves")
         assert supervisor.loss is None
+
+
+@pytest.mark.parametrize(
+    ("before", "doing"), [("", "it started"), ("channel.send([PhaseEntered(Phase.LOAD, 1)])", "it loaded the model")]
+)
+async def test_an_engine_that_starts_and_then_does_nothing_is_killed_and_replaced(
+    tmp_path: Path, before: str, doing: str
+) -> None:
+    once = tmp_path / "once"
+    hanging = program(
+        tmp_path,
+        f"""
+        if not os.path.exists({str(once)!r}):
+            open({str(once)!r}, "w").close()
+            {before or "pass"}
+            time.sleep(600)
+        ready()
+        time.sleep(600)
+        """,
+    )
+    async with supervised(hanging, start_timeout_ms=2000) as (supervisor, told):
+        told.work = False
+        await until(lambda: told.losses, "it is taken for hung")
+        assert told.losses[0].reason == HUNG
+        assert f"(nothing read and nothing done for 2 s while {doing}" in told.losses[0].how
+        await until(lambda: told.starts == 1, "the next one serves")
+        assert supervisor.loss is None
+
+
+@pytest.mark.parametrize(
+    "work", ["sum(range(4_000_000))", "file.read(2**18) or file.seek(0)", "held.append(bytearray(2**19))"]
+)
+async def test_an_engine_that_loads_slowly_and_gets_on_is_waited_for(tmp_path: Path, work: str) -> None:
+    large = tmp_path / "weights"
+    large.write_bytes(bytes(2**24))
+    slow = program(
+        tmp_path,
+        f"""
+        file, held, began_s = open({str(large)!r}, "rb", buffering=0), [], time.monotonic()
+        while time.monotonic() - began_s < 3.5:
+            {work}
+            time.sleep(0.05)
+        ready()
+        time.sleep(600)
+        """,
+    )
+    async with supervised(slow, start_timeout_ms=2000) as (_, told):
+        told.work = False
+        await until(lambda: told.starts == 1, "it is ready")
+        assert told.losses == []
+
+
+async def test_an_event_that_cannot_be_handled_takes_no_other_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Choking(Told):
+        def take(self, event: Event) -> None:
+            super().take(event)
+            if isinstance(event, Cancel):
+                raise RuntimeError("a defect")
+
+    batch = program(
+        tmp_path, "ready(); channel.send([Cancel('not an event'), Ended('s', Finish.STOP)]); time.sleep(600)"
+    )
+    async with supervised(batch, told=Choking()) as (_, told):
+        await until(lambda: told.events and isinstance(told.events[-1], Ended), "what came after it arrives")
+    assert "a message of the engine (Cancel) could not be handled" in caplog.text
+    assert "a defect" in caplog.text
 
 
 async def test_an_engine_that_hangs_says_where_its_threads_are(

@@ -42,6 +42,20 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(folder)
 
 
+async def test_a_template_that_cannot_be_read_is_refused_for_tools_as_for_anything_else(
+    tmp_path: Path,
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_path() / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text("{% if tools %}{{ 'unterminated }}")
+    broken = Tokenizer(tmp_path)
+    for asked in (Conversation([{"role": "user", "content": "x"}], [TOOL]), Conversation([CALLED], [])):
+        with pytest.raises(Refused) as refused:
+            await broken.conversation(asked, 1000)
+        assert (refused.value.status, refused.value.param) == (400, "messages")
+        assert "chat template refuses" in refused.value.message
+
+
 async def test_a_template_that_knows_tools_gets_tools_calls_and_results(with_tools: Tokenizer) -> None:
     asked = Conversation([{"role": "user", "content": "Rain?"}, CALLED, RESULT], [TOOL])
     text = with_tools.decode(await with_tools.conversation(asked, 1000))

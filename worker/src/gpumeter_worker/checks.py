@@ -10,7 +10,7 @@ from enum import StrEnum
 from gpumeter_worker import failure
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.machine import Driver
-from gpumeter_worker.modelfiles import ModelFacts
+from gpumeter_worker.modelfiles import ModelFacts, served_dtype
 
 SHARED_MEMORY_BYTES = 64 * 2**20
 """What each GPU of a worker needs of /dev/shm: the size that container runtimes give where nobody says more."""
@@ -79,19 +79,12 @@ def check_machine(facts: MachineFacts) -> tuple[Check, ...]:
 
 def check_model(model: ModelFacts, facts: MachineFacts, asked: Asked) -> tuple[Check, ...]:
     """Architecture, dtype and memory of a model on a machine."""
-    dtype = effective_dtype(asked.dtype, model.dtype, gpu=bool(facts.gpus_wanted))
+    dtype = served_dtype(asked.dtype, model.dtype, gpu=bool(facts.gpus_wanted))
     return (
         _architecture(model, asked.known_types),
         _dtype(dtype, asked.dtype, facts),
         _memory(model, facts, dtype, model.length(asked.max_model_len)),
     )
-
-
-def effective_dtype(asked: str, own: str, *, gpu: bool) -> str:
-    """What `auto` means: the model's own dtype, but float32 for float16 on a CPU, which is slow and narrow there."""
-    if asked != "auto":
-        return asked
-    return "float32" if own == "float16" and not gpu else own
 
 
 def _device(facts: MachineFacts) -> Check:

@@ -1,6 +1,7 @@
 """What ends a worker for good: one word and one sentence, in log, termination message and condition.
 
-Owns the reasons and how they leave the process. Does not know how anything is found out.
+Owns the reasons, how they leave the process, and how another program's error is quoted in a sentence. Does not know how
+anything is found out.
 """
 
 import sys
@@ -39,6 +40,12 @@ class StartupFailed(Exception):
     def line(self) -> str:
         """`Reason: sentence`, as the termination message and so the service's condition show it."""
         return f"{self.reason}: {self.message}"
+
+
+def first_line(error: BaseException, chars_max: int = 300) -> str:
+    """What an error says, short enough for a sentence; its type where it says nothing."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")[:chars_max]
 
 
 def report(failure: StartupFailed) -> int:

@@ -39,7 +39,7 @@ class ModelFacts:
 
     def length(self, asked: int) -> int:
         """The longest sequence: what was asked for (0 asks for nothing), and never more than the model's own limit."""
-        return min(asked or DEFAULT_MAX_MODEL_LEN, self.max_positions or DEFAULT_MAX_MODEL_LEN)
+        return served_length(asked, self.max_positions)
 
 
 def read_model(path: Path, *, allow_pickle: bool = False) -> ModelFacts:
@@ -51,6 +51,38 @@ def read_model(path: Path, *, allow_pickle: bool = False) -> ModelFacts:
         raise StartupFailed(MODEL_INVALID, f"{path / 'config.json'} names no model_type; copy the whole model again")
     if not (path / "tokenizer.json").is_file():
         raise StartupFailed(MODEL_INVALID, f"{path / 'tokenizer.json'} is missing; copy the whole model again")
+    floats, other_bytes = _numbers(path, allow_pickle=allow_pickle)
+    return ModelFacts(
+        model_type=str(config["model_type"]),
+        own_code=bool(config.get("auto_map")),
+        dtype=_dtype(config, floats),
+        floats=sum(floats.values()),
+        other_bytes=other_bytes,
+        kv_elements=_kv_elements(config),
+        max_positions=_whole(_text(config).get("max_position_embeddings")),
+    )
+
+
+def stored_dtype(path: Path, *, allow_pickle: bool) -> str:
+    """The dtype that a model is stored in, as config.json or else its weights say. Raises StartupFailed."""
+    floats, _ = _numbers(path, allow_pickle=allow_pickle)
+    return _dtype(_json_file(path / "config.json"), floats)
+
+
+def served_dtype(asked: str, stored: str, *, gpu: bool) -> str:
+    """What `auto` means: the model's own dtype, but float32 for float16 on a CPU, which is slow and narrow there."""
+    if asked != "auto":
+        return asked
+    return "float32" if stored == "float16" and not gpu else stored
+
+
+def served_length(asked: int, own: int) -> int:
+    """The longest sequence: what was asked for, and never more than the model's own limit; 0: neither says anything."""
+    return min(asked or DEFAULT_MAX_MODEL_LEN, own or DEFAULT_MAX_MODEL_LEN)
+
+
+def _numbers(path: Path, *, allow_pickle: bool) -> tuple[dict[str, int], int]:
+    """How many floating-point numbers of each kind the weights are, and the bytes of everything else."""
     floats: dict[str, int] = {}
     other_bytes = 0
     for file in _weight_files(path, allow_pickle=allow_pickle):
@@ -62,15 +94,7 @@ def read_model(path: Path, *, allow_pickle: bool = False) -> ModelFacts:
                 floats[kind] = floats.get(kind, 0) + size // _FLOATS[kind]
             else:
                 other_bytes += size
-    return ModelFacts(
-        model_type=str(config["model_type"]),
-        own_code=bool(config.get("auto_map")),
-        dtype=_dtype(config, floats),
-        floats=sum(floats.values()),
-        other_bytes=other_bytes,
-        kv_elements=_kv_elements(config),
-        max_positions=_whole(_text(config).get("max_position_embeddings")),
-    )
+    return floats, other_bytes
 
 
 def _kv_elements(config: Mapping[str, Any]) -> int:

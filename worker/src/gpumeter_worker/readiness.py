@@ -5,6 +5,7 @@ Pure. Owns the order of reasons: the first that holds is the one that is told. D
 
 from dataclasses import dataclass
 
+from gpumeter_worker.failure import JOURNAL_UNUSABLE
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease
 
@@ -60,7 +61,7 @@ def readiness(condition: Condition) -> Readiness:
     if condition.draining:
         return Readiness(False, "Draining", "the worker is stopping and admits nothing new")
     if condition.journal_problem:
-        return Readiness(False, "JournalUnusable", condition.journal_problem)
+        return Readiness(False, JOURNAL_UNUSABLE, condition.journal_problem)
     if not condition.journal_open:
         return Readiness(False, "Starting", "the journal is not open yet")
     if condition.engine_loss is not None:

@@ -67,6 +67,7 @@ class Settings:
     drain_timeout_ms: int
     seal_grace_ms: int
     step_timeout_ms: int  # 0: what the measured steps say
+    start_timeout_ms: int  # 0: for ever
     journal_dir: Path
     journal_max_bytes: int
     model_cache: Path
@@ -126,6 +127,7 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
         lease_timeout_ms=read.whole("GPUMETER_LEASE_TIMEOUT_MS", 0 if dev else 60_000, 0, 86_400_000),
         drain_timeout_ms=read.whole("GPUMETER_DRAIN_TIMEOUT_MS", 120_000, 0, 86_400_000),
         seal_grace_ms=read.whole("GPUMETER_SEAL_GRACE_MS", 0 if dev else 20_000, 0, 3_600_000),
+        start_timeout_ms=read.whole("GPUMETER_START_TIMEOUT_MS", 600_000, 0, 86_400_000),
         step_timeout_ms=read.whole("GPUMETER_STEP_TIMEOUT_MS", 0, 0, 86_400_000),
         journal_dir=Path(read.text("GPUMETER_JOURNAL_DIR", str(state / "journal") if dev else "/var/lib/gpumeter")),
         journal_max_bytes=read.whole("GPUMETER_JOURNAL_MAX_BYTES", 2**29, 2**20, 2**40),

@@ -24,7 +24,8 @@ from gpumeter_worker.engine.messages import (
     Ready,
     StepReport,
 )
-from gpumeter_worker.engine.watch import StepWatch
+from gpumeter_worker.engine.watch import StartWatch, StepWatch
+from gpumeter_worker.machine import done_pages
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.readiness import HUNG, RESTARTING, Loss
 
@@ -33,6 +34,12 @@ log = logging.getLogger(__name__)
 _BACK_OFF_S = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """By how many engines in a row were lost before they finished a step. One that did finish some gave its service, and
 its successor is wanted at once: loading takes long enough to keep a loop of crashes slow."""
+
+_DOING = {
+    Phase.INIT: "it started",
+    Phase.LOAD: "it loaded the model, so look at the model's volume and the device",
+    Phase.WARMUP: "it warmed up, so look at the device",
+}
 
 _KILLED_STARTS_MAX = 3
 _LOOK_S_MAX = 1.0
@@ -53,10 +60,12 @@ class Supervisor:
         has_work: Callable[[], bool],
         sequences_max: int,
         step_timeout_ms: int = 0,
+        start_timeout_ms: int = 0,
         program: Sequence[str] = PROGRAM,
     ) -> None:
         """Both callbacks run in the event loop. `has_work`: an engine that is well has something to say, sooner or
-        later. `sequences_max` is what admission lets through; a `step_timeout_ms` of 0 is one that follows the steps.
+        later. `sequences_max` is what admission lets through; a `step_timeout_ms` of 0 is one that follows the steps, a
+        `start_timeout_ms` of 0 waits for ever for an engine that loads and does nothing.
         """
         self.ready: Ready | None = None
         self.loss: Loss | None = None
@@ -67,12 +76,14 @@ class Supervisor:
         self._has_work = has_work
         self._sequences_max = sequences_max
         self._step_timeout_ns = step_timeout_ms * 10**6
+        self._start_timeout_ns = start_timeout_ms * 10**6
         self._program = program
         self._link: EngineLink | None = None
         self._watch = StepWatch(0, 1, 0)
         self._cause: Loss | None = None
         self._started_ns = 0
         self._warm_up_ns = 0
+        self._phase = Phase.INIT
         self._stepped = False
         self._young = 0
         self._killed_starts = 0
@@ -133,12 +144,12 @@ class Supervisor:
     async def _serve(self, options: EngineOptions) -> None:
         """One engine, from its start until nothing of it is left."""
         self.lost.clear()
-        self._cause, self._stepped, self._started_ns = None, False, time.monotonic_ns()
+        self._cause, self._stepped, self._phase, self._started_ns = None, False, Phase.INIT, time.monotonic_ns()
         self._watch = StepWatch(self._step_timeout_ns, options.max_batch_tokens, options.max_wait_ms * 10**6)
         link = EngineLink(options, self._sequences_max, self._handle, self._lose, self._program)
         self._link = link
         log.info("the engine process %d starts", link.pid)
-        watching = asyncio.create_task(self._end_if_hung(link))
+        watching = asyncio.create_task(self._end_if_hung(link, computing=options.device == "cpu"))
         lost = asyncio.create_task(self.lost.wait())
         try:
             await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
@@ -155,13 +166,21 @@ class Supervisor:
             lost.cancel()
             watching.cancel()
 
-    async def _end_if_hung(self, link: EngineLink) -> None:
+    async def _end_if_hung(self, link: EngineLink, *, computing: bool) -> None:
+        """`computing`: processor time is progress, because nothing here spins while it waits for a device."""
+        start, looks_s = StartWatch(self._start_timeout_ns), _LOOK_S_MAX
+        if self._start_timeout_ns:
+            looks_s = min(looks_s, self._start_timeout_ns / 8e9)
         while True:
-            await asyncio.sleep(min(_LOOK_S_MAX, self._watch.timeout_ns / 8e9))
-            owes = self.ready is not None and link.unhandled == 0 and self._has_work()
-            if self._watch.look(time.monotonic_ns(), link.received, owes=owes):
+            await asyncio.sleep(min(looks_s, self._watch.timeout_ns / 8e9))
+            now_ns, serves = time.monotonic_ns(), self.ready is not None
+            if self._watch.look(now_ns, link.received, owes=serves and link.unhandled == 0 and self._has_work()):
+                silent = f"no word for {self._watch.timeout_ns / 1e9:.0f} s with work at hand"
                 break
-        silent = f"no word for {self._watch.timeout_ns / 1e9:.0f} s with work at hand"
+            if not serves and start.look(now_ns, done_pages(link.pid, computing=computing)):
+                still_s = self._start_timeout_ns // 10**9
+                silent = f"nothing read and nothing done for {still_s} s while {_DOING[self._phase]}"
+                break
         log.error("the engine process %d hangs: %s; where its threads are follows, if it can tell", link.pid, silent)
         self._cause = Loss(HUNG, f"the engine process hung ({silent}) and was killed")
         link.tell_stacks()
@@ -174,21 +193,28 @@ class Supervisor:
         if link is not self._link or self.lost.is_set():
             return
         for event in events:
-            match event:
-                case StepReport():
-                    self._stepped = True
-                    self._watch.step(event.ended_ns - event.started_ns, sum(part.new_tokens for part in event.parts))
-                case PhaseEntered(Phase.WARMUP):
-                    self._warm_up_ns = event.at_ns
-                case Ready():
-                    self.load_ns = event.at_ns - self._started_ns
-                    self._watch.warmed_up(event.at_ns - self._warm_up_ns)
-                    self.ready, self.loss, self._killed_starts = event, None, 0
-                case Failed():
-                    self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")
-                case Fatal() if not self._failed.done():
-                    self._failed.set_exception(failures.StartupFailed(event.reason, event.message))
-            self._on_event(event)
+            self._note(event)
+            try:
+                self._on_event(event)
+            except Exception:  # the next event may be the end of somebody else's session
+                log.exception("a message of the engine (%s) could not be handled", type(event).__name__)
+
+    def _note(self, event: Event) -> None:
+        match event:
+            case StepReport():
+                self._stepped = True
+                self._watch.step(event.ended_ns - event.started_ns, sum(part.new_tokens for part in event.parts))
+            case PhaseEntered():
+                self._phase = event.phase
+                self._warm_up_ns = event.at_ns
+            case Ready():
+                self.load_ns = event.at_ns - self._started_ns
+                self._watch.warmed_up(event.at_ns - self._warm_up_ns)
+                self.ready, self.loss, self._killed_starts = event, None, 0
+            case Failed():
+                self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")
+            case Fatal() if not self._failed.done():
+                self._failed.set_exception(failures.StartupFailed(event.reason, event.message))
 
     def _lose(self, link: EngineLink, how: str) -> None:
         if link is not self._link or self.lost.is_set():

@@ -16,7 +16,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker import diagnosis, machine
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
-from gpumeter_worker.api.sessions import Choice, End, Finished, Session, Sessions
+from gpumeter_worker.api.sessions import LINE_ENTRIES_MAX, Choice, End, Finished, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
 from gpumeter_worker.engine.messages import (
@@ -36,9 +36,9 @@ from gpumeter_worker.metering.attribution import uncalibrated
 from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
-from gpumeter_worker.metering.meter import Identity, Meter
+from gpumeter_worker.metering.meter import Identity, Meter, Totals
 from gpumeter_worker.metering.writer import JournalWriter
-from gpumeter_worker.metrics import Observations
+from gpumeter_worker.metrics import Observations, exposition
 from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
 from gpumeter_worker.settings import Settings
 from gpumeter_worker.sources.aside import fetch_aside
@@ -56,6 +56,14 @@ _STATUS = {
     Finish.CANCELLED: Status.CANCELLED,
     Finish.FAILED: Status.FAILED,
 }
+
+
+_TOO_SLOW = Refused(
+    408,
+    "client_too_slow",
+    f"the client is {LINE_ENTRIES_MAX} tokens and log probabilities behind and was cut off; read faster, or ask for "
+    "less",
+)
 
 
 class Worker:
@@ -91,6 +99,7 @@ class Worker:
             has_work=lambda: len(self.sessions) > 0,
             sequences_max=settings.max_batch_size + settings.max_queue_length,
             step_timeout_ms=settings.step_timeout_ms,
+            start_timeout_ms=settings.start_timeout_ms,
         )
         self._draining = False
         self._clock_problem = ""
@@ -188,6 +197,17 @@ class Worker:
         if taken:
             self.engines.send(Cancel(session.session_id, index))
 
+    def cut_off(self, session: Session, why: Refused) -> None:
+        """Stop a session as cancelled, and have its client told why. What it used stays billed."""
+        if session.end is None and session.cut_off is None:
+            log.warning("session %s is cut off: %s", session.session_id, why.message)
+            session.cut_off = why
+            self.take_back(session, Status.CANCELLED)
+
+    def metrics(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return exposition(self)
+
     async def drain(self, cut_short: asyncio.Event, told_s: float) -> None:
         """Admit nothing, finish or cut off what runs, seal the chain, wait for the seal's acknowledgement.
 
@@ -214,6 +234,15 @@ class Worker:
         self.tokenizer = await asyncio.to_thread(Tokenizer, path)
 
     def _on_event(self, event: Event) -> None:
+        try:
+            self._take(event)
+        except Exception:
+            log.exception("a message of the engine (%s) was not understood", type(event).__name__)
+            for session_id in _named_in(event):
+                if (session := self.sessions.get(session_id)) is not None:
+                    self._give_up(session)
+
+    def _take(self, event: Event) -> None:
         match event:
             case StepReport():
                 self._on_step(event)
@@ -236,7 +265,10 @@ class Worker:
                 choice = session.choices[token.choice]
                 self.observed.token(session.begun_ns, choice.last_token_ns, now_ns)
                 choice.last_token_ns = now_ns
-                session.line.put_nowait(token)
+                if session.line.entries < LINE_ENTRIES_MAX:
+                    session.line.put_nowait(token)
+                else:
+                    self.cut_off(session, _TOO_SLOW)
 
     def _on_ended(self, ended: Ended) -> None:
         session = self.sessions.get(ended.session_id)
@@ -256,8 +288,24 @@ class Worker:
         status = next((one for one in (Status.FAILED, Status.CANCELLED) if one in outcomes), Status.FINISHED)
         totals = self.meter.end(session.session_id, status, self._now_ns())
         why = next((one.message for one in session.choices if one.message), "")
-        self.sessions.finish(session, End(status, totals, why))
+        self.sessions.finish(session, End(status, totals, why, session.cut_off))
         self.observed.session(status)
+        self.flusher.want()
+
+    def _give_up(self, session: Session) -> None:
+        """End a session of which this process no longer knows how it stands; what was metered of it stays metered."""
+        self.engines.send(Cancel(session.session_id))
+        for index, choice in enumerate(session.choices):
+            if choice.finish is None:
+                choice.finish, choice.outcome = Finish.FAILED, Status.FAILED
+                session.line.put_nowait(Finished(index, Finish.FAILED))
+        try:
+            totals = self.meter.end(session.session_id, Status.FAILED, self._now_ns())
+        except Exception:
+            log.exception("the end of session %s cannot be metered", session.session_id)
+            totals = Totals()
+        self.sessions.finish(session, End(Status.FAILED, totals, "the worker failed while it served this request"))
+        self.observed.session(Status.FAILED)
         self.flusher.want()
 
     def _on_ready(self, ready: Ready) -> None:
@@ -327,3 +375,13 @@ class Worker:
             prefix_cache=settings.prefix_cache,
             allow_pickle=settings.allow_pickle,
         )
+
+
+def _named_in(event: Event) -> set[str]:
+    """The sessions that a message is about."""
+    match event:
+        case StepReport():
+            return {part.session_id for part in event.parts}
+        case Ended():
+            return {event.session_id}
+    return set()

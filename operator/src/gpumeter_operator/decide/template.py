@@ -18,6 +18,7 @@ FREE_ENVIRONMENT = (
     "GPUMETER_LOG_LEVEL",
     "GPUMETER_PLAIN_HTTP_REGISTRIES",
     "GPUMETER_PREFIX_CACHE",
+    "GPUMETER_START_TIMEOUT_MS",
     "GPUMETER_STEP_TIMEOUT_MS",
 )
 """Settings of a worker that the spec has no field for, and that metering does not stand on."""

@@ -66,6 +66,7 @@ class Gateway:
             [
                 web.post("/v1/chat/completions", self._front.complete),
                 web.post("/v1/completions", self._front.complete),
+                web.post("/generate", self._front.complete),
                 web.get("/v1/models", self._front.list_models),
                 web.get("/v1/models/{model:.+}", self._front.get_model),
                 web.get("/healthz", self._front.healthz),

@@ -82,7 +82,7 @@ class Front:
         return response
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
-        """POST /v1/chat/completions and /v1/completions."""
+        """POST /v1/chat/completions, /v1/completions and /generate, which all name their model in the field model."""
         trip = Trip(new_session(), hop.request_id(request.headers), time.monotonic())
         self.in_flight += 1
         self.idle.clear()

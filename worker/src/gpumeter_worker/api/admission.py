@@ -87,7 +87,12 @@ def _sampling(generation: Generation, room: int, answer: int) -> Sampling:
 
 
 def _seed(seed: int | None, answer: int) -> int | None:
-    """The first answer is the one that n = 1 gives; the others have seeds that no neighbouring request has."""
-    if seed is None or answer == 0:
-        return seed
+    """The first answer is the one that n = 1 gives; the others have seeds that no neighbouring request has.
+
+    Never negative: Python's generator takes -5 for 5, so negative seeds become those that no client can ask for.
+    """
+    if seed is None:
+        return None
+    if answer == 0:
+        return seed % 2**64
     return int.from_bytes(hashlib.sha256(f"{seed}/{answer}".encode()).digest()[:8]) >> 1

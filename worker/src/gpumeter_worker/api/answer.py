@@ -6,26 +6,45 @@ know how an answer is written.
 
 import asyncio
 import json
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from starlette.types import Receive
+from starlette.types import Receive, Send
 
+from gpumeter_usage.hop import SESSION_HEADER
 from gpumeter_usage.record import Status
-from gpumeter_worker.api.errors import error_document
+from gpumeter_worker.api.desk import Clerk
+from gpumeter_worker.api.errors import Refused, error_document
 from gpumeter_worker.api.logprobs import Placed
-from gpumeter_worker.api.sessions import Choice, End, Finished, Session
+from gpumeter_worker.api.sessions import Choice, End, Finished, Session, entries
 from gpumeter_worker.api.text import TextStream
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.metering.meter import Totals
-from gpumeter_worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 _BURST = 256
 """How many tokens are written at once when they have piled up; others want the event loop, too."""
+
+
+KEPT_ENTRIES_MAX = 2**18
+"""Log probabilities that are kept for one answer that is written when it is whole: about 50 MB. A stream keeps none."""
+
+_PIECE_BYTES = 2**16
+_TAKEN_S = 60.0
+"""How long a client may take nothing of what is written to it."""
+
+_TOO_LARGE = Refused(
+    400,
+    "answer_too_large",
+    f"the answer has more than {KEPT_ENTRIES_MAX} log probabilities and was cut off; set stream to true, or ask for "
+    "fewer of them",
+)
 
 
 class Piece(NamedTuple):
@@ -38,14 +57,26 @@ class Piece(NamedTuple):
 
 
 class ChoiceText:
-    """The text of one choice so far. `tokens` are all that it got, where log probabilities were asked for."""
+    """The text of one choice so far. `tokens` are all that it got, where log probabilities were asked for and whoever
+    writes it `keeps` them."""
 
-    def __init__(self, tokenizer: Tokenizer, choice: Choice, stops: tuple[str, ...], eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        choice: Choice,
+        stops: tuple[str, ...],
+        eos_ids: frozenset[int],
+        *,
+        keeps: bool = False,
+    ) -> None:
         self._text = TextStream(tokenizer.decode, choice.prompt, stops)
         sampling = choice.sampling
         self._endings = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else eos_ids)
         self._placed: deque[Placed] | None = None if sampling.logprobs is None else deque()
+        self._keeps = keeps
         self.tokens: list[Token] = []
+        self.kept = 0
+        """How much it takes to keep them, in entries."""
         self.count = 0
 
     @property
@@ -58,7 +89,9 @@ class ChoiceText:
         self.count += 1
         if self._placed is None:
             return ("" if token.token in self._endings else self._text.push(token.token)), []
-        self.tokens.append(token)
+        if self._keeps:
+            self.tokens.append(token)
+            self.kept += entries(token)
         if token.token in self._endings:
             return "", []
         self._placed.append(Placed(token, self._text.seen))
@@ -80,7 +113,7 @@ class ChoiceText:
 class Answer:
     """A session whose tokens are to be written."""
 
-    worker: Worker
+    worker: Clerk
     session: Session
     tokenizer: Tokenizer
     texts: list[ChoiceText] = field(default_factory=list)
@@ -125,12 +158,21 @@ class Answer:
             length = finished.finish is Finish.LENGTH and not text.stopped
             pieces.append(Piece(finished.choice, said, placed, "length" if length else "stop"))
 
+    def refuse_to_keep(self, count: int) -> None:
+        """Cut the session off when so many log probabilities are kept of it that one client takes all the memory."""
+        if count > KEPT_ENTRIES_MAX:
+            self.worker.cut_off(self.session, _TOO_LARGE)
+
     @property
     def end(self) -> End:
         """How the session ended; known when there are no more pieces."""
         if self.session.end is None:
             raise RuntimeError("a session's line closed before its end was known")
         return self.session.end
+
+
+class NotTaken(Exception):
+    """The client is there, and takes nothing of what is written."""
 
 
 async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, answer: Answer) -> None:
@@ -146,13 +188,17 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, ans
             working.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
     if not working.cancelled() and (error := working.exception()) is not None:
-        raise error
+        if not isinstance(error, NotTaken):
+            raise error
+        log.warning("the client of session %s took nothing for %.0f s", answer.session.session_id, _TAKEN_S)
 
 
 def failure(end: End) -> tuple[int, dict[str, Any]] | None:
     """The HTTP status and the error of a session that got no answer, or not all of it."""
     if end.status is Status.FINISHED:
         return None
+    if end.cut_off is not None:
+        return end.cut_off.status, error_document(end.cut_off.status, end.cut_off.code, end.cut_off.message)
     if end.status is Status.CANCELLED:
         return 503, error_document(503, "cut_off", "the worker is stopping and cut this request off; send it again")
     return 500, error_document(500, "engine_failed", f"{end.message}; send the request again")
@@ -178,6 +224,26 @@ def with_usage(document: dict[str, Any], totals: Totals) -> bytes:
 def to_json(document: object) -> bytes:
     """Compact JSON in UTF-8."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def taken(sending: Awaitable[None], timeout_s: float = _TAKEN_S) -> None:
+    """Wait until a client has room for what is sent to it. Raises NotTaken."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await sending
+    except TimeoutError:
+        raise NotTaken from None
+
+
+async def send_whole(send: Send, session: Session, status: int, body: bytes) -> None:
+    """One JSON document, a piece at a time, so that a client that takes nothing holds none of it. Raises NotTaken."""
+    headers = {"content-type": "application/json", "content-length": str(len(body)), SESSION_HEADER: session.session_id}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    for at in range(0, len(body), _PIECE_BYTES):
+        more = at + _PIECE_BYTES < len(body)
+        piece = body[at : at + _PIECE_BYTES]
+        await taken(send({"type": "http.response.body", "body": piece, "more_body": more}))
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from gpumeter_worker.api.admission import choices
 from gpumeter_worker.api.answer import Answer, ChoiceText
+from gpumeter_worker.api.desk import Desk
 from gpumeter_worker.api.errors import Refused, error_document, error_response
 from gpumeter_worker.api.generate import BatchAnswer
 from gpumeter_worker.api.identity import Caller, caller
@@ -22,8 +23,6 @@ from gpumeter_worker.api.openapi import openapi_document
 from gpumeter_worker.api.parameters import Generation
 from gpumeter_worker.api.requests import Prompt, chat_request, completion_request, generate_request, read_json
 from gpumeter_worker.api.responses import CHAT, COMPLETION, EventStream, Shape, Wanted, WholeAnswer
-from gpumeter_worker.metrics import exposition
-from gpumeter_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ _BODY_IDLE_S = 20.0
 """How long a client may be silent in the middle of its body."""
 
 
-def api_app(worker: Worker) -> FastAPI:
+def api_app(worker: Desk) -> FastAPI:
     """The application of port 8000."""
     app = FastAPI(title="gpumeter worker", docs_url=None, redoc_url=None)
     document = openapi_document([worker.settings.model_name, worker.settings.service])
@@ -71,7 +70,7 @@ def api_app(worker: Worker) -> FastAPI:
         asked = generate_request(values, worker.settings.model_name)
         _refuse_other_model(asked.generation.model, worker)
         prompts = await _encoded(worker, asked.prompts, "inputs")
-        return BatchAnswer(_admit(worker, called_by, asked.generation, prompts, "inputs"), asked)
+        return BatchAnswer(_admit(worker, called_by, asked.generation, prompts, "inputs", keeps=True), asked)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -101,18 +100,18 @@ def api_app(worker: Worker) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(exposition(worker), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(worker.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
 
-async def _asked(worker: Worker, request: Request) -> tuple[Caller, dict[str, Any]]:
+async def _asked(worker: Desk, request: Request) -> tuple[Caller, dict[str, Any]]:
     """Who asks, and the object that was sent. Raises Refused."""
     called_by = caller(request.headers.get("authorization"), worker.settings)
     return called_by, read_json(await read_body(request, worker.settings.max_body_bytes))
 
 
-async def _encoded(worker: Worker, prompts: list[Prompt], param: str) -> list[list[int]]:
+async def _encoded(worker: Desk, prompts: list[Prompt], param: str) -> list[list[int]]:
     engine, tokenizer = worker.refuse_unless_ready()
     return [
         await tokenizer.text(prompt, engine.max_model_len, param) if isinstance(prompt, str) else prompt
@@ -120,14 +119,15 @@ async def _encoded(worker: Worker, prompts: list[Prompt], param: str) -> list[li
     ]
 
 
-def _admit(worker: Worker, called_by: Caller, asked: Generation, prompts: list[list[int]], param: str) -> Answer:
+def _admit(
+    worker: Desk, called_by: Caller, asked: Generation, prompts: list[list[int]], param: str, *, keeps: bool = False
+) -> Answer:
     """From here on the request is a session, and whoever gets it must see it to its end. Raises Refused."""
     engine, tokenizer = worker.refuse_unless_ready()
     wanted = choices(asked, prompts, engine, worker.settings.max_queue_length, param)
     session = worker.submit(called_by, wanted)
-    return Answer(
-        worker, session, tokenizer, [ChoiceText(tokenizer, one, asked.stop, engine.eos_ids) for one in wanted]
-    )
+    texts = [ChoiceText(tokenizer, one, asked.stop, engine.eos_ids, keeps=keeps) for one in wanted]
+    return Answer(worker, session, tokenizer, texts)
 
 
 def _openai(answer: Answer, asked: Generation, shape: Shape) -> Response:
@@ -165,7 +165,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def _refuse_other_model(model: str, worker: Worker) -> None:
+def _refuse_other_model(model: str, worker: Desk) -> None:
     if model not in (worker.settings.model_name, worker.settings.service):
         raise Refused(
             404,
@@ -175,7 +175,7 @@ def _refuse_other_model(model: str, worker: Worker) -> None:
         )
 
 
-def _model(worker: Worker, name: str) -> dict[str, Any]:
+def _model(worker: Desk, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

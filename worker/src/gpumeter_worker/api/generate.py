@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
-from gpumeter_worker.api.answer import Answer, failure, to_json, while_connected, with_usage
+from gpumeter_worker.api.answer import Answer, failure, send_whole, to_json, while_connected, with_usage
 from gpumeter_worker.api.logprobs import finite
 from gpumeter_worker.api.requests import GenerateRequest
 from gpumeter_worker.engine.messages import Token
@@ -27,9 +27,9 @@ class BatchAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client leaves first."""
-        await while_connected(self._respond(scope, receive, send), receive, self._answer)
+        await while_connected(self._respond(send), receive, self._answer)
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, send: Send) -> None:
         answer = self._answer
         texts = [str(prompt) if self._asked.full_text else "" for prompt in self._asked.prompts]
         reasons = ["" for _ in texts]
@@ -37,6 +37,7 @@ class BatchAnswer(Response):
             for piece in pieces:
                 texts[piece.choice] += piece.text
                 reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
+            answer.refuse_to_keep(sum(text.kept for text in answer.texts))
         end = answer.end
         if failed := failure(end):
             status, body = failed[0], with_usage(failed[1], end.totals)
@@ -45,8 +46,7 @@ class BatchAnswer(Response):
             written = [self._written(index, text, reasons[index]) for index, text in enumerate(texts)]
             last = with_usage(written.pop(), end.totals)
             body = last if self._asked.single else b"[" + b",".join([*map(to_json, written), last]) + b"]"
-        headers = {SESSION_HEADER: answer.session.session_id}
-        await Response(body, status, headers, "application/json")(scope, receive, send)
+        await send_whole(send, answer.session, status, body)
 
     def _written(self, index: int, text: str, reason: str) -> dict[str, Any]:
         if not self._asked.details:

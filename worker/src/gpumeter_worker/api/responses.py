@@ -13,8 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
-from gpumeter_worker.api.answer import Answer, Piece, failure, to_json, while_connected, with_usage
+from gpumeter_worker.api.answer import Answer, Piece, failure, send_whole, taken, to_json, while_connected, with_usage
 from gpumeter_worker.api.logprobs import Placed, chat_logprobs, completion_logprobs
+from gpumeter_worker.api.sessions import entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +80,21 @@ class WholeAnswer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client leaves first."""
-        await while_connected(self._respond(scope, receive, send), receive, self._answer)
+        await while_connected(self._respond(send), receive, self._answer)
 
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, send: Send) -> None:
         answer, wanted = self._answer, self._wanted
         texts: list[list[str]] = [[] for _ in answer.texts]
         placed: list[list[Placed]] = [[] for _ in answer.texts]
         reasons = ["stop" for _ in answer.texts]
+        kept = 0
         async for pieces in answer.pieces():
             for piece in pieces:
                 texts[piece.choice].append(piece.text)
                 placed[piece.choice] += piece.placed
+                kept += sum(entries(token) for token, _ in piece.placed)
                 reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
+            answer.refuse_to_keep(kept)
         end = answer.end
         failed = failure(end)
         status, document = failed or (200, wanted.head(wanted.shape.whole, answer.session.session_id))
@@ -101,8 +105,7 @@ class WholeAnswer(Response):
                 )
                 for index in range(len(texts))
             ]
-        headers = {SESSION_HEADER: answer.session.session_id}
-        await Response(with_usage(document, end.totals), status, headers, "application/json")(scope, receive, send)
+        await send_whole(send, answer.session, status, with_usage(document, end.totals))
 
 
 class EventStream(Response):
@@ -132,8 +135,8 @@ class EventStream(Response):
         headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for events in self._events():
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await taken(send({"type": "http.response.body", "body": events, "more_body": True}))
+        await taken(send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False}))
 
     async def _events(self) -> AsyncIterator[bytes]:
         answer, shape = self._answer, self._wanted.shape

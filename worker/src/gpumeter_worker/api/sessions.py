@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gpumeter_usage.record import Status
+from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.meter import Totals
@@ -25,6 +26,8 @@ class End:
     status: Status
     totals: Totals
     message: str = ""
+    cut_off: Refused | None = None
+    """What the client is told where it was cancelled for a reason of its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,11 +45,36 @@ class Choice:
     last_token_ns: int = 0
 
 
+LINE_ENTRIES_MAX = 2**16
+"""What may wait for one session's client. A token is one entry, and each of its likeliest ones that were asked for is
+one more: about 10 MB. A client that reads slowly may fall so far behind an engine that never waits for it."""
+
+
 class Finished(NamedTuple):
     """A choice got its last token; the session's usage is final only when all have."""
 
     choice: int
     finish: Finish
+
+
+class Line(asyncio.Queue["Token | Finished"]):
+    """From the engine to a session's response; knows how much lies in it."""
+
+    entries = 0
+
+    def _put(self, item: Token | Finished) -> None:
+        self.entries += entries(item)
+        super()._put(item)
+
+    def _get(self) -> Token | Finished:
+        item = super()._get()
+        self.entries -= entries(item)
+        return item
+
+
+def entries(item: Token | Finished) -> int:
+    """How much it takes to keep this."""
+    return 1 + len(item.top) if isinstance(item, Token) else 1
 
 
 @dataclass(slots=True, eq=False)
@@ -56,10 +84,12 @@ class Session:
     session_id: str
     tenant: str
     choices: list[Choice]
-    line: "asyncio.Queue[Token | Finished]" = field(default_factory=asyncio.Queue)
+    line: Line = field(default_factory=Line)
     """One for all choices: what comes is written in the order in which it came."""
     begun_ns: int = field(default_factory=time.monotonic_ns)
     stepped: bool = False
+    cut_off: Refused | None = None
+    """Why it was stopped, where its own client is the reason."""
     end: End | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -92,21 +92,23 @@ class Tokenizer:
         tokenizer, tools = self._tokenizer, conversation.tools or None
         if not tokenizer.chat_template:
             raise Refused(400, "no_chat_template", "this model has no chat template; use /v1/completions")
-        if conversation.speaks_of_tools and not self._takes_tools(tools):
-            raise bad_parameter(
-                "tools" if tools else "messages",
-                "this model's chat template knows no tools; leave out tools, tool_calls and messages of the role tool",
-                "unsupported_value",
-            )
         try:
-            text = tokenizer.apply_chat_template(
-                conversation.messages, tools=tools, tokenize=False, add_generation_prompt=True
-            )
+            text: str | None = None
+            if not conversation.speaks_of_tools or self._takes_tools(tools):
+                text = tokenizer.apply_chat_template(
+                    conversation.messages, tools=tools, tokenize=False, add_generation_prompt=True
+                )
         except Exception as error:
             # What a template does with messages that it was not written for is its own affair: some raise by name,
             # others trip over a type. The messages are the client's in any case.
             why = str(error) if isinstance(error, TemplateError) else type(error).__name__
             raise bad_parameter("messages", f"the model's chat template refuses these messages: {why:.200}") from None
+        if text is None:
+            raise bad_parameter(
+                "tools" if tools else "messages",
+                "this model's chat template knows no tools; leave out tools, tool_calls and messages of the role tool",
+                "unsupported_value",
+            )
         return self._encode(text, False, max_tokens, "messages")
 
     def _takes_tools(self, tools: list[dict[str, Any]] | None) -> bool:

@@ -14,15 +14,15 @@ from gpumeter_usage.page import (
     encode_status,
 )
 from gpumeter_worker.api.app import read_body, translate_errors
+from gpumeter_worker.api.desk import UsageDesk
 from gpumeter_worker.api.errors import Refused, bad_parameter
 from gpumeter_worker.api.identity import is_collector
 from gpumeter_worker.metering.journal import AcknowledgementRefused, JournalUnusable, RecordsGone
-from gpumeter_worker.worker import Worker
 
 _MAX_ACKNOWLEDGEMENT_BYTES = 4096
 
 
-def usage_app(worker: Worker) -> FastAPI:
+def usage_app(worker: UsageDesk) -> FastAPI:
     """The application of port 8001."""
     app = FastAPI(title="gpumeter worker usage", docs_url=None, redoc_url=None, openapi_url=None)
     translate_errors(app)
@@ -72,7 +72,7 @@ def usage_app(worker: Worker) -> FastAPI:
     return app
 
 
-def _refuse_others(request: Request, worker: Worker) -> None:
+def _refuse_others(request: Request, worker: UsageDesk) -> None:
     if not is_collector(request.headers.get("authorization"), worker.settings):
         raise Refused(
             401,

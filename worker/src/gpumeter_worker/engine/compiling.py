@@ -13,6 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gpumeter_worker.engine.interface import Asked, Attend, offer
+from gpumeter_worker.failure import first_line
 
 log = logging.getLogger("gpumeter_worker.engine.compiling")
 
@@ -84,8 +85,7 @@ def compile_decoder(
                 raise RuntimeError(f"its logits are off by {worst:.2g}")
     except Exception as error:  # a compiler, a C++ or a device's toolchain may raise anything
         compiled.undo()
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:300]
-        sentence = f"the model could not be compiled ({text}); it runs eagerly"
+        sentence = f"the model could not be compiled ({first_line(error)}); it runs eagerly"
         log.warning("%s", sentence)
         return sentence
     took_s = time.monotonic() - began

@@ -9,6 +9,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpumeter_worker.failure import first_line
+
 _MEMORY_WORDS = ("out of memory", "can't allocate memory")
 _DEVICE_WORDS = (
     "CUDA error",
@@ -33,7 +35,7 @@ class Fault:
 def fault_of(error: BaseException) -> Fault:
     """Judge an exception that a step raised."""
     names = {one.__name__ for one in type(error).__mro__}
-    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:_TEXT_MAX]
+    text = first_line(error, _TEXT_MAX)
     # Device errors first: a fault that poisons the context may also speak of memory, and no later step would be right.
     if "AcceleratorError" in names or any(words in text for words in _DEVICE_WORDS):
         return Fault(False, f"the device failed in a step ({text})")

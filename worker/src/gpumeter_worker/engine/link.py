@@ -67,7 +67,7 @@ class EngineLink:
         on_lost: Callable[["EngineLink", str], None],
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        """Start the process. Both callbacks run in the event loop; `on_lost` is the last one."""
+        """Start the process. Both callbacks run in the event loop; `on_lost` is the last one. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
         self._on_lost = on_lost
@@ -81,7 +81,7 @@ class EngineLink:
         self._gone = asyncio.Event()
         self._output = EngineOutput()
         ours, theirs = socket.socketpair()
-        with theirs:
+        try:
             self._process = subprocess.Popen(
                 [*program, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
@@ -91,6 +91,13 @@ class EngineLink:
                 env=_ENGINE_ENVIRONMENT | os.environ | {"OMP_NUM_THREADS": str(options.threads)},
                 start_new_session=True,  # a group of its own, so that nothing it started outlives it
             )
+        except BaseException:  # no process, no memory for one: nobody else closes what was opened for it
+            ours.close()
+            self._output.started()
+            self._output.close()
+            raise
+        finally:
+            theirs.close()
         self._output.started()
         self._channel: Channel[Command | EngineOptions, Sequence[Event]] = Channel(ours.detach())
         self._commands.put(options)

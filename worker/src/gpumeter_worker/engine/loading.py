@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from gpumeter_worker.engine.messages import EngineOptions
 from gpumeter_worker.engine.paged_attention import Heads
+from gpumeter_worker.failure import GPU_NOT_FOUND, MODEL_INVALID, OUT_OF_MEMORY, StartupFailed, first_line
+from gpumeter_worker.modelfiles import served_dtype, served_length, stored_dtype
 
-DEFAULT_MAX_MODEL_LEN = 4096
+__all__ = ["LoadFailed", "Loaded", "load"]
 
 
 class LoadFailed(Exception):
@@ -52,13 +54,13 @@ def load(options: EngineOptions, attention: str) -> Loaded:
     transformers_logging.disable_progress_bar()
     if options.device != "cpu" and not torch.cuda.is_available():
         raise LoadFailed(
-            "GpuNotFound",
+            GPU_NOT_FOUND,
             f"a GPU was asked for and torch {torch.__version__} finds none it can use; check the node's driver "
             "against the image's CUDA version, or ask for 0 GPUs to run on the CPU",
         )
     config = _config(options.model_path)
     text = config.get_text_config(decoder=True)
-    dtype = _dtype(options.dtype, config, options.device)
+    dtype = _dtype(options)
     model = _model(options, dtype, attention)
     return Loaded(
         model=model,
@@ -72,14 +74,8 @@ def load(options: EngineOptions, attention: str) -> Loaded:
         ),
         vocabulary=int(text.vocab_size),
         eos_ids=_eos_ids(model),
-        max_model_len=_max_length(options.max_model_len, text),
+        max_model_len=served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0)),
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:300]
 
 
 def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
@@ -93,21 +89,21 @@ def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
         model = model.to(options.device)
     except torch.OutOfMemoryError as error:
         raise LoadFailed(
-            "OutOfMemory", f"the weights do not fit on the GPU ({first_line(error)}); use a smaller model or dtype"
+            OUT_OF_MEMORY, f"the weights do not fit on the GPU ({first_line(error)}); use a smaller model or dtype"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise LoadFailed(
-            "ModelInvalid", f"the model at {options.model_path} cannot be loaded: {first_line(error)}"
+            MODEL_INVALID, f"the model at {options.model_path} cannot be loaded: {first_line(error)}"
         ) from error
     except Exception as error:  # safetensors raises a type of its own that is no subclass of these
         raise LoadFailed(
-            "ModelInvalid",
+            MODEL_INVALID,
             f"the weights at {options.model_path} are damaged ({first_line(error)}); copy the model again",
         ) from error
     model.set_attn_implementation(attention)
     if model.config._attn_implementation != attention:
         raise LoadFailed(
-            "ModelInvalid",
+            MODEL_INVALID,
             f"{type(model).__name__} does not use transformers' attention interface; serve another model",
         )
     return model
@@ -117,22 +113,18 @@ def _config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise LoadFailed("ModelInvalid", f"{path}/config.json cannot be used: {first_line(error)}") from error
+        raise LoadFailed(MODEL_INVALID, f"{path}/config.json cannot be used: {first_line(error)}") from error
 
 
-def _dtype(asked: str, config: Any, device: str) -> torch.dtype:
-    if asked != "auto":
-        dtype: torch.dtype = getattr(torch, asked)
-        return dtype
-    own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    own = getattr(torch, own) if isinstance(own, str) else own
-    return torch.float32 if own is torch.float16 and device == "cpu" else own
-
-
-def _max_length(asked: int, text: Any) -> int:
-    """What was asked for (0 asks for nothing), or the model's own limit where that is smaller."""
-    own = int(getattr(text, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN)
-    return min(asked or DEFAULT_MAX_MODEL_LEN, own)
+def _dtype(options: EngineOptions) -> torch.dtype:
+    own = ""
+    if options.dtype == "auto":
+        try:
+            own = stored_dtype(options.model_path, allow_pickle=options.allow_pickle)
+        except StartupFailed as error:
+            raise LoadFailed(error.reason, error.message) from error
+    dtype: torch.dtype = getattr(torch, served_dtype(options.dtype, own, gpu=options.device != "cpu"))
+    return dtype
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

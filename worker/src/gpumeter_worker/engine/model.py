@@ -12,7 +12,7 @@ import torch
 from gpumeter_worker.engine import attention, gpu, paged_attention
 from gpumeter_worker.engine.blocks import Copy, KvBlocks
 from gpumeter_worker.engine.interface import AttentionUnsupported
-from gpumeter_worker.engine.loading import LoadFailed, first_line, load
+from gpumeter_worker.engine.loading import LoadFailed, load
 from gpumeter_worker.engine.loop import INVALID_TOKEN, Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready
 from gpumeter_worker.engine.on_cpu import Cpu
@@ -20,6 +20,7 @@ from gpumeter_worker.engine.on_gpu import Gpu
 from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.failure import MODEL_INVALID, OUT_OF_MEMORY, first_line
 from gpumeter_worker.metering.clock import StepClock
 
 __all__ = ["LoadFailed", "ModelRunner"]
@@ -75,9 +76,9 @@ class ModelRunner:
             try:
                 self._device: Device = make(self._loaded, options)
             except torch.OutOfMemoryError as error:
-                raise LoadFailed("OutOfMemory", f"{first_line(error)}; lower maxModelLen or maxBatchSize") from error
+                raise LoadFailed(OUT_OF_MEMORY, f"{first_line(error)}; lower maxModelLen or maxBatchSize") from error
             except AttentionUnsupported as error:
-                raise LoadFailed("ModelInvalid", f"{error}; serve another model") from error
+                raise LoadFailed(MODEL_INVALID, f"{error}; serve another model") from error
         self._sampler = Sampler(self._loaded.vocabulary, self._loaded.eos_ids, options.device)
 
     @property
@@ -121,9 +122,9 @@ class ModelRunner:
             for plan in self._device.largest(self._options.max_batch_tokens):
                 self.run(plan, clock)
         except AttentionUnsupported as error:
-            raise LoadFailed("ModelInvalid", f"{error}; serve another model") from error
+            raise LoadFailed(MODEL_INVALID, f"{error}; serve another model") from error
         except torch.OutOfMemoryError as error:
-            raise LoadFailed("OutOfMemory", first_line(error) + "; lower maxModelLen or maxBatchSize") from error
+            raise LoadFailed(OUT_OF_MEMORY, first_line(error) + "; lower maxModelLen or maxBatchSize") from error
         if self._options.device != "cpu":
             torch.cuda.synchronize()
         clock.harvest()

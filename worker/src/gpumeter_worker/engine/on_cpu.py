@@ -19,11 +19,12 @@ from gpumeter_worker.engine.attention import SlotCache, StepContext
 from gpumeter_worker.engine.blocks import Copy, SlotBlocks
 from gpumeter_worker.engine.compiling import compile_decoder
 from gpumeter_worker.engine.linear import NEVER, pack_linears
-from gpumeter_worker.engine.loading import Loaded, LoadFailed, first_line
+from gpumeter_worker.engine.loading import Loaded, LoadFailed
 from gpumeter_worker.engine.messages import EngineOptions
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 from gpumeter_worker.engine.slot_steps import SlotSteps, Staged
+from gpumeter_worker.failure import OUT_OF_MEMORY, first_line
 
 log = logging.getLogger("gpumeter_worker.engine.on_cpu")
 
@@ -69,7 +70,7 @@ class Cpu:
         try:
             cache = SlotCache(loaded.layers, shape, loaded.dtype, "cpu")
         except (OSError, RuntimeError) as error:
-            raise LoadFailed("OutOfMemory", f"{first_line(error)}; lower maxModelLen or maxBatchSize") from error
+            raise LoadFailed(OUT_OF_MEMORY, f"{first_line(error)}; lower maxModelLen or maxBatchSize") from error
         self._steps = SlotSteps(self._forward, cache)
 
     @property
@@ -168,7 +169,7 @@ def _slots(loaded: Loaded, options: EngineOptions) -> int:
     slots = min(options.max_batch_size, int(free * _CACHE_SHARE) // slot)
     if slots < 1:
         raise LoadFailed(
-            "OutOfMemory",
+            OUT_OF_MEMORY,
             f"one sequence of {loaded.max_model_len} tokens needs {slot // 2**20} MiB of cache and "
             f"{free // 2**20} MiB are free; give the worker more memory or lower maxModelLen",
         )

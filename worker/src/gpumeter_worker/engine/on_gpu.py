@@ -24,6 +24,7 @@ from gpumeter_worker.engine.paged_steps import PagedSteps, Staged, largest_step,
 from gpumeter_worker.engine.sampling import Sampler, choose
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.failure import OUT_OF_MEMORY
 
 log = logging.getLogger("gpumeter_worker.engine.on_gpu")
 
@@ -66,7 +67,7 @@ class Gpu:
         del trial
         sizing = size_cache(found)
         if not sizing.blocks:
-            raise LoadFailed("OutOfMemory", sizing.problem)
+            raise LoadFailed(OUT_OF_MEMORY, sizing.problem)
         self._block_count = sizing.blocks
         self._graph_sizes = sizes
         self._steps = self._make(sizing.blocks)

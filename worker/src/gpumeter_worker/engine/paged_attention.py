@@ -21,6 +21,7 @@ from gpumeter_worker.engine.paged import BLOCK_TOKENS, Frame
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.failure import first_line
 
 NAME = "gpumeter_paged"
 _WORST = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -132,7 +133,7 @@ def choose(asked: str, heads: Heads, dtype: torch.dtype, device: str) -> tuple[B
             backend = _BACKENDS[name](heads, dtype, device)
             problem = _difference(backend, heads, dtype, device)
         except Exception as error:  # a compiler, a driver or a kernel may raise anything; the next one does without
-            problem = f"it failed ({_first_line(error)})"
+            problem = f"it failed ({first_line(error)})"
         if not problem:
             return backend, remarks
         remarks.append(f"attention by {name} is not used: {problem}")
@@ -328,11 +329,6 @@ _BACKENDS = {"triton": _triton, "varlen": _varlen, "gather": _gather}
 def capability(device: str) -> tuple[int, int]:
     """CUDA's compute capability; a CPU counts as a current GPU, so that the interpreter runs what those run."""
     return torch.cuda.get_device_capability() if device != "cpu" else (9, 0)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:200]
 
 
 offer(NAME, attend)

@@ -18,6 +18,7 @@ from gpumeter_worker.engine.paged_attention import Backend, Bound, Heads, PagedC
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.failure import first_line
 
 log = logging.getLogger("gpumeter_worker.engine.paged_steps")
 
@@ -113,8 +114,8 @@ class PagedSteps:
         except Exception as error:  # whatever the device or a library raises, eager steps do without graphs
             self._graphs.clear()
             self._out = None
-            text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
-            remark = f"CUDA graphs could not be captured ({text}); decodes run eagerly, slower at small batches"
+            why = first_line(error)
+            remark = f"CUDA graphs could not be captured ({why}); decodes run eagerly, slower at small batches"
             log.warning("%s", remark)
             return remark
         return ""

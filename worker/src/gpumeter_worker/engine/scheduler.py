@@ -135,6 +135,7 @@ class Scheduler:
 
     def leave(self, sequence: Sequence) -> None:
         """A running sequence has ended."""
+        self._distrust(sequence)
         self._stop(sequence)
         self._forget(sequence)
 
@@ -143,6 +144,7 @@ class Scheduler:
         gone = [one for one in self.of_session(session_id) if choice in (None, one.choice)]
         for sequence in gone:
             if sequence in self._running:
+                self._distrust(sequence)
                 self._stop(sequence)
             else:
                 self._lines.take(sequence)
@@ -258,6 +260,11 @@ class Scheduler:
         self._computes_no_prompt(sequence)
         self._lines.charge(sequence.tenant, -PROMPT_WEIGHT * _unserved(sequence))
         self._blocks.release(sequence)
+
+    def _distrust(self, sequence: Sequence) -> None:
+        """Nobody finds what a sequence computed that was given no token: whether it is numbers shows only then."""
+        if not sequence.generated:
+            self._blocks.discard(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         """It has ended, and is neither running nor waiting."""

@@ -1,4 +1,5 @@
-"""Whether an engine hangs: it has work and says nothing for longer than any step of this model can take.
+"""Whether an engine hangs: it has work and says nothing for longer than any step of this model can take, or it starts
+and does nothing any more.
 
 Pure: the clock is an argument. Owns the bound, which follows from what was measured, and how silence is counted. Does
 not know how an engine is ended. Silence is what is watched, because a process that hangs in a kernel, in a lock or in
@@ -67,3 +68,32 @@ class StepWatch:
 
     def _scaled(self, took_ns: int, tokens: int) -> int:
         return took_ns * max(self._step_tokens, tokens) // max(tokens, min(_FEW_TOKENS, self._step_tokens))
+
+
+PROGRESS_PAGES = 256
+"""Less than this, 1 MiB, is what a process does that only waits: a library's thread wakes up and looks around."""
+
+
+class StartWatch:
+    """Whether an engine that loads or warms up gets on. It says nothing meanwhile, so what it does is looked at.
+
+    However slow a volume is, a load that gets on reads a megabyte within minutes; one that waits for a server that went
+    away, for a lock or for a driver reads none and touches no memory.
+    """
+
+    def __init__(self, timeout_ns: int) -> None:
+        """`timeout_ns` of 0 is for ever."""
+        self._timeout_ns = timeout_ns
+        self._looked_ns = 0
+        self._done_pages = 0
+        self._still_ns = 0
+
+    def look(self, now_ns: int, done_pages: int | None) -> bool:
+        """Look once more, as StepWatch does. `done_pages`: what it did since it began, None where nobody can tell."""
+        since_ns = min(now_ns - self._looked_ns, _LOOK_NS_MAX) if self._looked_ns else 0
+        self._looked_ns = now_ns
+        if done_pages is None or done_pages - self._done_pages >= PROGRESS_PAGES:
+            self._done_pages, self._still_ns = done_pages or 0, 0
+            return False
+        self._still_ns += since_ns
+        return 0 < self._timeout_ns < self._still_ns

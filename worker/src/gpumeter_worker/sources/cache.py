@@ -1,10 +1,11 @@
 """Copies of models on a volume that several workers may share.
 
 Owns the layout, what makes a copy whole, and how a new one appears: written aside, checked, and renamed in one step, so
-that nobody ever sees half a model, and two who fetch at once do no harm. Does not fetch.
+that nobody ever sees half a model, and two who fetch at once do no harm. Does not fetch. A model with pickles allowed
+and the same one without are two copies, for they hold other files.
 
     models/NAME-HASH/             a copy; .gpumeter.json in it tells its files and their sizes
-    models/NAME-HASH.part-OWNER/  one that is being made
+    models/NAME-HASH.part-OWNER/  one that is being made; .gpumeter-owner in it tells by whom
     models/NAME-HASH.claim        who makes it (claim.py)
     models/refs/HASH.json         the version that a URI and revision last meant
 """
@@ -20,15 +21,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumeter_worker.failure import MODEL_CACHE_FULL, MODEL_CACHE_UNUSABLE, StartupFailed
+from gpumeter_worker.failure import MODEL_CACHE_FULL, MODEL_CACHE_UNUSABLE, StartupFailed, first_line
 from gpumeter_worker.sources.progress import megabytes
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, first_line
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot
 
 MARKER = ".gpumeter.json"
+_OWNER = ".gpumeter-owner"
 _ABANDONED_S = 3600.0
 """What nobody wrote to for an hour, by the file system's own clock, belongs to nobody."""
 
 _HASH_BYTES = 2**22
+
+
+class Displaced(Damaged):
+    """Another owner took the folder over while this one gave no sign; what is under its name now is no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +53,10 @@ class Place:
         return self.folder.with_name(f"{self.folder.name}.part-{owner}")
 
 
-def place(cache: Path, uri: str, version: str) -> Place:
-    """The place of a version; its name says which model it is, and the hash which version."""
+def place(cache: Path, uri: str, version: str, *, allow_pickle: bool) -> Place:
+    """The place of a version; its name says which model it is, and the hash which version and whether with pickles."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", uri.partition("://")[2]).strip("-.")[-60:]
-    return Place(cache / "models" / f"{name}-{_short_hash(uri, version)}")
+    return Place(cache / "models" / f"{name}-{_short_hash(uri, version, *_with_pickles(allow_pickle))}")
 
 
 def prepare(cache: Path) -> None:
@@ -87,7 +93,21 @@ def take_over(where: Place, owner: str) -> Path:
                 continue
         shutil.rmtree(path, ignore_errors=True)
     mine.mkdir(exist_ok=True)
+    (mine / _OWNER).write_text(owner)
     return mine
+
+
+def tidy(part: Path, files: tuple[RemoteFile, ...], resumed: str) -> None:
+    """Remove what an earlier owner left and nobody goes on with: all but the model's files and the folder `resumed`."""
+    keep = {part / file.name for file in files} | {part / _OWNER}
+    for path in sorted(part.rglob("*"), reverse=True):  # what is in a folder comes before it
+        if resumed and path.relative_to(part).parts[0] == resumed:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):
+                path.rmdir()  # unless something of the model is in it
+        elif path not in keep:
+            path.unlink(missing_ok=True)
 
 
 def check(part: Path, files: tuple[RemoteFile, ...]) -> None:
@@ -107,21 +127,29 @@ def check(part: Path, files: tuple[RemoteFile, ...]) -> None:
         raise Damaged(f"the model arrived damaged: {', '.join(wrong)}; try again, or publish it anew")
 
 
-def publish(where: Place, part: Path, uri: str, snapshot: Snapshot) -> None:
-    """Turn the checked folder into the copy, in one step. A copy that someone else made meanwhile stays."""
+def publish(where: Place, owner: str, uri: str, snapshot: Snapshot) -> None:
+    """Turn an owner's checked folder into the copy, in one step. A copy that someone else made meanwhile stays.
+
+    Raises Displaced when the folder is not the one that the owner took over: whoever takes over renames it, so that the
+    last step, a rename too, then finds nothing under the old name, or a folder that lacks the owner's mark.
+    """
+    part = where.part(owner)
+    _refuse_unless_owned(part, owner)
     names = [file.name for file in snapshot.files] or [
-        path.relative_to(part).as_posix() for path in sorted(part.rglob("*")) if path.is_file()
+        path.relative_to(part).as_posix()
+        for path in sorted(part.rglob("*"))
+        if path.is_file() and path.name not in (_OWNER, MARKER)
     ]
-    for path in part.iterdir():  # what a library left beside the files
-        if path.is_dir() and not any(name.startswith(f"{path.name}/") for name in names):
-            shutil.rmtree(path, ignore_errors=True)
+    tidy(part, tuple(RemoteFile(name, 0) for name in names), "")  # what a library left beside the files
     sizes = {name: (part / name).stat().st_size for name in names}
     marker = part / MARKER
     marker.write_text(json.dumps({"uri": uri, "version": snapshot.version, "files": sizes}, indent=1))
     for name in (*names, MARKER):
         _sync(part / name)  # after a crash of the node a renamed folder must not hold empty files
     if where.folder.exists() and not whole(where):
-        shutil.rmtree(where.folder, ignore_errors=True)
+        _put_aside(where, owner)
+    _refuse_unless_owned(part, owner)
+    (part / _OWNER).unlink()
     try:
         part.rename(where.folder)
     except OSError:
@@ -130,9 +158,14 @@ def publish(where: Place, part: Path, uri: str, snapshot: Snapshot) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def remember(cache: Path, uri: str, revision: str, version: str) -> None:
+def discard(where: Place, owner: str) -> None:
+    """Remove what an owner made who is no longer needed: the copy is whole, so nobody takes that over now."""
+    shutil.rmtree(where.part(owner), ignore_errors=True)
+
+
+def remember(cache: Path, uri: str, revision: str, version: str, *, allow_pickle: bool) -> None:
     """Note what a URI and revision mean now, for a start without the source."""
-    file = _reference(cache, uri, revision)
+    file = _reference(cache, uri, revision, allow_pickle)
     text = json.dumps({"uri": uri, "revision": revision, "version": version})
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     with suppress(OSError):
@@ -140,10 +173,10 @@ def remember(cache: Path, uri: str, revision: str, version: str) -> None:
         aside.replace(file)
 
 
-def remembered(cache: Path, uri: str, revision: str) -> str:
+def remembered(cache: Path, uri: str, revision: str, *, allow_pickle: bool) -> str:
     """What they meant when they were last asked about; empty where nobody did."""
     try:
-        return str(json.loads(_reference(cache, uri, revision).read_text())["version"])
+        return str(json.loads(_reference(cache, uri, revision, allow_pickle).read_text())["version"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
@@ -160,7 +193,9 @@ def sweep(cache: Path) -> None:
     except OSError:
         return
     for path in left:
-        if now_s - _last_write_s(path) > _ABANDONED_S:
+        # Who checks sums for an hour writes nothing to the folder, but beats: the claim speaks for it.
+        claim = models / f"{path.name.partition('.part-')[0]}.claim"
+        if now_s - max(_last_write_s(path), _stat(claim, "st_mtime")) > _ABANDONED_S:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -185,7 +220,7 @@ def disk_failure(error: OSError, cache: Path) -> StartupFailed:
 
 def held_bytes(folder: Path) -> int:
     """Bytes that lie in a folder already."""
-    return sum(_stat(path, "st_size") for path in folder.rglob("*") if path.is_file())
+    return sum(_stat(path, "st_size") for path in folder.rglob("*") if path.is_file() and path.name != _OWNER)
 
 
 def _full(cache: Path, why: str, free: int, total: int) -> StartupFailed:
@@ -196,12 +231,36 @@ def _full(cache: Path, why: str, free: int, total: int) -> StartupFailed:
     )
 
 
+def _refuse_unless_owned(part: Path, owner: str) -> None:
+    try:
+        owned = (part / _OWNER).read_text() == owner
+    except FileNotFoundError:
+        owned = False
+    if not owned:
+        raise Displaced(f"another worker took over {part.name} while this one gave no sign; start it again")
+
+
+def _put_aside(where: Place, owner: str) -> None:
+    """Remove a copy that is not whole; by a rename, so that of one that just became whole nothing is lost."""
+    aside = Place(where.folder.with_name(f"{where.folder.name}.broken-{owner}"))
+    with suppress(OSError):
+        where.folder.rename(aside.folder)
+        if whole(aside):
+            with suppress(OSError):
+                aside.folder.rename(where.folder)
+    shutil.rmtree(aside.folder, ignore_errors=True)
+
+
+def _with_pickles(allow_pickle: bool) -> tuple[str, ...]:
+    return ("pickle",) if allow_pickle else ()
+
+
 def _short_hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _reference(cache: Path, uri: str, revision: str) -> Path:
-    return cache / "models" / "refs" / f"{_short_hash(uri, revision)}.json"
+def _reference(cache: Path, uri: str, revision: str, allow_pickle: bool) -> Path:
+    return cache / "models" / "refs" / f"{_short_hash(uri, revision, *_with_pickles(allow_pickle))}.json"
 
 
 def _digest(path: Path, kind: str) -> str:

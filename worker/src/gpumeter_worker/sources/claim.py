@@ -37,8 +37,16 @@ class Claim:
             return False
         with os.fdopen(file, "w") as stream:
             stream.write(self._content())
-        threading.Thread(target=self._beat, name="claim", daemon=True).start()
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, args=(self._released,), name="claim", daemon=True).start()
         return True
+
+    def held(self) -> bool:
+        """Whether it is still ours, and not broken by someone who saw no beat. Raises OSError when the disk is away."""
+        try:
+            return _owner(self._path.read_text()) == self._owner
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Remove the file, if it is still ours."""
@@ -47,8 +55,8 @@ class Claim:
             if _owner(self._path.read_text()) == self._owner:
                 self._path.unlink()
 
-    def _beat(self) -> None:
-        while not self._released.wait(self._beat_s):
+    def _beat(self, released: threading.Event) -> None:
+        while not released.wait(self._beat_s):
             with suppress(OSError):  # a disk that is full or away is no reason to stop; others see no beat
                 if _owner(self._path.read_text()) != self._owner:
                     return  # broken by someone who saw no beat; what we fetch meanwhile is still good

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpumeter_worker.failure import first_line
 from gpumeter_worker.sources import cache as copies
 from gpumeter_worker.sources.claim import BEAT_S, STALE_S, Claim, Watch
-from gpumeter_worker.sources.progress import Progress, duration
+from gpumeter_worker.sources.progress import Progress, duration, megabytes
 from gpumeter_worker.sources.remote import Damaged, Remote, Snapshot, Unreachable
 
 log = logging.getLogger(__name__)
 
 _BACK_OFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _DAMAGED_TRIES = 2
+_STUCK_TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Patience:
 
     source_s: float = 600.0
     """Without a byte of progress, how long a source that does not answer is asked again."""
+    stuck_tries: int = _STUCK_TRIES
+    """How often in a row a source may break off that brings something, and never more than it once did."""
     back_off_s: tuple[float, ...] = _BACK_OFF_S
     beat_s: float = BEAT_S
     stale_s: float = STALE_S
@@ -37,10 +41,10 @@ def fetch(remote: Remote, cache: Path, owner: str, progress: Progress, patience:
     """The directory of the model. Raises StartupFailed, of it Unreachable when patience ran out."""
     copies.prepare(cache)
     copies.sweep(cache)
-    if remote.pinned and copies.whole(ready := copies.place(cache, remote.uri, remote.pinned)):
+    if remote.pinned and copies.whole(ready := _place(remote, cache, remote.pinned)):
         return ready.folder
     progress.begin(f"asking for {remote.uri}")
-    damaged = tries = 0
+    damaged = tries = stuck = furthest = 0
     moved, since_s = progress.moved, time.monotonic()
     while True:
         try:
@@ -52,7 +56,14 @@ def fetch(remote: Remote, cache: Path, owner: str, progress: Progress, patience:
             if not error.may_pass:
                 raise
             if progress.moved > moved:
+                stuck = 0 if progress.done > furthest else stuck + 1
+                furthest = max(furthest, progress.done)
                 moved, since_s, tries = progress.moved, time.monotonic(), 0
+            if stuck >= patience.stuck_tries:
+                raise Unreachable(
+                    f"{error.message}; it broke off {stuck + 1} times and never came further than "
+                    f"{megabytes(furthest)} MB; check what stands between it and this node (a proxy, a limit)"
+                ) from None
             left_s = patience.source_s - (time.monotonic() - since_s)
             wait_s = patience.back_off_s[min(tries, len(patience.back_off_s) - 1)]
             if left_s < wait_s:
@@ -72,7 +83,7 @@ def fetch(remote: Remote, cache: Path, owner: str, progress: Progress, patience:
 
 def _fetch_once(remote: Remote, cache: Path, owner: str, progress: Progress, patience: Patience) -> Path:
     snapshot = remote.look()
-    where = copies.place(cache, remote.uri, snapshot.version)
+    where = _place(remote, cache, snapshot.version)
     claim = Claim(where.claim, owner, patience.beat_s)
     watch = Watch(where.claim, patience.stale_s)
     while not copies.whole(where):
@@ -80,9 +91,15 @@ def _fetch_once(remote: Remote, cache: Path, owner: str, progress: Progress, pat
             try:
                 if not copies.whole(where):
                     part = copies.take_over(where, owner)
+                    copies.tidy(part, snapshot.files, remote.resumed)
                     copies.refuse_if_full(cache, max(0, snapshot.size - copies.held_bytes(part)))
                     _fill(remote, snapshot, part, progress, claim)
-                    copies.publish(where, part, remote.uri, snapshot)
+                    if claim.held():
+                        copies.publish(where, owner, remote.uri, snapshot)
+            except Exception as error:
+                if claim.held():
+                    raise
+                log.warning("%s; another worker took over meanwhile, and is waited for", first_line(error))
             finally:
                 claim.release()
         elif watch.is_stale():
@@ -92,7 +109,8 @@ def _fetch_once(remote: Remote, cache: Path, owner: str, progress: Progress, pat
             told = watch.told
             progress.begin(f"another worker is fetching the model{f' ({told})' if told else ''}")
             time.sleep(patience.poll_s)
-    copies.remember(cache, remote.uri, remote.revision, snapshot.version)
+    copies.discard(where, owner)
+    copies.remember(cache, remote.uri, remote.revision, snapshot.version, allow_pickle=remote.allow_pickle)
     return where.folder
 
 
@@ -115,7 +133,12 @@ def _tell(text: Callable[[], str], claim: Claim, finished: threading.Event) -> N
 
 def _known_copy(remote: Remote, cache: Path) -> Path | None:
     """What can be served without the source: our own copy of what it last said."""
-    for version in (remote.pinned, copies.remembered(cache, remote.uri, remote.revision)):
-        if version and copies.whole(where := copies.place(cache, remote.uri, version)):
+    known = copies.remembered(cache, remote.uri, remote.revision, allow_pickle=remote.allow_pickle)
+    for version in (remote.pinned, known):
+        if version and copies.whole(where := _place(remote, cache, version)):
             return where.folder
     return remote.elsewhere()
+
+
+def _place(remote: Remote, cache: Path, version: str) -> copies.Place:
+    return copies.place(cache, remote.uri, version, allow_pickle=remote.allow_pickle)

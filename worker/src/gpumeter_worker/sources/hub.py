@@ -25,10 +25,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed
+from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_NOT_FOUND, StartupFailed, first_line
 from gpumeter_worker.sources.location import Location
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import RemoteFile, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ T = TypeVar("T")
 _PARALLEL = 4
 _ASK_TIMEOUT_S = 30.0
 _LOOK_S = 0.5
+_LIBRARY = ".cache"  # where the library keeps files that are not whole yet, and goes on with them
 
 
 class Hub:
@@ -44,9 +45,10 @@ class Hub:
     def __init__(self, location: Location, *, offline: bool, environment: Mapping[str, str]) -> None:
         self.uri = location.uri
         self.revision = location.revision
+        self.resumed = _LIBRARY
         self.pinned = location.revision if re.fullmatch(r"[0-9a-f]{40}", location.revision) else ""
         self._repository = location.uri.removeprefix("hf://").strip("/")
-        self._allow_pickle = location.allow_pickle
+        self.allow_pickle = location.allow_pickle
         self._offline = offline
         self._endpoint = environment.get("HF_ENDPOINT") or None
         self._token = environment.get("HF_TOKEN") or None
@@ -66,7 +68,7 @@ class Hub:
             held = {one.rfilename: one for one in info.siblings or []}
             files = tuple(
                 RemoteFile(name, held[name].size or 0, _digest(held[name]))
-                for name in wanted(held, allow_pickle=self._allow_pickle)
+                for name in wanted(held, allow_pickle=self.allow_pickle)
             )
             if not files:
                 raise StartupFailed(MODEL_NOT_FOUND, f"{self._name} holds no file of a model; check spec.model.uri")

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import requests
 from oras.auth import AuthenticationException
 from oras.provider import Registry as OrasRegistry
 
-from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_INVALID, MODEL_NOT_FOUND, StartupFailed
+from gpumeter_worker.failure import MODEL_ACCESS_DENIED, MODEL_INVALID, MODEL_NOT_FOUND, StartupFailed, first_line
 from gpumeter_worker.sources.location import Location
 from gpumeter_worker.sources.progress import Progress
-from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable, first_line
+from gpumeter_worker.sources.remote import Damaged, RemoteFile, Snapshot, Unreachable
 from gpumeter_worker.sources.wanted import wanted
 
 T = TypeVar("T")
@@ -38,7 +39,11 @@ _MANIFESTS = (
 )
 _NAMES = ("org.cncf.model.filepath", "org.cnai.model.filepath", "org.opencontainers.image.title")
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
+_UNPACKED = "unpacked"
 _WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
+_DOCKER_HUB_KEY = "https://index.docker.io/v1/"
+"""Under this key `docker login` writes what it was given for Docker Hub, whatever the Hub's hosts are called."""
 
 
 class Registry:
@@ -47,11 +52,12 @@ class Registry:
     def __init__(self, location: Location, environment: Mapping[str, str]) -> None:
         self.uri = location.uri
         self.revision = ""
+        self.resumed = ""
         self._reference = location.uri.removeprefix("oci://")
         _, at, digest = self._reference.partition("@")
         self.pinned = digest if at else ""
         self._host = self._reference.partition("/")[0]
-        self._allow_pickle = location.allow_pickle
+        self.allow_pickle = location.allow_pickle
         plain = {one.strip() for one in environment.get("GPUMETER_PLAIN_HTTP_REGISTRIES", "").split(",")}
         self._plain = self._host in plain or self._host.partition(":")[0] in ("localhost", "127.0.0.1")
         self._credentials = credentials(environment, self._host)
@@ -64,7 +70,7 @@ class Registry:
         if not layers:
             raise StartupFailed(MODEL_INVALID, f"{self.uri} has no layers, so no model; push the model's files")
         raw = {name: layer for name, layer, unpack in layers if not unpack}
-        names = set(wanted(raw, allow_pickle=self._allow_pickle))
+        names = set(wanted(raw, allow_pickle=self.allow_pickle))
         if all(not unpack for _, _, unpack in layers):
             if not names:
                 raise StartupFailed(MODEL_NOT_FOUND, f"{self.uri} holds no file of a model; check what was pushed")
@@ -83,18 +89,21 @@ class Registry:
         if digest != snapshot.version:
             raise Damaged(f"the manifest of {self.uri} has the digest {digest} instead of {snapshot.version}")
         layers = [_layer(one) for one in manifest.get("layers") or []]
-        if any(unpack for _, _, unpack in layers):
-            _empty(folder)  # half of an earlier try's archives cannot be told from what is in the image
-        keep = set(wanted((name for name, _, unpack in layers if not unpack), allow_pickle=self._allow_pickle))
+        archives = any(unpack for _, _, unpack in layers)
+        into = folder / _UNPACKED if archives else folder
+        if archives:  # half of an earlier try's archives cannot be told from what is in the image
+            shutil.rmtree(into, ignore_errors=True)
+            into.mkdir()
+        keep = set(wanted((name for name, _, unpack in layers if not unpack), allow_pickle=self.allow_pickle))
         for name, layer, unpack in layers:
             if unpack:
-                self._translated(partial(self._unpack, layer, folder, progress))
+                self._translated(partial(self._unpack, layer, into, progress))
             elif name in keep:
-                target = folder / name
+                target = into / name
                 if not (target.is_file() and target.stat().st_size == int(layer["size"])):
                     self._translated(partial(self._save, layer, target, progress))
-        if any(unpack for _, _, unpack in layers):
-            _lift(self.uri, folder, self._allow_pickle)
+        if archives:
+            _lift(self.uri, into, folder, self.allow_pickle)
 
     def elsewhere(self) -> None:
         """Nobody else keeps copies."""
@@ -149,9 +158,10 @@ class Registry:
             )
         blob = self._blob(layer, progress)
         try:
+            own: set[Path] = set()
             with tarfile.open(fileobj=cast(Any, blob), mode="r|*") as archive:
                 for member in archive:
-                    _extract(self.uri, archive, member, folder)
+                    _extract(self.uri, archive, member, folder, own)
             blob.drain()
         except (tarfile.TarError, EOFError) as error:
             raise Damaged(f"a layer of {self.uri} is no whole archive ({first_line(error)}); push it again") from None
@@ -277,16 +287,35 @@ def credentials(environment: Mapping[str, str], host: str) -> tuple[str, str] | 
                 MODEL_ACCESS_DENIED,
                 f"the docker config {file} cannot be read ({first_line(error)}); correct the Secret",
             ) from None
-        for key in (host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"):
-            entry = entries.get(key)
-            if not entry:
-                continue
-            if entry.get("auth"):
-                name, _, password = base64.b64decode(entry["auth"]).decode().partition(":")
-                return name, password
-            if entry.get("username"):
-                return str(entry["username"]), str(entry.get("password", ""))
+        for key in _keys(host):
+            if entry := entries.get(key):
+                return _of_entry(entry, file, key)
     return None
+
+
+def _keys(host: str) -> tuple[str, ...]:
+    """What an entry for a registry may be called, as docker and podman write it."""
+    own = (host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/")
+    domain = (urlsplit(_DOCKER_HUB_KEY).hostname or "").partition(".")[2]
+    return (*own, _DOCKER_HUB_KEY) if host == domain or host.endswith(f".{domain}") else own
+
+
+def _of_entry(entry: object, file: Path, key: str) -> tuple[str, str] | None:
+    try:
+        if not isinstance(entry, dict):
+            raise ValueError("it is no object")
+        if entry.get("auth"):
+            name, colon, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
+            if not colon:
+                raise ValueError("its auth holds no colon between name and password")
+            return name, password
+        return (str(entry["username"]), str(entry.get("password", ""))) if entry.get("username") else None
+    except (ValueError, TypeError) as error:  # of base64 or of UTF-8; their texts may quote the password
+        why = first_line(error) if type(error) is ValueError else "its auth is not base64 of name:password"
+        raise StartupFailed(
+            MODEL_ACCESS_DENIED,
+            f"the entry {key} of the docker config {file} cannot be used ({why}); log in again, or correct the Secret",
+        ) from None
 
 
 def _kind_of_authentication(url: str) -> str:
@@ -313,12 +342,11 @@ def _of_this_machine(manifests: list[Mapping[str, Any]]) -> str | None:
     return str(chosen["digest"]) if chosen else None
 
 
-def _extract(uri: str, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+def _extract(uri: str, archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, own: set[Path]) -> None:
+    """Write what a member of a layer says. `own` are the files of this layer so far: it takes back others' only."""
     path = PurePosixPath(member.name)
-    if path.name.startswith(_WHITEOUT):  # an image's way to say that a file of an earlier layer is gone
-        gone = folder / path.with_name(path.name.removeprefix(_WHITEOUT))
-        if gone.is_file() and gone.resolve().is_relative_to(folder.resolve()):
-            gone.unlink()
+    if path.name.startswith(_WHITEOUT):
+        _take_back(path, folder, own)
         return
     if not wanted([path.name], allow_pickle=True):
         return
@@ -329,22 +357,37 @@ def _extract(uri: str, archive: tarfile.TarFile, member: tarfile.TarInfo, folder
     if member.isfile():
         try:
             archive.extract(member, folder, filter="data")
+            own.add((folder / path).resolve())
         except tarfile.FilterError as error:
             raise StartupFailed(MODEL_INVALID, f"{uri} holds a file outside of itself ({first_line(error)})") from None
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _take_back(path: PurePosixPath, folder: Path, own: set[Path]) -> None:
+    """A whiteout: an image's way to say that a file or a folder of an earlier layer is gone, or all in a folder.
+
+    https://github.com/opencontainers/image-spec/blob/main/layer.md#whiteouts
+    """
+    gone = folder / path.parent
+    if path.name != _OPAQUE:
+        name = path.name.removeprefix(_WHITEOUT)
+        if name in ("", ".", ".."):
+            return
+        gone /= name
+    if not gone.resolve().is_relative_to(folder.resolve()):
+        return
+    for file in (gone, *gone.rglob("*")):
+        if not file.is_dir() and file.resolve() not in own:
+            file.unlink(missing_ok=True)
 
 
-def _lift(uri: str, folder: Path, allow_pickle: bool) -> None:
-    """Move the model's files from wherever they were in the layers to the folder's top, and drop the rest."""
-    roots = sorted({file.parent for file in folder.rglob("config.json")}, key=lambda root: (len(root.parts), str(root)))
+def _lift(uri: str, unpacked: Path, folder: Path, allow_pickle: bool) -> None:
+    """Move the model's files from wherever they were in the layers to the folder, and drop the rest."""
+    found_at = {file.parent for file in unpacked.rglob("config.json")}
+    roots = sorted(found_at, key=lambda root: (len(root.parts), str(root)))
     if not roots:
         raise StartupFailed(MODEL_INVALID, f"{uri} holds no config.json, so no model; check what was pushed")
     if len(roots) > 1 and len(roots[0].parts) == len(roots[1].parts):
-        names = " and ".join(str(root.relative_to(folder)) for root in roots[:2])
+        names = " and ".join(str(root.relative_to(unpacked)) for root in roots[:2])
         raise StartupFailed(MODEL_INVALID, f"{uri} holds several models ({names}); push one an image")
     root = roots[0]
     found = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
@@ -353,10 +396,4 @@ def _lift(uri: str, folder: Path, allow_pickle: bool) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         (root / name).replace(target)
-    kept = {folder / name for name in keep}
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif path not in kept:
-            path.unlink()
+    shutil.rmtree(unpacked)

@@ -46,6 +46,11 @@ class Progress:
             self._sample()
 
     @property
+    def done(self) -> int:
+        """Bytes that are done of what was begun last, those included that were there before."""
+        return self._done
+
+    @property
     def moved(self) -> int:
         """Bytes that were done in all, over everything that was begun."""
         return self._moved

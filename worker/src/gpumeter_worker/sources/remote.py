@@ -37,6 +37,8 @@ class RemoteFile:
     name: str
     size: int  # bytes
     digest: str = ""
+    tag: str = ""
+    """The source's own word for exactly this content, where that can only be compared by the source (S3's ETag)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Remote(Protocol):
 
     uri: str
     revision: str  # empty where the source has none
+    allow_pickle: bool  # which files belong to the model depends on it
+    resumed: str
+    """The folder below the copy's in which `copy` leaves what it goes on with after a break; empty where it begins a
+    file anew."""
     pinned: str
     """The version, where URI and revision name it already, so that a copy in the cache needs no question; else ""."""
 
@@ -68,9 +74,3 @@ class Remote(Protocol):
     def elsewhere(self) -> Path | None:
         """A copy that the source's own tools keep on this machine, for when the source does not answer."""
         ...
-
-
-def first_line(error: BaseException) -> str:
-    """An error's own words, short enough for a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:200]
