@@ -6,6 +6,7 @@ Owns the file formats' headers and what config.json means for memory. Knows no m
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def read_model(path: Path, *, allow_pickle: bool = False) -> ModelFacts:
         kv_elements=_kv_elements(config),
         max_positions=_whole(_text(config).get("max_position_embeddings")),
     )
+
+
+def description_digest(path: Path) -> str:
+    """SHA-256 of config.json and of the weights' names and sizes: what a step costs, if not what it says."""
+    digest = sha256((path / "config.json").read_bytes())
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        digest.update(f"\n{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def _kv_elements(config: Mapping[str, Any]) -> int:

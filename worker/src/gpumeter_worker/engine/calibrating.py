@@ -1,0 +1,199 @@
+"""Runs planned steps on a warm engine and times them: what the attribution's parameters are fitted to.
+
+Owns which steps are planned, how often each is run within the time allowed, and that their context lies in memory as
+a session's would. Knows no torch (the runner does), and neither fits nor judges: metering.calibration does.
+
+Steps go from cheap to dear, and the dear ones are left out where the time allowed is short; then all are run again in
+turn, in another order each time, so that a moment in which the machine was busy hits one run of a few steps and not
+all runs of one. The shortest of a step's runs counts:
+what else runs on the machine only ever adds.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpumeter_worker.engine.blocks import Copy, KvBlocks, SlotBlocks
+from gpumeter_worker.engine.loop import Runner
+from gpumeter_worker.engine.scheduler import Work
+from gpumeter_worker.engine.sequence import Sampling
+from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.metering.attribution import Costs, Load, cost_ps
+from gpumeter_worker.metering.calibration import Calibration, Observation, Subject, fit, problem
+from gpumeter_worker.metering.clock import StepClock
+from gpumeter_worker.metering.profiles import stored_fit
+
+log = logging.getLogger("gpumeter_worker.engine.calibrating")
+
+_RUNS = 5
+_FIRST_SHARE = 0.4
+"""How much of the time allowed the first run of every step may take; the dearer ones that are left are not run."""
+
+_SLOT_CONTEXT = 8192
+"""Memory of a cache of slots is taken where it is written, and it stays taken: so much of it is worth a calibration."""
+
+_PAGED_SHARE = 4
+"""A cache of blocks is there in any case; planned steps use at most one part in this many of it."""
+
+_ORDER = Costs(10**9, 10**10, 10**8, 10**6, 10**5)
+"""Roughly what steps cost one another, to put them in order before any was timed."""
+
+_POLL_S = 0.0001
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a step may hold: sequences, new tokens in all, the tokens of one sequence, and of all contexts together."""
+
+    sequences: int
+    step_tokens: int
+    sequence_tokens: int
+    context_tokens: int
+
+
+def calibrate(
+    runner: Runner,
+    clock: StepClock,
+    blocks: KvBlocks,
+    room: Room,
+    *,
+    subject_of: Callable[[], Subject],
+    budget_ns: int,
+    stored_in: Path | None,
+) -> Calibration | None:
+    """What the steps of this engine cost: as a former start has found, or timed now. None with a budget of nothing.
+
+    Whatever goes wrong is the calibration's problem and not the engine's: that can serve without one.
+    """
+    if not budget_ns:
+        return None
+    subject = subject_of()
+    if stored_in is not None and (found := stored_fit(stored_in, subject)) is not None:
+        return Calibration(subject, found, stored=True)
+    began_ns = time.monotonic_ns()
+    try:
+        observations = measure(runner, clock, blocks, room, budget_ns)
+    except Exception as error:
+        log.exception("a planned step failed")
+        return Calibration(subject, None, f"a planned step raised {type(error).__name__}")
+    fitted = fit(observations)
+    log.info("timed %d planned steps in %.1f s", len(observations), (time.monotonic_ns() - began_ns) / 1e9)
+    return Calibration(subject, fitted, problem(fitted))
+
+
+def measure(runner: Runner, clock: StepClock, blocks: KvBlocks, room: Room, budget_ns: int) -> list[Observation]:
+    """Time as many of the planned steps as the time allowed holds, each as the shortest of its runs."""
+    runs: dict[tuple[Load, ...], list[int]] = {}
+    began_ns = time.monotonic_ns()
+    for loads in planned(room):
+        gpu_ns = timed(runner, clock, blocks, loads)
+        if gpu_ns is None:
+            continue  # this cache has no room for it
+        runs[loads] = [gpu_ns]
+        if time.monotonic_ns() - began_ns > _FIRST_SHARE * budget_ns:
+            break
+    shuffled = list(runs)
+    for number in range(1, _RUNS):
+        random.Random(number).shuffle(shuffled)
+        for loads in shuffled:
+            if time.monotonic_ns() - began_ns + runs[loads][0] > budget_ns:
+                continue
+            if (gpu_ns := timed(runner, clock, blocks, loads)) is not None:
+                runs[loads].append(gpu_ns)
+    return [Observation(loads, min(taken)) for loads, taken in runs.items()]
+
+
+def room_of(blocks: KvBlocks, sequences: int, step_tokens: int, sequence_tokens: int, cache_tokens: int) -> Room:
+    """What planned steps may take of an engine that nobody uses yet."""
+    contexts = _SLOT_CONTEXT if isinstance(blocks, SlotBlocks) else cache_tokens // _PAGED_SHARE
+    longest = min(sequence_tokens, blocks.longest) - 1  # a sequence keeps a place for the token that it is given
+    return Room(sequences, step_tokens, longest, contexts)
+
+
+def planned(room: Room) -> list[tuple[Load, ...]]:
+    """Decodes, prompts and both together, of every size that fits, cheap ones first; each once."""
+    batches = _ladder(1, room.sequences, 4)
+    contexts = _ladder(32, room.sequence_tokens - 1, 8)
+    chunks = _ladder(8, min(room.step_tokens, room.sequence_tokens), 4)
+    steps: list[list[Load]] = []
+    for batch in batches:
+        fitting = [context for context in contexts if batch * context <= room.context_tokens] or contexts[:1]
+        steps += [[Load(1, context)] * batch for context in {fitting[0], fitting[len(fitting) // 2], fitting[-1]}]
+        steps.append([Load(1, fitting[index % len(fitting)]) for index in range(batch)])
+    steps += [[Load(chunk, 0)] for chunk in _ladder(8, min(room.step_tokens, room.sequence_tokens), 2)]
+    for chunk in chunks:
+        steps += [[Load(chunk, context)] for context in contexts[1:]]
+        steps.append([Load(chunk, 0)] * 3)
+        for batch in batches[1:]:
+            steps.append([Load(chunk, 0)] + [Load(1, contexts[0])] * (batch - 1))
+            steps.append([Load(chunk, contexts[0])] + [Load(1, contexts[len(contexts) // 2])] * (batch - 1))
+    fits = {tuple(loads): None for loads in steps if _fits(loads, room)}
+    return sorted(fits, key=lambda loads: (cost_ps(loads, _ORDER), loads))
+
+
+def timed(runner: Runner, clock: StepClock, blocks: KvBlocks, loads: Sequence[Load]) -> int | None:
+    """Nanoseconds of one such step; None where the cache has no room for it. Nothing is left in the cache."""
+    works: list[Work] = []
+    try:
+        for load in loads:
+            work = _work(load)
+            if not blocks.admit(work.sequence):
+                return None
+            work.sequence.computed = load.context_tokens
+            works.append(work)
+        _touch(runner, blocks, works)
+        return run(runner, clock, works)
+    finally:
+        for work in works:
+            blocks.release(work.sequence)
+
+
+def run(runner: Runner, clock: StepClock, works: Sequence[Work]) -> int:
+    """Nanoseconds of a step of these works, by the clock that steps are billed by."""
+    runner.run(works, clock)
+    while not (times := clock.harvest()):
+        time.sleep(_POLL_S)
+    return times[-1].gpu_ns
+
+
+def _touch(runner: Runner, blocks: KvBlocks, works: Sequence[Work]) -> None:
+    """Write what the step reads as context: memory that was never written is one page of zeros, which is read fast."""
+    if isinstance(blocks, SlotBlocks):
+        runner.copy(
+            [
+                Copy(work.sequence.blocks[0], work.sequence.blocks[0], work.sequence.computed)
+                for work in works
+                if work.sequence.computed
+            ]
+        )
+
+
+def _work(load: Load) -> Work:
+    length = load.context_tokens + load.new_tokens
+    tokens = [1 + place % 2 for place in range(length)]
+    sequence = EngineSequence("", 0, "", tokens, length, Sampling(max_tokens=2), random=random.Random(0))
+    return Work(sequence, load.new_tokens, samples=True, prefill=load.new_tokens > 1)
+
+
+def _fits(loads: Sequence[Load], room: Room) -> bool:
+    return (
+        len(loads) <= room.sequences
+        and sum(load.new_tokens for load in loads) <= room.step_tokens
+        and sum(load.context_tokens for load in loads) <= max(room.context_tokens, room.sequence_tokens)
+        and max(load.new_tokens + load.context_tokens for load in loads) <= room.sequence_tokens
+    )
+
+
+def _ladder(first: int, last: int, factor: int) -> list[int]:
+    """first, first x factor, ... and last; last alone where it is less than first."""
+    steps = []
+    while first < last:
+        steps.append(first)
+        first *= factor
+    return [*steps, max(1, last)]
+
+
+__all__ = ["Room", "measure", "planned", "room_of", "run", "timed"]
