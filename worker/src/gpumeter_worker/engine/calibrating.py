@@ -86,10 +86,11 @@ def calibrate(
 
 def measure(runner: Runner, clock: StepClock, blocks: KvBlocks, room: Room, budget_ns: int) -> list[Observation]:
     """Time as many of the planned steps as the time allowed holds, each as the shortest of its runs."""
+    replay = Replay(runner, clock, blocks)
     runs: dict[tuple[Load, ...], list[int]] = {}
     began_ns = time.monotonic_ns()
     for loads in planned(room):
-        gpu_ns = timed(runner, clock, blocks, loads)
+        gpu_ns = replay.timed(loads)
         if gpu_ns is None:
             continue  # this cache has no room for it
         runs[loads] = [gpu_ns]
@@ -101,9 +102,55 @@ def measure(runner: Runner, clock: StepClock, blocks: KvBlocks, room: Room, budg
         for loads in shuffled:
             if time.monotonic_ns() - began_ns + runs[loads][0] > budget_ns:
                 continue
-            if (gpu_ns := timed(runner, clock, blocks, loads)) is not None:
+            if (gpu_ns := replay.timed(loads)) is not None:
                 runs[loads].append(gpu_ns)
     return [Observation(loads, min(taken)) for loads, taken in runs.items()]
+
+
+class Replay:
+    """Runs steps of sequences that nobody asked for, of any composition, on an engine that nobody else uses."""
+
+    def __init__(self, runner: Runner, clock: StepClock, blocks: KvBlocks) -> None:
+        self._runner = runner
+        self._clock = clock
+        self._blocks = blocks
+        self._written: dict[int, int] = {}
+
+    def timed(self, loads: Sequence[Load], sampling: Sequence[bool] | None = None) -> int | None:
+        """Nanoseconds of one such step, by the clock that steps are billed by; None where the cache has no room for it.
+
+        `sampling`: which of the sequences are given a token, all of them unless it is said. Nothing is left in the
+        cache that anybody would find.
+        """
+        works: list[Work] = []
+        try:
+            for load, samples in zip(loads, sampling or [True] * len(loads), strict=True):
+                work = _work(load, samples=samples)
+                if not self._blocks.admit(work.sequence):
+                    return None
+                work.sequence.computed = load.context_tokens
+                works.append(work)
+            self._write(works)
+            self._runner.run(works, self._clock)
+            while not (times := self._clock.harvest()):
+                time.sleep(_POLL_S)
+            return times[-1].gpu_ns
+        finally:
+            for work in works:
+                self._blocks.release(work.sequence)
+
+    def _write(self, works: Sequence[Work]) -> None:
+        """Memory that was never written is one page of zeros, which is read faster than a session's context would be.
+
+        Once for every part of a slot: what was copied just now would be in the processor's caches.
+        """
+        if not isinstance(self._blocks, SlotBlocks):
+            return
+        for sequence in (work.sequence for work in works):
+            slot, tokens = sequence.blocks[0], sequence.computed
+            if tokens > self._written.get(slot, 0):
+                self._runner.copy([Copy(slot, slot, tokens)])
+                self._written[slot] = tokens
 
 
 def room_of(blocks: KvBlocks, sequences: int, step_tokens: int, sequence_tokens: int, cache_tokens: int) -> Room:
@@ -134,48 +181,11 @@ def planned(room: Room) -> list[tuple[Load, ...]]:
     return sorted(fits, key=lambda loads: (cost_ps(loads, _ORDER), loads))
 
 
-def timed(runner: Runner, clock: StepClock, blocks: KvBlocks, loads: Sequence[Load]) -> int | None:
-    """Nanoseconds of one such step; None where the cache has no room for it. Nothing is left in the cache."""
-    works: list[Work] = []
-    try:
-        for load in loads:
-            work = _work(load)
-            if not blocks.admit(work.sequence):
-                return None
-            work.sequence.computed = load.context_tokens
-            works.append(work)
-        _touch(runner, blocks, works)
-        return run(runner, clock, works)
-    finally:
-        for work in works:
-            blocks.release(work.sequence)
-
-
-def run(runner: Runner, clock: StepClock, works: Sequence[Work]) -> int:
-    """Nanoseconds of a step of these works, by the clock that steps are billed by."""
-    runner.run(works, clock)
-    while not (times := clock.harvest()):
-        time.sleep(_POLL_S)
-    return times[-1].gpu_ns
-
-
-def _touch(runner: Runner, blocks: KvBlocks, works: Sequence[Work]) -> None:
-    """Write what the step reads as context: memory that was never written is one page of zeros, which is read fast."""
-    if isinstance(blocks, SlotBlocks):
-        runner.copy(
-            [
-                Copy(work.sequence.blocks[0], work.sequence.blocks[0], work.sequence.computed)
-                for work in works
-                if work.sequence.computed
-            ]
-        )
-
-
-def _work(load: Load) -> Work:
+def _work(load: Load, *, samples: bool) -> Work:
     length = load.context_tokens + load.new_tokens
     tokens = [1 + place % 2 for place in range(length)]
     sequence = EngineSequence("", 0, "", tokens, length, Sampling(max_tokens=2), random=random.Random(0))
-    return Work(sequence, load.new_tokens, samples=True, prefill=load.new_tokens > 1)
+    return Work(sequence, load.new_tokens, samples=samples, prefill=load.new_tokens > 1)
 
 
 def _fits(loads: Sequence[Load], room: Room) -> bool:
@@ -194,6 +204,3 @@ def _ladder(first: int, last: int, factor: int) -> list[int]:
         steps.append(first)
         first *= factor
     return [*steps, max(1, last)]
-
-
-__all__ = ["Room", "measure", "planned", "room_of", "run", "timed"]

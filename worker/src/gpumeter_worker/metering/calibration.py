@@ -23,10 +23,10 @@ VERSION = 1
 
 STEPS_MIN = 12
 MEDIAN_ERROR_PPM_MAX = 150_000
-TAIL_ERROR_PPM_MAX = 600_000
-"""A fit is used when it predicts half of the measured steps within 15 % and 95 % of them within 60 %: well within what
-the rule bears (`make bench-attribution`: with parameters that are wrong by 30 % it still splits better than the plain
-alternatives)."""
+TAIL_ERROR_PPM_MAX = 800_000
+"""A fit is used when it predicts half of the measured steps within 15 % and 95 % of them within 80 %. The rule bears
+much: with every parameter wrong by 30 % it still splits far better than the plain alternatives (`make
+bench-attribution`). The second bound leaves room for single steps that a busy machine made several times longer."""
 
 _CUTS_MAX = 12
 _KNEES_KEPT = 6
@@ -93,7 +93,7 @@ class Calibration:
 
 def fit(observations: Sequence[Observation]) -> Fit | None:
     """The best fit, good or not; None where nothing can be fitted because there are no steps of any length."""
-    timed = [one for one in observations if one.loads and one.gpu_ns > 0]
+    timed = sorted(one for one in observations if one.loads and one.gpu_ns > 0)  # the order of sums is part of them
     if not timed:
         return None
     rows = [_Row.of(one) for one in timed]
