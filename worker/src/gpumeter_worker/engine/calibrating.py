@@ -29,6 +29,9 @@ from gpumeter_worker.metering.profiles import stored_fit
 log = logging.getLogger("gpumeter_worker.engine.calibrating")
 
 _RUNS = 5
+_STEPS_MAX = 72
+"""More tell nothing new, and each is run several times; the cheapest and the dearest are always among them."""
+
 _FIRST_SHARE = 0.4
 """How much of the time allowed the first run of every step may take; the dearer ones that are left are not run."""
 
@@ -170,7 +173,9 @@ def planned(room: Room) -> list[tuple[Load, ...]]:
         fitting = [context for context in contexts if batch * context <= room.context_tokens] or contexts[:1]
         steps += [[Load(1, context)] * batch for context in {fitting[0], fitting[len(fitting) // 2], fitting[-1]}]
         steps.append([Load(1, fitting[index % len(fitting)]) for index in range(batch)])
-    steps += [[Load(chunk, 0)] for chunk in _ladder(8, min(room.step_tokens, room.sequence_tokens), 2)]
+    steps += [[Load(1, context)] for context in _ladder(8, room.sequence_tokens - 1, 4)]
+    for chunk in _ladder(2, min(room.step_tokens, room.sequence_tokens), 2):
+        steps += [[Load(chunk, context)] for context in (0, contexts[0])]
     for chunk in chunks:
         steps += [[Load(chunk, context)] for context in contexts[1:]]
         steps.append([Load(chunk, 0)] * 3)
@@ -178,7 +183,10 @@ def planned(room: Room) -> list[tuple[Load, ...]]:
             steps.append([Load(chunk, 0)] + [Load(1, contexts[0])] * (batch - 1))
             steps.append([Load(chunk, contexts[0])] + [Load(1, contexts[len(contexts) // 2])] * (batch - 1))
     fits = {tuple(loads): None for loads in steps if _fits(loads, room)}
-    return sorted(fits, key=lambda loads: (cost_ps(loads, _ORDER), loads))
+    ordered = sorted(fits, key=lambda loads: (cost_ps(loads, _ORDER), loads))
+    if len(ordered) <= _STEPS_MAX:
+        return ordered
+    return [ordered[place * (len(ordered) - 1) // (_STEPS_MAX - 1)] for place in range(_STEPS_MAX)]
 
 
 def _work(load: Load, *, samples: bool) -> Work:
