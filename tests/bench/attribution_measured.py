@@ -27,8 +27,9 @@ from gpumeter_worker.metering.calibration import Fit, Observation, fit, problem
 from gpumeter_worker.metering.clock import StepClock, StepTime, step_clock
 from rigs.shapley import members, misplaced, shapley
 
-ROUNDS_MIN, ROUNDS_MAX = 5, 41
+ROUNDS_MIN, ROUNDS_WANTED, ROUNDS_MAX = 3, 7, 41
 KINDS = ("decode", "mixed", "prompts")
+_WAVES = 8
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,11 @@ def _run_subsets(replay: Replay, batches: Sequence[Batch], limit_s: float) -> li
                 raise ValueError("the cache has no room for a batch that it held before")
             one.runs[coalition - 1].append(gpu_ns)
         spent_s = time.monotonic() - began_s
-        if number == 0 and spent_s * ROUNDS_MIN > limit_s and len(measured) > len(KINDS):
-            dropped = measured.pop()
-            work = [(one, coalition) for one, coalition in work if one is not dropped]
-            print(f"a round takes {spent_s:.0f} s: one batch fewer", flush=True)
+        if number == 0 and spent_s * ROUNDS_WANTED > limit_s:
+            kept = max(len(KINDS), int(len(measured) * limit_s / (ROUNDS_WANTED * spent_s)))
+            measured = measured[:kept]
+            work = [(one, coalition) for one, coalition in work if one in measured]
+            print(f"a round takes {spent_s:.0f} s: {kept} batches are kept", flush=True)
         if time.monotonic() - told_s > 15 or number == 0:
             told_s = time.monotonic()
             print(f"round {number + 1}: {spent_s:.0f} of {limit_s:.0f} s", flush=True)
@@ -195,20 +197,21 @@ class _Recording:
 
 
 def _serve(runner: Any, clock: StepClock, largest: int, options: EngineOptions, seed: int) -> list[Batch]:
-    """A few users of different habits, and what the engine made of them. Two users at most come at the same moment."""
+    """Users who come in waves, the first few of each at the same moment, and what the engine made of them."""
     rng, recording = random.Random(seed), _Recording(runner)
     limits = Limits(min(largest, runner.limits.sequences), options.max_batch_tokens, runner.limits.mixed_prefill_tokens)
     engine = Engine(recording, clock, limits, frozenset(), runner.max_model_len, runner.blocks())
     longest = runner.max_model_len // 2
-    waiting = [rng.choice((8, 24, 60, 120, 300, longest)) for _ in range(5 * largest)]
-    number = 0
-    while waiting or engine.busy:
-        if waiting and engine.running + engine.waiting < largest and rng.random() < 0.3:
-            for length in (waiting.pop() for _ in range(min(len(waiting), rng.choice((1, 1, 2))))):
-                number += 1
-                tokens = [rng.randrange(3, 200) for _ in range(min(length, longest))]
-                engine.submit(Submit(f"s-{number}", tokens, Sampling(max_tokens=rng.choice((8, 24, 48)), seed=number)))
-        engine.turn()
+    for wave in range(_WAVES):
+        waiting = [min(rng.choice((8, 24, 60, 120, 300)), longest) for _ in range(largest)]
+        for number, length in enumerate(waiting):
+            tokens = [rng.randrange(3, 200) for _ in range(length)]
+            answer = Sampling(max_tokens=rng.choice((8, 24, 48)), seed=number)
+            engine.submit(Submit(f"s-{wave}-{number}", tokens, answer))
+            for _ in range(0 if number < wave % largest else rng.choice((1, 2, 5))):
+                engine.turn()
+        while engine.busy:
+            engine.turn()
     clock.harvest()
     return recording.batches
 

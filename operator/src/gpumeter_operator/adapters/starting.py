@@ -94,12 +94,13 @@ def read(body: bytes) -> Answer:
         document = json.loads(body)
         ready, reason, message = document["ready"], document["reason"], document["message"]
         attribution = document.get("attribution") or {}
-        stand_in = attribution.get("reason"), attribution.get("message")
+        split_by, why = attribution.get("reason"), attribution.get("message")
     except (ValueError, KeyError, TypeError, AttributeError):
         return Answer()
     if ready is True:
-        poor = stand_in[0] in _STANDING_IN and isinstance(stand_in[1], str)
-        return Answer(stand_in=(stand_in[0], f"{_sentence(stand_in[1], STAND_IN_MAX)}.") if poor else None)
+        if split_by not in _STANDING_IN or not isinstance(why, str):
+            return Answer()
+        return Answer(stand_in=(str(split_by), f"{_sentence(why, STAND_IN_MAX)}."))
     return (
         Answer(progress=_sentence(message, SENTENCE_MAX))
         if reason in _TELLING and isinstance(message, str)

@@ -3,7 +3,7 @@
 Owns which steps are planned, how often each is run within the time allowed, and that their context lies in memory as
 a session's would. Knows no torch (the runner does), and neither fits nor judges: metering.calibration does.
 
-Steps go from cheap to dear, and the dear ones are left out where the time allowed is short; then all are run again in
+Steps are run once from cheap to dear, and the dearest are left out where the time allowed is short; then all again in
 turn, in another order each time, so that a moment in which the machine was busy hits one run of a few steps and not
 all runs of one. The shortest of a step's runs counts:
 what else runs on the machine only ever adds.
@@ -11,6 +11,7 @@ what else runs on the machine only ever adds.
 
 import logging
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,15 @@ _RUNS = 5
 _STEPS_MAX = 72
 """More tell nothing new, and each is run several times; the cheapest and the dearest are always among them."""
 
+_PASSES = (0, 2, 1, 3)
+"""Every fourth step first, from the cheapest to the dearest, then those between: where the time allowed ends early, all
+sizes were seen, and not only the small ones."""
+
 _FIRST_SHARE = 0.4
-"""How much of the time allowed the first run of every step may take; the dearer ones that are left are not run."""
+"""How much of the time allowed the first run of every step may take; those that are left then are not run."""
+
+_STEP_SHARE = 0.1
+"""A step that is expected to take more than this of the time allowed is left out."""
 
 _SLOT_CONTEXT = 8192
 """Memory of a cache of slots is taken where it is written, and it stays taken: so much of it is worth a calibration."""
@@ -92,11 +100,17 @@ def measure(runner: Runner, clock: StepClock, blocks: KvBlocks, room: Room, budg
     replay = Replay(runner, clock, blocks)
     runs: dict[tuple[Load, ...], list[int]] = {}
     began_ns = time.monotonic_ns()
-    for loads in planned(room):
+    ratios: list[float] = []
+    plan = planned(room)
+    for loads in (loads for first in _PASSES for loads in plan[first :: len(_PASSES)]):
+        expected = cost_ps(loads, _ORDER)
+        if ratios and statistics.median(ratios) * expected > _STEP_SHARE * budget_ns:
+            continue
         gpu_ns = replay.timed(loads)
         if gpu_ns is None:
             continue  # this cache has no room for it
         runs[loads] = [gpu_ns]
+        ratios.append(gpu_ns / expected)
         if time.monotonic_ns() - began_ns > _FIRST_SHARE * budget_ns:
             break
     shuffled = list(runs)
