@@ -89,10 +89,12 @@ def calibrate(
         observations = measure(runner, clock, blocks, room, budget_ns)
     except Exception as error:
         log.exception("a planned step failed")
-        return Calibration(subject, None, f"a planned step raised {type(error).__name__}")
+        took_ns = time.monotonic_ns() - began_ns
+        return Calibration(subject, None, f"a planned step raised {type(error).__name__}", took_ns=took_ns)
     fitted = fit(observations)
-    log.info("timed %d planned steps in %.1f s", len(observations), (time.monotonic_ns() - began_ns) / 1e9)
-    return Calibration(subject, fitted, problem(fitted))
+    took_ns = time.monotonic_ns() - began_ns
+    log.info("timed %d planned steps in %.1f s", len(observations), took_ns / 1e9)
+    return Calibration(subject, fitted, problem(fitted), took_ns=took_ns)
 
 
 def measure(runner: Runner, clock: StepClock, blocks: KvBlocks, room: Room, budget_ns: int) -> list[Observation]:

@@ -89,6 +89,8 @@ class Calibration:
     problem: str = ""
     stored: bool = False
     """Nothing was timed: a former start had fitted the same subject."""
+    took_ns: int = 0
+    """What of the warm-up it took."""
 
 
 def fit(observations: Sequence[Observation]) -> Fit | None:
