@@ -110,9 +110,10 @@ class ModelRunner:
             transformers=transformers.__version__,
             engine=version("gpumeter-worker"),
             options=(
-                f"threads {options.threads if on_cpu else 0}, graphs {int(options.cuda_graphs and not on_cpu)}, "
-                f"compile {int(options.compile)}, sequences {self._device.sequences}, "
-                f"step {options.max_batch_tokens}, length {self.max_model_len}"
+                # As they were asked for: how many sequences fit depends on what memory is free at this start.
+                f"threads {options.threads if on_cpu else 0}, memory {options.memory_bytes if on_cpu else 0}, "
+                f"graphs {int(options.cuda_graphs and not on_cpu)}, compile {int(options.compile)}, "
+                f"sequences {options.max_batch_size}, step {options.max_batch_tokens}, length {self.max_model_len}"
             ),
         )
 

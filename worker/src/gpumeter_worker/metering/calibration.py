@@ -53,7 +53,7 @@ class Subject:
 
 
 class Observation(NamedTuple):
-    """A step that was run on purpose, and how long it took, as the median of its repeats."""
+    """A step that was run on purpose, and how long the shortest of its runs took."""
 
     loads: tuple[Load, ...]
     gpu_ns: int
