@@ -16,8 +16,14 @@ from typing import Any
 import pytest
 
 from gpumeter_usage.record import Account, Kind
+from gpumeter_worker.metering.attribution import Costs, Rule
+from gpumeter_worker.metering.calibration import Calibration, Fit, Quality, Subject
+from gpumeter_worker.metering.profiles import Profiles, adopt
 from rigs.tinymodel import tiny_model
 from rigs.worker import USAGE_TOKEN, Ledger, WorkerProcess, hop_token, session_id, until, worker
+
+COSTS = Costs(10**9, 2 * 10**9, 10**8, 10**6, 10**5)
+QUALITY = Quality(steps=30, median_error_ppm=20_000, tail_error_ppm=90_000, explained_ppm=990_000)
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +101,23 @@ def test_records_name_a_profile_that_an_auditor_can_read_back_and_that_outlives_
     complete(calibrated, again)
     until(lambda: (calibrated.collect(ledger), ledger.ended(again))[1], "the second session is in the ledger")
     calibrated.stop()
+    kept = Profiles(tmp_path / "journal")
+    kept.open()
+    if not good:  # as a start on a quiet machine would have left it
+        subject = Subject(**entry["subject"])
+        kept.use(adopt(Calibration(subject, Fit(COSTS, QUALITY)), Rule.KNEE, "host", "smollm2"))
+    expected = document["current"] if good else kept.current
     with worker(tmp_path, environment) as second:
         second.ready()
-        kept = profile(second)
-        for process in (calibrated, second):
-            assert process.log.count("planned steps in") == (process is calibrated) or not good
-    assert named(ledger) <= {one["hash"] for one in kept["profiles"]}
-    if good:
-        assert kept["current"] == document["current"] and named(ledger) == {document["current"]}
+        assert attribution(second)["reason"] == "Calibrated"
+        assert "planned steps in" not in second.log, "nothing is timed twice"
+        last = session_id()
+        complete(second, last)
+        until(lambda: (second.collect(ledger), ledger.ended(last))[1], "the last session is in the ledger")
+        found = profile(second)
+    assert found["current"] == expected
+    assert {record.profile_hash for record in ledger.of_session(last)} == {expected}
+    assert named(ledger) <= {one["hash"] for one in found["profiles"]}
     ledger.check()
     assert any(record.kind is Kind.SESSION for record in ledger.all())
 

@@ -29,7 +29,10 @@ _FIT_FOR_BILLING = (CALIBRATED, BY_TOKENS, OFF)
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """What splits steps from now on, and why it is this: a reason and a sentence. `subject`, `quality`: if measured."""
+    """What splits steps from now on, and why it is this: a reason and a sentence.
+
+    `subject`: what was to be calibrated; `quality`: of parameters that were fitted to it.
+    """
 
     profile: Profile
     reason: str
@@ -63,6 +66,7 @@ def adopt(calibration: Calibration | None, rule: Rule, clock: str, model: str) -
             f"the calibration is not good enough: {calibration.problem or 'nothing was fitted'}; steps are split by "
             f"the proportions {stand_in.name}, and their totals are as measured. Restart the worker when its machine "
             "is quiet, or allow more time by GPUMETER_CALIBRATION_MS",
+            calibration.subject,
         )
     subject, found = calibration.subject, calibration.fit
     name = (
@@ -126,7 +130,7 @@ def stored_fit(directory: Path, subject: Subject) -> Fit | None:
     """The parameters that were fitted to this very subject in a former start; None: there are none to be had."""
     try:
         for entry in reversed(_read(directory / FILE_NAME)):
-            if entry.get("subject") == asdict(subject):
+            if entry["quality"] is not None and entry["subject"] == asdict(subject):
                 profile = entry["profile"]
                 costs = Costs(*(_whole(profile[name]) for name in Costs._fields))
                 return Fit(costs, Quality(**{name: _whole(value) for name, value in entry["quality"].items()}))
