@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-equality bench-overhead
+.PHONY: bench-engine bench-engine-kill bench-equality bench-overhead bench-attribution
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -99,6 +99,8 @@ bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone
 	@GPUMETER_EQUALITY_PROMPTS=200 $(PY) -m pytest -q tests/contract/test_worker_equality.py
 bench-overhead: setup ## What metering costs: tok/s with and without it in pairs, and microseconds a step; 8 minutes
 	@$(PY) -m bench.overhead $(ARGS)
+bench-attribution: setup ## What knee, tokens and FLOPs misplace of a step, beside the exact and the measured Shapley value; 10 minutes
+	@$(PY) -m bench.attribution $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

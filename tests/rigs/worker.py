@@ -109,6 +109,7 @@ class WorkerProcess:
             "GPUMETER_MAX_BATCH_SIZE": "8",
             "GPUMETER_MAX_BATCH_TOKENS": "64",
             "GPUMETER_MAX_QUEUE_LENGTH": "4",
+            "GPUMETER_CALIBRATION_MS": "0",  # seconds of every start, for what few tests look at
             "GPUMETER_CHECKPOINT_INTERVAL_MS": "1000",
             "GPUMETER_LEASE_TIMEOUT_MS": "3600000",  # a test collects when it wants to
             "GPUMETER_HTTP_HOST": "127.0.0.1",

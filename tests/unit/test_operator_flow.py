@@ -10,6 +10,7 @@ import pytest
 
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Manifest, Refused, Resource
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow import children
 from gpumeter_operator.flow.fleet import Fleet
@@ -353,16 +354,18 @@ def test_the_resource_that_the_operator_serves_is_the_crds() -> None:
     assert (INFERENCE_SERVICES.group, INFERENCE_SERVICES.version, INFERENCE_SERVICES.plural) == SERVICES
 
 
-async def test_a_worker_that_starts_is_asked_how_far_it_is_and_a_ready_one_is_not(world: World) -> None:
-    asked: list[str] = []
+async def test_a_worker_that_starts_is_asked_how_far_it_is_and_a_ready_one_how_it_meters(world: World) -> None:
+    asked: list[tuple[str, bool]] = []
 
-    def progress_of(address: str) -> str:
-        asked.append(address)
-        return "fetching the model: 1 of 4 MB (25 %)"
+    def told(address: str, serves: bool) -> Answer:
+        asked.append((address, serves))
+        if serves:
+            return Answer(stand_in=("CalibrationPoor", "Steps are split by proportions."))
+        return Answer(progress="fetching the model: 1 of 4 MB (25 %)")
 
     await world.look()
     world.reconciler = Reconciler(
-        world.api, world.fleet, INSTALLATION, KEY, OperatorMetrics(), clock=lambda: world.now, progress_of=progress_of
+        world.api, world.fleet, INSTALLATION, KEY, OperatorMetrics(), clock=lambda: world.now, told=told
     )
     template_hash = world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["template"]["metadata"]["annotations"]
     starting = worker(
@@ -377,9 +380,12 @@ async def test_a_worker_that_starts_is_asked_how_far_it_is_and_a_ready_one_is_no
     assert "status" in await world.look()
     assert world.service()["status"]["modelStatus"]["progress"] == "fetching the model: 1 of 4 MB (25 %)"
     assert world.ready()["message"].endswith("1 loading the model: fetching the model: 1 of 4 MB (25 %).")
-    assert asked == ["10.0.0.7"]
+    assert asked == [("10.0.0.7", False)]
     starting["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
     world.api.put(starting)
     await world.look()
-    assert asked == ["10.0.0.7"]
-    assert world.service()["status"]["modelStatus"].get("progress") is None
+    assert asked[1:] == [("10.0.0.7", True)]
+    status = world.service()["status"]
+    assert status["modelStatus"].get("progress") is None
+    metering = next(one for one in status["conditions"] if one["type"] == "MeteringReady")
+    assert (metering["status"], metering["reason"]) == ("True", "CalibrationPoor")

@@ -139,6 +139,13 @@ def test_metering_is_known_only_of_ready_workers() -> None:
     assert told(status(worker(problem=broken)), "MeteringReady") == ("False", broken.reason, broken.message)
 
 
+def test_a_calibration_that_failed_is_told_and_takes_neither_metering_nor_readiness_away() -> None:
+    poor = Problem("CalibrationPoor", "The calibration is not good enough.")
+    one = status(ready(), ready("w-2", stand_in=poor), spec={"replicas": 2})
+    assert told(one, "MeteringReady") == ("True", "CalibrationPoor", "1 of 2 workers: " + poor.message)
+    assert told(one)[:2] == ("True", "Serving")
+
+
 def test_terminating_pods_do_not_count() -> None:
     one = status(worker("w-0", terminating=True), ready())
     assert (one["replicas"], one["readyReplicas"]) == (1, 1)

@@ -1,5 +1,7 @@
 """Accounts and meter: one owner for every nanosecond, and slices that never cross a minute."""
 
+from dataclasses import replace
+
 import pytest
 
 from gpumeter_usage.period import MINUTE_NS
@@ -179,3 +181,25 @@ def test_a_session_cannot_begin_twice() -> None:
     meter.begin("one", "acme", START)
     with pytest.raises(ValueError, match="in flight already"):
         meter.begin("one", "other", START)
+
+
+def test_what_was_split_before_a_calibration_keeps_the_name_of_its_profile() -> None:
+    meter = Meter(IDENTITY, uncalibrated(Rule.KNEE, "host"), START)
+    calibrated = replace(uncalibrated(Rule.KNEE, "host"), name="calibrated", lam_ps=7)
+    meter.enter(Phase.SERVING, START)
+    meter.begin("s-1", "acme", START)
+    meter.step(START, START + 1000, 1000, [Part("s-1", 1, 0, True, 1)])
+    former = meter.profile.hash
+    meter.adopt(calibrated)
+    meter.step(START + 1000, START + 3000, 2000, [Part("s-1", 1, 1, False, 1)])
+    meter.end("s-1", Status.FINISHED, START + 3000)
+    flush = meter.cut(START + 3000)
+    assert flush is not None
+    attributed = [record for record in flush.records if record.account == Account.ATTRIBUTED]
+    named = {(record.kind, record.profile_hash): record.gpu_ns for record in attributed}
+    assert named == {
+        (Kind.ACCOUNT, former): 1000,
+        (Kind.SESSION, former): 1000,
+        (Kind.ACCOUNT, calibrated.hash): 2000,
+        (Kind.SESSION, calibrated.hash): 2000,
+    }

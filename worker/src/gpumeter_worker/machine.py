@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -155,3 +156,13 @@ def _cpu_quota() -> float:
         return max(0, quota_us) / int((root / "cpu.cfs_period_us").read_text())
     except (OSError, ValueError):
         return 0
+
+
+def processor() -> str:
+    """What this machine's processor calls itself, as far as it does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return " ".join(named.split()) or platform.machine()

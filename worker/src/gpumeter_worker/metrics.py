@@ -129,6 +129,14 @@ class WorkerState(Collector):
         family = GaugeMetricFamily("gpumeter_ready", "1 while work is admitted", labels=["reason"])
         family.add_metric([ready.reason], int(ready.ready))
         yield family
+        if (adopted := worker.attribution) is not None:
+            family = GaugeMetricFamily(
+                "gpumeter_attribution_as_asked",
+                "1 while steps are split as the settings ask, 0 by proportions that stand in for a calibration",
+                labels=["reason", "profile_hash"],
+            )
+            family.add_metric([adopted.reason, adopted.profile.hash], int(adopted.as_asked))
+            yield family
         yield GaugeMetricFamily("gpumeter_queue_length", "Requests that wait", value=waiting)
         engines = worker.engines
         for name, text, value in (

@@ -6,6 +6,7 @@ Owns the file formats' headers and what config.json means for memory. Knows no m
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def _numbers(path: Path, *, allow_pickle: bool) -> tuple[dict[str, int], int]:
             else:
                 other_bytes += size
     return floats, other_bytes
+
+
+def description_digest(path: Path) -> str:
+    """SHA-256 of config.json and of the weights' names and sizes: what a step costs, if not what it says."""
+    digest = sha256((path / "config.json").read_bytes())
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.bin")]):
+        digest.update(f"\n{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def _kv_elements(config: Mapping[str, Any]) -> int:

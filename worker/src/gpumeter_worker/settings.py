@@ -62,6 +62,7 @@ class Settings:
     gpu_count: int
     gpu_class: str
     attribution: Rule
+    calibration_ms: int  # how long planned steps may be timed before readiness; 0: none are
     checkpoint_interval_ms: int
     lease_timeout_ms: int  # 0: no lease
     drain_timeout_ms: int
@@ -123,6 +124,7 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
         gpu_count=gpu_count,
         gpu_class=read.text("GPUMETER_GPU_CLASS", "gpu" if gpu_count else "cpu"),
         attribution=Rule(read.choice("GPUMETER_ATTRIBUTION", tuple(Rule))),
+        calibration_ms=read.whole("GPUMETER_CALIBRATION_MS", 5000, 0, 600_000),
         checkpoint_interval_ms=read.whole("GPUMETER_CHECKPOINT_INTERVAL_MS", 5000, 100, 60_000),
         lease_timeout_ms=read.whole("GPUMETER_LEASE_TIMEOUT_MS", 0 if dev else 60_000, 0, 86_400_000),
         drain_timeout_ms=read.whole("GPUMETER_DRAIN_TIMEOUT_MS", 120_000, 0, 86_400_000),

@@ -209,7 +209,8 @@ class Supervisor:
                 self._warm_up_ns = event.at_ns
             case Ready():
                 self.load_ns = event.at_ns - self._started_ns
-                self._watch.warmed_up(event.at_ns - self._warm_up_ns)
+                calibrating_ns = event.calibration.took_ns if event.calibration else 0
+                self._watch.warmed_up(event.at_ns - self._warm_up_ns - calibrating_ns)
                 self.ready, self.loss, self._killed_starts = event, None, 0
             case Failed():
                 self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")

@@ -32,11 +32,12 @@ from gpumeter_worker.engine.messages import (
 from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.loading import Loading
 from gpumeter_worker.metering.accounts import Phase
-from gpumeter_worker.metering.attribution import uncalibrated
+from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
 from gpumeter_worker.metering.meter import Identity, Meter, Totals
+from gpumeter_worker.metering.profiles import Adopted, Profiles, adopt
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations, exposition
 from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
@@ -89,6 +90,8 @@ class Worker:
         self.journal = JournalWriter(
             settings.journal_dir, settings.worker_uid, settings.service, settings.journal_max_bytes
         )
+        self.profiles = Profiles(settings.journal_dir)
+        self.attribution: Adopted | None = None
         self.sessions = Sessions()
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
@@ -114,6 +117,7 @@ class Worker:
         if self.journal.problem:
             log.error("the worker serves what its journal still holds, and nothing else")
             await asyncio.Event().wait()
+        await asyncio.to_thread(self.profiles.open)
         self.flusher.start()
         if path is None:
             self._enter(Phase.LOAD, time.monotonic_ns())
@@ -310,9 +314,19 @@ class Worker:
 
     def _on_ready(self, ready: Ready) -> None:
         self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
+        self._adopt(ready)
         if not self._draining:
             self._enter(Phase.SERVING, ready.at_ns)
         log.info("ready: %s on %s in %s", self.settings.model_name, ready.device_name, ready.dtype)
+
+    def _adopt(self, ready: Ready) -> None:
+        """Before any session: whatever records name is on disk first."""
+        settings = self.settings
+        adopted = adopt(ready.calibration, settings.attribution, settings.clock, settings.model_name)
+        self.profiles.use(adopted)
+        self.meter.adopt(adopted.profile)
+        self.attribution = adopted
+        log.log(logging.INFO if adopted.as_asked else logging.WARNING, "%s: %s", adopted.reason, adopted.message)
 
     def _on_lost(self, loss: Loss) -> None:
         if not self._draining:
@@ -374,6 +388,8 @@ class Worker:
             compile=settings.compile,
             prefix_cache=settings.prefix_cache,
             allow_pickle=settings.allow_pickle,
+            calibration_ms=settings.calibration_ms if settings.attribution is Rule.KNEE else 0,
+            profiles_dir=settings.journal_dir,
         )
 
 

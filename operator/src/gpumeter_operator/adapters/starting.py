@@ -1,4 +1,4 @@
-"""Asks workers that start how far they are: the operator's side of /readyz.
+"""Asks workers how far they are while they start, and how they split steps once they serve: our side of /readyz.
 
 Owns when a worker is asked, how long its answer holds, and that nobody waits for it: a look at a service takes what is
 known now, and what is learned meanwhile at the next one. Does not judge what a worker says.
@@ -8,17 +8,30 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import aiohttp
 
 from gpumeter_operator.decide.names import HTTP_PORT
 
 ASK_EVERY_S = 10.0  # every change of a status is a write: a thousand services that load are a hundred writes a second
-FORGET_S = 60.0
+ASK_SERVING_EVERY_S = 300.0
+"""What a worker that serves says changes only when its engine is started again."""
+
+FORGET_S = 600.0
 TIMEOUT_S = 2.0
 ANSWER_BYTES_MAX = 2**14
 SENTENCE_MAX = 300
+STAND_IN_MAX = 600
 _TELLING = ("Loading", "WarmingUp", "Starting", "EngineRestarting", "EngineHung")
+_STANDING_IN = ("CalibrationPoor",)
+
+
+class Answer(NamedTuple):
+    """What a worker said: how far it is while it starts, and why it splits steps otherwise than it was asked to."""
+
+    progress: str = ""
+    stand_in: tuple[str, str] | None = None
 
 
 class StartingWorkers:
@@ -28,20 +41,26 @@ class StartingWorkers:
         self._port = port
         self._clock = clock
         self._session: aiohttp.ClientSession | None = None
-        self._asked_s: dict[str, float] = {}
-        self._answers: dict[str, str] = {}
+        self._asked_s: dict[tuple[str, bool], float] = {}
+        self._looked_s: dict[tuple[str, bool], float] = {}
+        self._answers: dict[tuple[str, bool], Answer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def told(self, address: str) -> str:
-        """What the worker at this address last said, empty where it said nothing; asks again when that is due."""
-        now_s = self._clock()
-        if now_s - self._asked_s.get(address, -ASK_EVERY_S) >= ASK_EVERY_S:
+    def told(self, address: str, serves: bool) -> Answer:
+        """What the worker at this address last said; asks again when that is due.
+
+        What it said before it served is forgotten then, and one that serves is asked seldom, whether it answers or not.
+        """
+        key = (address, serves)
+        every_s = ASK_SERVING_EVERY_S if serves else ASK_EVERY_S
+        now_s = self._looked_s[key] = self._clock()
+        if now_s - self._asked_s.get(key, now_s - every_s) >= every_s:
             self._forget(now_s)
-            self._asked_s[address] = now_s
-            task = asyncio.create_task(self._ask(address))
+            self._asked_s[key] = now_s
+            task = asyncio.create_task(self._ask(key))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return self._answers.get(address, "")
+        return self._answers.get(key, Answer())
 
     async def close(self) -> None:
         """End what is being asked, and the connections."""
@@ -51,29 +70,43 @@ class StartingWorkers:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, address: str) -> None:
+    async def _ask(self, key: tuple[str, bool]) -> None:
+        address, _ = key
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), auto_decompress=False)
         host = f"[{address}]" if ":" in address else address
         try:
             async with self._session.get(f"http://{host}:{self._port}/readyz", allow_redirects=False) as response:
-                self._answers[address] = sentence(await response.content.read(ANSWER_BYTES_MAX))
+                self._answers[key] = read(await response.content.read(ANSWER_BYTES_MAX))
         except (aiohttp.ClientError, OSError, TimeoutError):
-            self._answers[address] = ""  # it does not listen yet, or not any more
+            self._answers[key] = Answer()  # it does not listen yet, or not any more
 
     def _forget(self, now_s: float) -> None:
-        for address in [one for one, asked_s in self._asked_s.items() if now_s - asked_s > FORGET_S]:
-            del self._asked_s[address]
-            self._answers.pop(address, None)
+        for key in [one for one, looked_s in self._looked_s.items() if now_s - looked_s > FORGET_S]:
+            del self._looked_s[key]
+            self._asked_s.pop(key, None)
+            self._answers.pop(key, None)
 
 
-def sentence(body: bytes) -> str:
-    """What /readyz says while a worker starts, fit for a status; empty for anything else."""
+def read(body: bytes) -> Answer:
+    """What /readyz says, fit for a status; nothing for anything that it should not say."""
     try:
         document = json.loads(body)
-        reason, message = document["reason"], document["message"]
-    except (ValueError, KeyError, TypeError):
-        return ""
-    if reason not in _TELLING or not isinstance(message, str):
-        return ""
-    return "".join(one if one.isprintable() else " " for one in message)[:SENTENCE_MAX].strip().rstrip(".")
+        ready, reason, message = document["ready"], document["reason"], document["message"]
+        attribution = document.get("attribution") or {}
+        split_by, why = attribution.get("reason"), attribution.get("message")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Answer()
+    if ready is True:
+        if split_by not in _STANDING_IN or not isinstance(why, str):
+            return Answer()
+        return Answer(stand_in=(str(split_by), f"{_sentence(why, STAND_IN_MAX)}."))
+    return (
+        Answer(progress=_sentence(message, SENTENCE_MAX))
+        if reason in _TELLING and isinstance(message, str)
+        else Answer()
+    )
+
+
+def _sentence(text: str, longest: int) -> str:
+    return "".join(one if one.isprintable() else " " for one in text)[:longest].strip().rstrip(".")

@@ -42,8 +42,9 @@ class PodState:
     stuck: bool  # its container waits for longer than usual, and the pod's status does not say for what
     problem: Problem | None
     failure: Failure | None
-    address: str = ""  # where a worker that starts can be asked how far it is; empty where it has none
-    loading: str = ""  # what it answered
+    address: str = ""  # where a worker that runs can be asked about itself; empty where it has none
+    loading: str = ""  # how far it is, while it starts
+    stand_in: Problem | None = None  # why it splits steps otherwise than the spec asks, while it serves
 
 
 def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:
@@ -76,7 +77,7 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> P
         stuck=stuck,
         problem=None if ready else _problem(pod, state, failure, gpu_resource_name, stuck=stuck),
         failure=failure,
-        address=status.get("podIP", "") if "running" in state and not ready else "",
+        address=status.get("podIP", "") if "running" in state else "",
     )
 
 

@@ -173,7 +173,17 @@ def _metering_ready(alive: Sequence[PodState]) -> Condition:
     for pod in alive:
         if pod.problem is not None and pod.problem.reason in METERING_REASONS:
             return Condition("MeteringReady", "False", pod.problem.reason, pod.problem.message)
-    if ready := sum(pod.ready for pod in alive):
+    ready = sum(pod.ready for pod in alive)
+    standing_in = [pod.stand_in for pod in alive if pod.ready and pod.stand_in is not None]
+    if standing_in:
+        # Every nanosecond is metered and its total is right: that it is split by a stand-in is told and stops nobody.
+        return Condition(
+            "MeteringReady",
+            "True",
+            standing_in[0].reason,
+            f"{len(standing_in)} of {_count(ready, 'worker')}: {standing_in[0].message}",
+        )
+    if ready:
         return Condition(
             "MeteringReady",
             "True",

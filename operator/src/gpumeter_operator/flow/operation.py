@@ -39,9 +39,7 @@ class Operation:
         metrics = OperatorMetrics()
         self._fleet = Fleet(cluster)
         self._starting = StartingWorkers()
-        self._reconciler = Reconciler(
-            cluster, self._fleet, installation, master_key, metrics, progress_of=self._starting.told
-        )
+        self._reconciler = Reconciler(cluster, self._fleet, installation, master_key, metrics, told=self._starting.told)
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._health = HealthServer(self._wrong, self._fleet.unsynced, metrics.render)
 

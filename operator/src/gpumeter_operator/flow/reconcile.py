@@ -14,6 +14,7 @@ from typing import Any
 
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.events import event
@@ -54,16 +55,16 @@ class Reconciler:
         metrics: OperatorMetrics,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        progress_of: Callable[[str], str] = lambda address: "",
+        told: Callable[[str, bool], Answer] = lambda address, serves: Answer(),
     ) -> None:
-        """`progress_of` tells how far the worker at an address is, as far as that is known now; it does not wait."""
+        """`told` gives what a worker says of itself, by address and whether it serves, as far as that is known now."""
         self._cluster = cluster
         self._fleet = fleet
         self._installation = installation
         self._master_key = master_key
         self._metrics = metrics
         self._clock = clock
-        self._progress_of = progress_of
+        self._told = told
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self._known: dict[str, Known] = {}
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
@@ -98,7 +99,7 @@ class Reconciler:
         spec, problems = read(service)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
-        described = tuple(self._with_progress(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
+        described = tuple(self._with_answer(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
         replicas = decide_replicas(spec)
         template_hash, written = "", False
         if not problems:
@@ -116,8 +117,13 @@ class Reconciler:
         )
         return await self._tell(service, seen, known, now) or written
 
-    def _with_progress(self, pod: PodState) -> PodState:
-        return replace(pod, loading=self._progress_of(pod.address)) if pod.address else pod
+    def _with_answer(self, pod: PodState) -> PodState:
+        if not pod.address:
+            return pod
+        answer = self._told(pod.address, pod.ready)
+        if pod.ready:
+            return replace(pod, stand_in=Problem(*answer.stand_in) if answer.stand_in else None)
+        return replace(pod, loading=answer.progress)
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""

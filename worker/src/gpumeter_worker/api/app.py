@@ -94,7 +94,9 @@ def api_app(worker: Desk) -> FastAPI:
     async def readyz() -> Response:
         """Whether work is admitted, and why not."""
         state = worker.readiness()
-        document = {"ready": state.ready, "reason": state.reason, "message": state.message}
+        document: dict[str, Any] = {"ready": state.ready, "reason": state.reason, "message": state.message}
+        if (adopted := worker.attribution) is not None:
+            document["attribution"] = {"reason": adopted.reason, "message": adopted.message}
         return JSONResponse(document, 200 if state.ready else 503)
 
     @app.get("/metrics")

@@ -11,6 +11,7 @@ from gpumeter_worker.api.identity import Caller
 from gpumeter_worker.api.sessions import Choice, Session
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.engine.messages import Ready
+from gpumeter_worker.metering.profiles import Adopted, Profiles
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.readiness import Readiness
 from gpumeter_worker.settings import Settings
@@ -37,6 +38,10 @@ class Desk(Clerk, Protocol):
     def engine(self) -> Ready | None:
         """What the engine that serves now said of itself."""
 
+    @property
+    def attribution(self) -> Adopted | None:
+        """How steps are split, once that is known."""
+
     def readiness(self) -> Readiness:
         """Whether new work is admitted, and why not."""
 
@@ -60,3 +65,7 @@ class UsageDesk(Protocol):
     @property
     def journal(self) -> JournalWriter:
         """What was written down."""
+
+    @property
+    def profiles(self) -> Profiles:
+        """The parameters that its records name."""

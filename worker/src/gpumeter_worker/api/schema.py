@@ -320,6 +320,12 @@ def schemas(models: list[str]) -> dict[str, Schema]:
         "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}, ["object", "data"]),
         "Error": _ERROR,
         "Readiness": _object(
-            {"ready": {"type": "boolean"}, "reason": _TEXT, "message": _TEXT}, ["ready", "reason", "message"]
+            {
+                "ready": {"type": "boolean"},
+                "reason": _TEXT,
+                "message": _TEXT,
+                "attribution": _object({"reason": _TEXT, "message": _TEXT}, ["reason", "message"]),
+            },
+            ["ready", "reason", "message"],
         ),
     }

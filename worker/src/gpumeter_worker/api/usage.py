@@ -4,7 +4,7 @@ Owns the routes of gpumeter_usage.page and their errors. Does not know what the 
 """
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from gpumeter_usage.page import (
     MAX_PAGE_RECORDS,
@@ -53,6 +53,12 @@ def usage_app(worker: UsageDesk) -> FastAPI:
         if page is None:
             raise Refused(404, "unknown_boot", f"the journal holds no boot {boot_id!r:.60}", "boot")
         return Response(encode_page(page), media_type="application/x-ndjson")
+
+    @app.get("/usage/v1/profile")
+    async def profile(request: Request) -> Response:
+        """The parameters behind every profile_hash that this journal's records name, and which are in use."""
+        _refuse_others(request, worker)
+        return JSONResponse(worker.profiles.document())
 
     @app.post("/usage/v1/acknowledge")
     async def acknowledge(request: Request) -> Response:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.metering.calibration import Calibration
 from gpumeter_worker.metering.meter import Part
 
 
@@ -29,6 +30,8 @@ class EngineOptions:
     compile: bool = False
     prefix_cache: bool = True
     allow_pickle: bool = False
+    calibration_ms: int = 0  # how long planned steps may be timed before readiness; 0: not at all
+    profiles_dir: Path | None = None  # where a former start may have left what they would tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class Ready:
     """How many tokens the cache holds, all sequences together."""
     remarks: tuple[str, ...] = ()
     """Sentences about what was asked for and is not so: a compile that failed, for example."""
+    calibration: Calibration | None = None
+    """What its steps cost; None: it was not asked to find out."""
 
 
 class Token(NamedTuple):

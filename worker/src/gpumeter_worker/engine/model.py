@@ -5,10 +5,13 @@ a reason and a sentence where the machine or the files are wrong.
 """
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
+import transformers
 
+from gpumeter_worker import machine
 from gpumeter_worker.engine import attention, gpu, paged_attention
 from gpumeter_worker.engine.blocks import Copy, KvBlocks
 from gpumeter_worker.engine.interface import AttentionUnsupported
@@ -21,7 +24,9 @@ from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 from gpumeter_worker.failure import MODEL_INVALID, OUT_OF_MEMORY, first_line
+from gpumeter_worker.metering.calibration import Subject
 from gpumeter_worker.metering.clock import StepClock
+from gpumeter_worker.modelfiles import description_digest
 
 __all__ = ["LoadFailed", "ModelRunner"]
 
@@ -89,6 +94,29 @@ class ModelRunner:
     def blocks(self) -> KvBlocks:
         """Whose tokens lie where in the cache."""
         return self._device.blocks(self._options.prefix_cache)
+
+    @property
+    def cache_tokens(self) -> int:
+        """How many tokens the cache holds, all sequences together."""
+        return self._device.cache_tokens
+
+    def subject(self) -> Subject:
+        """All that the costs of this runner's steps depend on."""
+        options, on_cpu = self._options, self._options.device == "cpu"
+        return Subject(
+            model=description_digest(options.model_path),
+            dtype=str(self._loaded.dtype).removeprefix("torch."),
+            device=machine.processor() if on_cpu else self._device.name,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            engine=version("gpumeter-worker"),
+            options=(
+                # As they were asked for: how many sequences fit depends on what memory is free at this start.
+                f"threads {options.threads if on_cpu else 0}, memory {options.memory_bytes if on_cpu else 0}, "
+                f"graphs {int(options.cuda_graphs and not on_cpu)}, compile {int(options.compile)}, "
+                f"sequences {options.max_batch_size}, step {options.max_batch_tokens}, length {self.max_model_len}"
+            ),
+        )
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """See Runner."""

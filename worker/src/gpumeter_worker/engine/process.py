@@ -17,7 +17,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
+from gpumeter_worker.engine.calibrating import calibrate, room_of
 from gpumeter_worker.engine.channel import Channel
 from gpumeter_worker.engine.faults import Fault, fault_of
 from gpumeter_worker.engine.loop import Engine
@@ -106,7 +108,18 @@ def _run(channel: EngineChannel, options: EngineOptions) -> int:
         log.exception("the engine cannot start")
         channel.send([Failed(f"start-up raised {type(error).__name__}")])
         return 1
-    ready = runner.ready(time.monotonic_ns())
+    blocks = runner.blocks()
+    room = room_of(blocks, runner.limits.sequences, options.max_batch_tokens, runner.max_model_len, runner.cache_tokens)
+    calibration = calibrate(
+        runner,
+        clock,
+        blocks,
+        room,
+        subject_of=runner.subject,
+        budget_ns=options.calibration_ms * 10**6,
+        stored_in=options.profiles_dir,
+    )
+    ready = replace(runner.ready(time.monotonic_ns()), calibration=calibration)
     engine = Engine(runner, clock, runner.limits, ready.eos_ids, runner.max_model_len, runner.blocks())
     window = Window(options.max_wait_ms * 10**6, ready.max_batch_size)
     channel.send([ready])

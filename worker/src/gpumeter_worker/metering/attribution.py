@@ -29,13 +29,23 @@ class Load(NamedTuple):
     context_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Costs(NamedTuple):
     """The parameters of the knee rule, in integer picoseconds.
 
     `t0_ps` a step's fixed cost, `phi_ps` reading the weights once, `lam_ps` the linear layers per new token, `kap_ps`
     reading the KV cache per token, `alp_ps` attention's arithmetic per pair of tokens.
     """
+
+    t0_ps: int
+    phi_ps: int
+    lam_ps: int
+    kap_ps: int
+    alp_ps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What splits steps: the rule, and its parameters (see Costs) with the name of where they come from."""
 
     name: str
     rule: Rule
@@ -89,7 +99,13 @@ def weights(loads: Sequence[tuple[int, int]], profile: Profile) -> list[int]:
     ]
 
 
-def _attention_ps(load: Load, profile: Profile) -> int:
+def cost_ps(loads: Sequence[Load], costs: Costs) -> int:
+    """What the knee rule takes a step to last: the sum of its weights, t0 + L + the sum of a_i."""
+    linear = max(costs.lam_ps * sum(load.new_tokens for load in loads), costs.phi_ps)
+    return costs.t0_ps + linear + sum(_attention_ps(load, costs) for load in loads)
+
+
+def _attention_ps(load: Load, profile: Profile | Costs) -> int:
     new, context = load
     pairs = new * context + new * (new + 1) // 2
     return max(profile.kap_ps * (context + new), profile.alp_ps * pairs)

@@ -98,6 +98,13 @@ class Meter:
         self._slices: dict[str, _Slice] = {}
         self._records: list[Record] = []
 
+    def adopt(self, profile: Profile) -> None:
+        """Split by this from now on. What was split before keeps the name of the former profile."""
+        if profile != self.profile:
+            self._close(self.accounts.cut())
+            self._write_slices()
+            self.profile = profile
+
     def enter(self, phase: Phase, at_ns: int) -> None:
         """The worker's phase changes."""
         self._close(self.accounts.enter(phase, at_ns))
