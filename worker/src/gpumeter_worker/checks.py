@@ -128,8 +128,9 @@ def _sharing(facts: MachineFacts) -> Check:
     """A GPU that containers take turns on, or share by MPS, lets a step last as long as the others' work says."""
     others = facts.driver.others if facts.driver else Others()
     if facts.mps_pipe or others.mps_clients:
-        how = "CUDA_MPS_PIPE_DIRECTORY" if facts.mps_pipe else f"{others.mps_clients} MPS clients"
-        found = f"this GPU is shared by MPS ({how}{' is ' + facts.mps_pipe if facts.mps_pipe else ''})"
+        clients = f"{others.mps_clients} MPS client{'s' if others.mps_clients != 1 else ''}"
+        how = f"CUDA_MPS_PIPE_DIRECTORY is {facts.mps_pipe}" if facts.mps_pipe else clients
+        found = f"this GPU is shared by MPS ({how})"
     elif others.processes:
         found = f"{others.processes} other process{'es compute' if others.processes > 1 else ' computes'} on this GPU"
     elif (others.used or 0) >= FOREIGN_BYTES:
