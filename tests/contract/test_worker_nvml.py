@@ -16,8 +16,11 @@ import pytest
 
 from gpumeter_worker.checks import MachineFacts, Verdict, check_machine
 from gpumeter_worker.machine import Driver, Others, read_probe
+from gpumeter_worker.metrics import exposition
+from gpumeter_worker.settings import from_environment
 from gpumeter_worker.telemetry.sample import Sample
 from gpumeter_worker.telemetry.sampler import PROGRAM, Sampler
+from gpumeter_worker.worker import Worker
 from rigs.nvml import A100, A100_INSTANCE, GPU_UUID, MIG_UUID, StandIn, build
 
 
@@ -229,6 +232,31 @@ def test_the_process_that_asks_ends_with_whoever_wanted_to_know(gpu: StandIn) ->
     process.stdin.close()
     assert process.wait(10) == 0
     process.stdout.close()
+
+
+async def test_a_worker_on_a_mig_instance_names_it_in_its_records_and_metrics(
+    gpu: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.say(A100_INSTANCE)
+    for name, value in gpu.environment.items():
+        monkeypatch.setenv(name, value)
+    asked = {"GPUMETER_GPU_COUNT": "1", "XDG_STATE_HOME": str(tmp_path)}
+    settings = from_environment(asked, dev=True, model="file:///models/none")
+    worker = Worker(settings, time.monotonic_ns())
+    looking = asyncio.create_task(worker.gpu.run())
+    try:
+        await until(lambda: worker.gpu.sample is not None)
+        flush = worker.meter.cut(time.time_ns())
+        assert flush is not None
+        assert {(one.gpu_uuid, one.gpu_class) for one in flush.records} == {
+            (MIG_UUID, "NVIDIA A100-SXM4-40GB MIG 1g.5gb")
+        }
+        text = exposition(worker).decode()
+        assert f'gpumeter_gpu_memory_bytes{{gpu="{MIG_UUID}"}} 5e+09' in text
+        assert 'mig_profile="1g.5gb"' in text
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
 
 
 def has_driver() -> bool:

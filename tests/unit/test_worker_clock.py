@@ -170,3 +170,15 @@ def test_forwards_that_overlap_are_refused(clock: HostClock | CudaClock) -> None
     with pytest.raises(RuntimeError, match="inside another"):
         clock.begin()
     clock.end()
+
+
+def test_a_device_whose_clock_runs_fast_never_has_a_step_end_in_the_future() -> None:
+    device = VirtualDevice(ppm=5000)
+    clock = clock_of(device, pairs=64)
+    for _ in range(60):
+        step(clock, device, 10 * MS)
+    device.finish()
+    found = clock.harvest()
+    assert all(one.ended_ns <= device.now_ns for one in found)
+    assert all(one.started_ns >= before.ended_ns for before, one in pairwise(found))
+    assert {one.gpu_ns for one in found} == {10_050_000}
