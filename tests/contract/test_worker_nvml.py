@@ -118,7 +118,6 @@ FIGURES = {
     "nvmlSystemGetDriverVersion": ("driver",),
     "nvmlDeviceGetMigMode": (),
     "nvmlDeviceIsMigDeviceHandle": (),
-    "nvmlDeviceGetHandleByUUID": (),
 }
 
 
@@ -157,8 +156,16 @@ async def test_a_mig_instance_is_named_and_tells_nothing_that_is_its_neighbours(
     assert (seen.power_mw, seen.energy_mj, seen.gpu_percent, seen.nvlink_sent_bytes) == (None, None, None, None)
 
 
+@pytest.mark.parametrize("figures", [A100, A100_INSTANCE], ids=["whole", "mig"])
+async def test_of_several_gpus_it_is_the_one_that_cuda_takes_first(gpu: StandIn, figures: dict[str, object]) -> None:
+    gpu.say(figures | {"count": 2, "fail.nvmlDeviceGetHandleByIndex_v2": 999})  # NVML's first is another
+    async with sampling(gpu.environment) as (_, heard):
+        await until(lambda: bool(heard))
+    assert heard[0].uuid == (GPU_UUID if figures is A100 else MIG_UUID)
+
+
 async def test_a_gpu_in_mig_mode_without_an_instance_for_us_is_no_gpu(gpu: StandIn) -> None:
-    gpu.say(A100_INSTANCE | {"mig.index": 99, "fail.cuInit": 100})
+    gpu.say(A100_INSTANCE | {"mig.index": 99})
     async with sampling(gpu.environment) as (sampler, heard):
         await until(lambda: reason(sampler) == "NvmlGpuNotFound")
         assert heard == []
@@ -183,7 +190,7 @@ async def test_a_gpu_that_is_lost_is_said_to_be_and_found_again(gpu: StandIn, ca
         ({"fail.nvmlInitWithFlags": 9}, "NvmlDriverNotLoaded"),
         ({"fail.nvmlInitWithFlags": 18}, "NvmlDriverNotLoaded"),  # another version than the library
         ({"fail.nvmlInitWithFlags": 999}, "NvmlFailed"),
-        ({"count": 0, "fail.cuInit": 100}, "NvmlGpuNotFound"),
+        ({"count": 0}, "NvmlGpuNotFound"),
         ({"crash.nvmlDeviceGetPowerUsage": 1}, "NvmlFailed"),
     ],
 )

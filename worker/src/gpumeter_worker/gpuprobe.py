@@ -82,7 +82,7 @@ def first_uuids() -> tuple[str, ...]:
 def _nvml() -> dict[str, Any] | None:
     """Who else uses the first device, as far as NVML tells. Nobody here has made a context on it yet."""
     try:
-        device = nvml.open_device(first_uuids())
+        device = nvml.open_device(first_uuids)
         seen = nvml.look(device)
         return {
             "processes": seen.processes,

@@ -56,12 +56,13 @@ class Device:
     driver: str | None
 
 
-def open_device(uuids: tuple[str, ...] = ()) -> Device:
-    """The first GPU of these UUIDs that is there, or else the first that this container was given.
+def open_device(cudas_first: Callable[[], tuple[str, ...]]) -> Device:
+    """The GPU that CUDA takes first. `cudas_first` tells how its UUID may read; it is asked where there are several,
+    because NVML counts them in another order.
 
     Raises NvmlAbsent. What is opened stays open until the process ends.
     """
-    return _translated(lambda: _open(uuids))
+    return _translated(lambda: _open(cudas_first))
 
 
 def look(device: Device, now_ns: Callable[[], int] = time.monotonic_ns) -> Sample:
@@ -119,14 +120,14 @@ def _told(call: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _open(uuids: tuple[str, ...]) -> Device:
+def _open(cudas_first: Callable[[], tuple[str, ...]]) -> Device:
     pynvml.nvmlInit()
-    handle = next((found for uuid in uuids if (found := _told(pynvml.nvmlDeviceGetHandleByUUID, uuid))), None)
-    if handle is None:
-        if not pynvml.nvmlDeviceGetCount():
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    handle, whole = _instance(handle)
+    count = pynvml.nvmlDeviceGetCount()
+    if not count:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    uuids = cudas_first() if count > 1 else ()
+    named = next((found for uuid in uuids if (found := _told(pynvml.nvmlDeviceGetHandleByUUID, uuid))), None)
+    handle, whole = _instance(named or pynvml.nvmlDeviceGetHandleByIndex(0))
     name = str(pynvml.nvmlDeviceGetName(handle))
     profile = re.search(r"\bMIG (\S+)", name)
     return Device(

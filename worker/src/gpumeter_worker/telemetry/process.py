@@ -22,7 +22,7 @@ def main() -> int:
     threading.Thread(target=_leave_with_parent, name="leave", daemon=True).start()
     interval_s = int(sys.argv[1]) / 1000
     try:
-        device = open_device(gpuprobe.first_uuids())
+        device = open_device(gpuprobe.first_uuids)
         due_s = time.monotonic()
         while True:
             _say(look(device))
