@@ -12,7 +12,7 @@ import pytest
 
 from gpumeter_usage.record import Status
 from rigs.asking import CAPITAL, client, raw
-from rigs.worker import Ledger, WorkerProcess, hop_token, session_id, until, worker
+from rigs.worker import USAGE_TOKEN, Ledger, WorkerProcess, hop_token, session_id, until, worker
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,25 @@ def test_a_whole_answer_carries_its_exact_gpu_seconds_and_session(served: Worker
     assert usage["prompt_tokens"] == sum(record.prompt_tokens for record in slices)
     assert usage["completion_tokens"] == sum(record.completion_tokens for record in slices) == 8
     assert {record.tenant for record in slices} == {"acme"}
+    # At least the prompt's keys and values, for as long as its steps took: 30 layers, 3 heads of 64, in float32.
+    token_bytes = 2 * 30 * 3 * 64 * 4
+    held = sum(record.kv_byte_s for record in slices)
+    assert held >= usage["prompt_tokens"] * token_bytes * gpu_ns // 10**9 // 2
+    assert held <= (usage["prompt_tokens"] + 8) * token_bytes * (slices[-1].ended_at - slices[0].started_at) // 10**9
+
+
+def test_a_worker_without_a_gpu_says_that_there_is_none_to_look_at(served: WorkerProcess) -> None:
+    assert served.metrics()['gpumeter_nvml_up{reason="NoGpu"}'] == 0
+    assert not any(name.startswith("gpumeter_gpu_utilization") for name in served.metrics())
+    with urllib.request.urlopen(
+        urllib.request.Request(
+            f"http://127.0.0.1:{served.usage}/usage/v1/status", headers={"Authorization": f"Bearer {USAGE_TOKEN}"}
+        ),
+        timeout=30,
+    ) as answer:
+        told = json.load(answer)["gpu"]
+    assert told["absence"]["reason"] == "NoGpu"
+    assert (told["sample"], told["energy_estimate"], told["comparison"]) == (None, None, None)
 
 
 def test_a_stream_says_the_same_and_ends_with_its_usage(served: WorkerProcess) -> None:

@@ -45,6 +45,8 @@ class RecordingCache:
     """Runner and clock in one. A step takes ten units of time and is known at once."""
 
     kind = "host"
+    begun = 0
+    drift_ppb = None
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
@@ -86,6 +88,9 @@ class RecordingCache:
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def abort(self) -> bool:
+        return False
 
     def harvest(self) -> list[StepTime]:
         times, self._times = self._times, []

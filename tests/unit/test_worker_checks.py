@@ -11,10 +11,11 @@ import pytest
 from gpumeter_worker import failure, machine
 from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model
 from gpumeter_worker.failure import StartupFailed
-from gpumeter_worker.machine import Driver, Gpu, read_probe
+from gpumeter_worker.machine import Driver, Gpu, Others, read_probe
 from gpumeter_worker.modelfiles import ModelFacts, read_model, served_dtype
 
 GB = 10**9
+NOBODY = Others()
 H100 = Gpu("NVIDIA H100", (9, 0), 80 * GB, 79 * GB)
 T4 = Gpu("Tesla T4", (7, 5), 15 * GB, 15 * GB)
 GOOD = MachineFacts(
@@ -42,6 +43,7 @@ def test_a_machine_that_fits_passes_every_check() -> None:
     assert {check.verdict for check in checks} == {Verdict.OK}
     assert {check.name for check in checks} == {
         "device",
+        "sharing",
         "toolkit",
         "shared memory",
         "architecture",
@@ -93,10 +95,49 @@ def test_what_is_wrong_with_a_machine_is_one_sentence(facts: MachineFacts, sente
     assert failed(check_machine(facts)) == sentence
 
 
+def shared(others: Others = NOBODY, **facts: Any) -> MachineFacts:
+    return replace(GOOD, driver=Driver((12, 8), (H100,), "", others), **facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        (
+            shared(mps_pipe="/mps/nvidia.com/gpu/pipe"),
+            "this GPU is shared by MPS (CUDA_MPS_PIPE_DIRECTORY is /mps/nvidia.com/gpu/pipe)",
+        ),
+        (shared(Others(0, 3, 0)), "this GPU is shared by MPS (3 MPS clients)"),
+        (shared(Others(1, 0, 0)), "1 other process computes on this GPU"),
+        (shared(Others(2, None, None)), "2 other processes compute on this GPU"),
+        (shared(Others(0, 0, 600 * 10**6)), "0.6 GB of this GPU's memory are used, and not by this worker"),
+    ],
+)
+def test_a_gpu_that_others_share_is_refused_for_measured_billing(facts: MachineFacts, found: str) -> None:
+    assert failed(check_machine(facts)) == (
+        f"GpuShared: {found}, so the time of a step holds others' work and cannot be billed as measured; give the "
+        "worker a whole GPU or a MIG instance: name one by spec.resources.gpu.resourceName, or take time-slicing and "
+        "MPS out of the device plugin's configuration of this node"
+    )
+    by_hand = check_machine(replace(facts, billed=False))
+    assert [check.verdict for check in by_hand] == [Verdict.OK, Verdict.WARNING, Verdict.OK, Verdict.OK]
+
+
+@pytest.mark.parametrize("others", [Others(), Others(0, 0, 0), Others(None, 0, 20 * 10**6)])
+def test_a_quiet_gpu_is_not_taken_for_a_shared_one(others: Others) -> None:
+    assert {check.verdict for check in check_machine(shared(others))} == {Verdict.OK}
+
+
+def test_mps_is_found_where_the_device_plugin_or_a_plain_machine_has_it(tmp_path: Path) -> None:
+    assert machine.mps_pipe({}, tmp_path) == ""
+    assert machine.mps_pipe({"CUDA_MPS_PIPE_DIRECTORY": "/mps/pipe"}, tmp_path) == "/mps/pipe"
+    (tmp_path / "control").touch()
+    assert machine.mps_pipe({}, tmp_path) == str(tmp_path)
+
+
 def test_an_older_driver_of_the_same_major_version_is_only_remarked() -> None:
-    toolkit = check_machine(replace(GOOD, driver=Driver((12, 2), (H100,), "")))[1]
+    toolkit = check_machine(replace(GOOD, driver=Driver((12, 2), (H100,), "")))[2]
     assert (toolkit.verdict, toolkit.found) == (Verdict.WARNING, "driver for CUDA 12.2, torch for CUDA 12.8")
-    newer = check_machine(replace(GOOD, driver=Driver((13, 0), (H100,), "")))[1]
+    newer = check_machine(replace(GOOD, driver=Driver((13, 0), (H100,), "")))[2]
     assert newer.verdict is Verdict.OK
 
 

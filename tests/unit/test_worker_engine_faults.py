@@ -9,7 +9,7 @@ from gpumeter_worker.engine.loop import Engine, Sampled
 from gpumeter_worker.engine.messages import Ended, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.engine.sequence import Finish, Sampling
-from gpumeter_worker.metering.clock import HostClock, StepClock
+from gpumeter_worker.metering.clock import HostClock, StepClock, StepTime
 
 MESSAGE = "the memory was too small for a step"
 
@@ -18,11 +18,16 @@ class OutOfMemoryError(RuntimeError):
     """As torch names it."""
 
 
+class DeviceError(RuntimeError):
+    """What a kernel raises, as late as its results are read."""
+
+
 class RandomRunner:
     """Gives each sequence the next number of its own source, and has no memory for more than `room` tokens a step."""
 
     def __init__(self) -> None:
         self.room = 1000
+        self.unreadable = False
 
     def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
         clock.begin()
@@ -30,10 +35,21 @@ class RandomRunner:
         if sum(work.count for work in plan) > self.room:
             raise OutOfMemoryError("CUDA out of memory")
         clock.end()
+        if self.unreadable:
+            raise DeviceError("CUDA error: device-side assert triggered")
         return drawn
 
     def copy(self, copies: Row[Copy]) -> None:
         raise AssertionError("nothing is shared here")
+
+
+class LateClock(HostClock):
+    """Knows of a step's end later, as a device does."""
+
+    late = True
+
+    def harvest(self) -> list[StepTime]:
+        return [] if self.late else super().harvest()
 
 
 def engine_of(runner: RandomRunner) -> Engine:
@@ -102,14 +118,6 @@ def test_a_turn_that_fails_elsewhere_than_in_its_step_sheds_nobody() -> None:
 
 
 def test_steps_that_were_finished_before_a_fault_are_still_reported() -> None:
-    class LateClock(HostClock):
-        """Knows of a step's end one turn later, as a device does."""
-
-        late = True
-
-        def harvest(self) -> list:  # type: ignore[type-arg]
-            return [] if self.late else super().harvest()
-
     runner, clock = RandomRunner(), LateClock()
     engine = Engine(runner, clock, Limits(8, 256), frozenset(), 512, PagedBlocks(128, 16, prefix=False))
     engine.submit(ask("a"))
@@ -118,9 +126,74 @@ def test_steps_that_were_finished_before_a_fault_are_still_reported() -> None:
     with pytest.raises(OutOfMemoryError):
         engine.turn()
     clock.late = False
+    report, failed = engine.last_report()
+    assert isinstance(report, StepReport)
+    assert isinstance(failed, StepReport)
+    assert [token.session_id for token in report.tokens] == ["a"]
+    assert [token.session_id for token in failed.tokens] == []
+
+
+@pytest.mark.parametrize("unreadable", [False, True], ids=["half-way", "when its tokens are read"])
+def test_a_step_that_fails_is_booked_to_the_platform_as_far_as_it_was_measured(unreadable: bool) -> None:
+    runner = RandomRunner()
+    engine = with_sessions(engine_of(runner), "a", "bb")
+    drive(engine, turns=2)
+    runner.room, runner.unreadable = (1000, True) if unreadable else (1, False)
+    with pytest.raises(DeviceError if unreadable else OutOfMemoryError):
+        engine.turn()
     (report,) = engine.last_report()
     assert isinstance(report, StepReport)
-    assert [token.session_id for token in report.tokens] == ["a"]
+    assert report.gpu_ns == report.ended_ns - report.started_ns > 0
+    assert [(part.session_id, part.recompute, part.sampled, part.prompt_tokens) for part in report.parts] == [
+        ("a", True, 0, 0),
+        ("bb", True, 0, 0),
+    ]
+
+
+def test_after_a_failure_every_time_still_goes_to_its_own_step() -> None:
+    runner, clock = RandomRunner(), LateClock()
+    engine = Engine(runner, clock, Limits(8, 256), frozenset(), 512, PagedBlocks(128, 16, prefix=False))
+    engine.submit(ask("a"))
+    assert engine.turn() == []
+    runner.unreadable = True  # after the clock's end: it has a time now that no step waited for
+    with pytest.raises(DeviceError):
+        engine.turn()
+    runner.unreadable, clock.late = False, False
+    engine.submit(ask("bb", 40))
+    reports = [event for event in engine.turn() if isinstance(event, StepReport)]
+    assert [[(part.session_id, part.new_tokens, part.recompute) for part in one.parts] for one in reports] == [
+        [("a", 4, False)],
+        [("a", 1, True)],
+        [("a", 1, False), ("bb", 40, False)],
+    ]
+
+
+def test_a_step_that_fails_before_its_first_kernel_has_no_time() -> None:
+    class Unstaged(RandomRunner):
+        def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
+            raise DeviceError("no pinned memory")
+
+    engine = with_sessions(engine_of(Unstaged()), "a")
+    with pytest.raises(DeviceError):
+        engine.turn()
+    assert engine.last_report() == []
+
+
+def test_what_fails_on_a_device_that_tells_nothing_more_leaves_no_step_behind() -> None:
+    class DeadClock(HostClock):
+        def abort(self) -> bool:
+            self._started_ns = None
+            return False
+
+    runner = RandomRunner()
+    engine = Engine(runner, DeadClock(), Limits(8, 256), frozenset(), 512, PagedBlocks(128, 16, prefix=False))
+    engine.submit(ask("a"))
+    runner.room = 0
+    with pytest.raises(OutOfMemoryError):
+        engine.turn()
+    runner.room = 1000
+    (report,) = [event for event in engine.turn() if isinstance(event, StepReport)]
+    assert [part.recompute for part in report.parts] == [False]
 
 
 def with_sessions(engine: Engine, *names: str) -> Engine:

@@ -203,3 +203,44 @@ def test_what_was_split_before_a_calibration_keeps_the_name_of_its_profile() -> 
         (Kind.ACCOUNT, calibrated.hash): 2000,
         (Kind.SESSION, calibrated.hash): 2000,
     }
+
+
+def test_the_cache_that_a_session_held_is_stated_in_byte_seconds_and_no_slice_rounds_any_away() -> None:
+    meter = new_meter()
+    meter.kv_token_bytes = 3
+    meter.begin("one", "acme", START)
+    meter.step(START + 5, START + 5 + 10**8, 10**8, [prefill("one", 100)])  # 100 tokens, 0.1 s: 30 byte-seconds
+    found = of_session(meter.cut(START + 10**9), "one")
+    for number in range(7):  # 0.4 s of 100 tokens between two steps, 0.1 s of 101 in one: 120 + 30.3
+        since = START + 5 + 10**8 + number * 5 * 10**8
+        meter.step(since + 4 * 10**8, since + 5 * 10**8, 10**8, [decode("one", 100)])
+        found += of_session(meter.cut(since + 5 * 10**8), "one")
+    meter.end("one", Status.FINISHED, START + 4 * 10**9)
+    found += of_session(meter.cut(START + 4 * 10**9), "one")
+    assert [one.kv_byte_s for one in found] == [30, 150, 150, 150, 151, 150, 150, 151, 0]
+    assert sum(one.kv_byte_s for one in found) == (30 * 10 + 7 * 1503) // 10
+
+
+def test_a_long_session_on_a_big_cache_stays_within_a_records_integers() -> None:
+    meter = new_meter()
+    meter.kv_token_bytes = 327_680  # 70 billion parameters in bfloat16: 80 layers, 8 heads of 128
+    meter.begin("long", "acme", START)
+    meter.step(START + 5, START + 10**9, 10**9 - 5, [prefill("long", 131_072)])
+    meter.step(START + 50 * 10**9, START + 51 * 10**9, 10**9, [decode("long", 131_072)])
+    meter.end("long", Status.FINISHED, START + 51 * 10**9)
+    (record,) = of_session(meter.cut(START + 52 * 10**9), "long")
+    assert parse(canonical(replace(record, seq=1))).kv_byte_s == record.kv_byte_s
+    assert record.kv_byte_s * 10**9 > 2**63
+    assert record.kv_byte_s == pytest.approx(51 * 131_072 * 327_680, rel=1e-4)
+
+
+def test_what_a_preemption_took_away_was_not_held_meanwhile() -> None:
+    meter = new_meter()
+    meter.kv_token_bytes = 10**6
+    meter.begin("one", "acme", START)
+    meter.step(START, START + 10**9, 10**9, [prefill("one", 10)])
+    again = Part("one", 10, 0, prefill=True, sampled=0, recompute=True)
+    meter.step(START + 5 * 10**9, START + 6 * 10**9, 10**9, [again])
+    meter.step(START + 6 * 10**9, START + 7 * 10**9, 10**9, [decode("one", 10)])
+    (record,) = of_session(meter.cut(START + 8 * 10**9), "one")
+    assert record.kv_byte_s == (10 + 11) * 10**6

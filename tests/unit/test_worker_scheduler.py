@@ -20,6 +20,8 @@ class Counting:
     """A runner whose tokens are the sequence's length; a device on which every step takes ten units."""
 
     kind = "host"
+    begun = 0
+    drift_ppb = None
 
     def __init__(self, late: int = 0) -> None:
         self.now = 0
@@ -40,6 +42,9 @@ class Counting:
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def abort(self) -> bool:
+        return False
 
     def harvest(self) -> list[StepTime]:
         """Steps are known `late` turns after they ran, as with CUDA events."""

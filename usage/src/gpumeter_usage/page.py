@@ -8,6 +8,7 @@ Owns the wire format of port 8001 in both directions. Knows no HTTP: it turns da
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,9 +104,9 @@ def decode_page(data: bytes) -> Page:
     )
 
 
-def encode_status(status: JournalStatus) -> bytes:
-    """A JSON object; `boots` is a list of objects."""
-    return json.dumps(asdict(status), separators=(",", ":")).encode()
+def encode_status(status: JournalStatus, beside: Mapping[str, object] | None = None) -> bytes:
+    """A JSON object; `boots` is a list of objects. What stands `beside` is for people, and no reader depends on it."""
+    return json.dumps({**(beside or {}), **asdict(status)}, separators=(",", ":")).encode()
 
 
 def decode_status(data: bytes) -> JournalStatus:

@@ -59,7 +59,9 @@ class Record:
     """One immutable statement of a worker. Times are UTC nanoseconds since 1970, durations GPU-nanoseconds.
 
     The key is (worker_uid, boot_id, seq). `batch_ns` is the sum over steps of share x sequences in the step, so that
-    batch_ns / gpu_ns is the mean batch size; `kv_byte_ns` the sum of KV-cache bytes x time.
+    batch_ns / gpu_ns is the mean batch size; `kv_byte_s` the KV cache that the session held, in byte-seconds: eighty
+    gigabytes for a year stay below 2^63, which byte-nanoseconds leave after nine gigabyte-seconds. What a slice rounds
+    off is in the session's next one.
     """
 
     worker_uid: str
@@ -81,7 +83,7 @@ class Record:
     completion_tokens: int = 0
     steps: int = 0
     batch_ns: int = 0
-    kv_byte_ns: int = 0
+    kv_byte_s: int = 0
     gpu_uuid: str = ""
     gpu_class: str
     clock: str

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from gpumeter_worker import failure
 from gpumeter_worker.failure import StartupFailed
-from gpumeter_worker.machine import Driver
+from gpumeter_worker.machine import Driver, Others
 from gpumeter_worker.modelfiles import ModelFacts, served_dtype
 
 SHARED_MEMORY_BYTES = 64 * 2**20
@@ -17,6 +17,9 @@ SHARED_MEMORY_BYTES = 64 * 2**20
 
 CONTEXT_BYTES = 512 * 10**6
 """What CUDA itself takes of a GPU before a weight is on it: context, kernels, libraries' work space."""
+
+FOREIGN_BYTES = 256 * 2**20
+"""More of a GPU's memory than the driver leaves behind, and less than one CUDA context of somebody else's takes."""
 
 _BF16_CAPABILITY = (8, 0)
 
@@ -56,6 +59,8 @@ class MachineFacts:
     torch_cuda: str | None  # "" for a CPU build; None: unknown
     shared_memory: int
     memory: int
+    mps_pipe: str = ""  # the directory of an MPS daemon's pipes
+    billed: bool = True  # by the measured time of its steps; a worker run by hand bills nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def check_machine(facts: MachineFacts) -> tuple[Check, ...]:
     device = _device(facts)
     if device.verdict is Verdict.FAILED:
         return (device,)
-    return (device, _toolkit(facts), _shared_memory(facts))
+    return (device, _sharing(facts), _toolkit(facts), _shared_memory(facts))
 
 
 def check_model(model: ModelFacts, facts: MachineFacts, asked: Asked) -> tuple[Check, ...]:
@@ -110,6 +115,29 @@ def _device(facts: MachineFacts) -> Check:
             "check resources.gpu.resourceName, and the device plugin of the node",
         )
     return Check("device", ", ".join(gpu.name for gpu in driver.gpus))
+
+
+def _sharing(facts: MachineFacts) -> Check:
+    """A GPU that containers take turns on, or share by MPS, lets a step last as long as the others' work says."""
+    others = facts.driver.others if facts.driver else Others()
+    if facts.mps_pipe or others.mps_clients:
+        clients = f"{others.mps_clients} MPS client{'s' if others.mps_clients != 1 else ''}"
+        how = f"CUDA_MPS_PIPE_DIRECTORY is {facts.mps_pipe}" if facts.mps_pipe else clients
+        found = f"this GPU is shared by MPS ({how})"
+    elif others.processes:
+        found = f"{others.processes} other process{'es compute' if others.processes > 1 else ' computes'} on this GPU"
+    elif (others.used or 0) >= FOREIGN_BYTES:
+        found = f"{_gb(others.used or 0)} of this GPU's memory are used, and not by this worker"
+    else:
+        return Check("sharing", "nobody else is seen on this GPU")
+    return Check(
+        "sharing",
+        f"{found}, so the time of a step holds others' work and cannot be billed as measured",
+        Verdict.FAILED if facts.billed else Verdict.WARNING,
+        "give the worker a whole GPU or a MIG instance: name one by spec.resources.gpu.resourceName, or take "
+        "time-slicing and MPS out of the device plugin's configuration of this node",
+        failure.GPU_SHARED,
+    )
 
 
 def _toolkit(facts: MachineFacts) -> Check:

@@ -70,6 +70,8 @@ def machine_facts(settings: Settings) -> MachineFacts:
         torch_cuda=machine.torch_cuda(),
         shared_memory=machine.shared_memory_bytes(),
         memory=machine.memory_bytes(),
+        mps_pipe=machine.mps_pipe() if files else "",
+        billed=not settings.dev,
     )
 
 

@@ -1,13 +1,16 @@
 """`python -m gpumeter_worker.gpuprobe`: what the NVIDIA driver says of itself and its GPUs, as one JSON object.
 
-Owns the calls into libcuda and NVML, by ctypes. A process of its own, because a broken driver may hang or crash whoever
-asks it, and because a library that is never unloaded should not stay in the worker. Judges nothing.
+Owns the calls into libcuda, by ctypes; telemetry.nvml asks NVML. A process of its own, because a broken driver may hang
+or crash whoever asks it, and because a library that is never unloaded should not stay in the worker. Judges nothing.
 """
 
 import ctypes
 import json
 import sys
+import uuid
 from typing import Any
+
+from gpumeter_worker.telemetry import nvml
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -19,7 +22,7 @@ def main() -> int:
 
 
 def _cuda() -> dict[str, Any]:
-    found: dict[str, Any] = {"cuda": 0, "devices": [], "problem": ""}
+    found: dict[str, Any] = {"cuda": 0, "devices": [], "nvml": None, "problem": ""}
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -54,31 +57,47 @@ def _cuda() -> dict[str, Any]:
                 "free": free[index] if len(free) == count.value and free[index] <= total.value else total.value,
             }
         )
+    found["nvml"] = _nvml()
     return found
 
 
-def _free_bytes() -> list[int]:
-    """Free memory of every GPU without making a context on it, which would take some of it."""
+def first_uuids() -> tuple[str, ...]:
+    """How NVML may write the UUID of the device that CUDA takes first; empty where the driver does not tell.
 
-    class Memory(ctypes.Structure):
-        _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
-
+    CUDA tells the sixteen bytes of a GPU or of a MIG instance, and not of which of the two.
+    """
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        library = ctypes.CDLL("libcuda.so.1")
+        device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+        if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
+            return ()
+        if library.cuDeviceGetUuid_v2(raw, device):
+            return ()
+    except (OSError, AttributeError):
+        return ()
+    text = str(uuid.UUID(bytes=bytes(raw)))
+    return (f"GPU-{text}", f"MIG-{text}")
+
+
+def _nvml() -> dict[str, Any] | None:
+    """Who else uses the first device, as far as NVML tells. Nobody here has made a context on it yet."""
+    try:
+        device = nvml.open_device(first_uuids)
+        seen = nvml.look(device)
+        return {
+            "processes": seen.processes,
+            "mps_clients": seen.mps_clients,
+            "used": nvml.used_bytes(device),
+        }
+    except nvml.NvmlAbsent:
+        return None
+
+
+def _free_bytes() -> list[int]:
+    try:
+        return nvml.free_bytes()
+    except nvml.NvmlAbsent:
         return []
-    count, free = ctypes.c_uint(), []
-    if library.nvmlInit_v2() != 0 or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return []
-    for index in range(count.value):
-        handle, memory = ctypes.c_void_p(), Memory()
-        if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) != 0:
-            return []
-        if library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
-            return []
-        free.append(int(memory.free))
-    library.nvmlShutdown()
-    return free
 
 
 def _name(library: ctypes.CDLL, code: int) -> str:

@@ -12,11 +12,14 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROBE_TIMEOUT_S = 60.0
 """A driver that works answers in a second or two, with eight GPUs in some more."""
+
+_MPS_PIPE = Path("/tmp/nvidia-mps")  # noqa: S108 - CUDA's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +33,22 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """Who uses the first GPU before this worker does, as far as NVML tells; None where it does not."""
+
+    processes: int | None = None
+    mps_clients: int | None = None
+    used: int | None = None  # bytes of its memory, without the driver's own
+
+
+@dataclass(frozen=True, slots=True)
 class Driver:
     """What the driver said. `cuda` is the newest CUDA version that it supports, (12, 8) for example, or None."""
 
     cuda: tuple[int, int] | None
     gpus: tuple[Gpu, ...]
     problem: str  # why it could not be asked; empty where it could
+    others: Others = Others()
 
 
 def driver() -> Driver:
@@ -62,6 +75,7 @@ def read_probe(text: str) -> Driver:
             for one in found["devices"]
         ),
         problem=found["problem"],
+        others=Others(**(found.get("nvml") or {})),
     )
 
 
@@ -89,6 +103,16 @@ def device_files(devices: Path = Path("/dev")) -> tuple[str, ...]:
     found = [path.name for path in devices.glob("nvidia[0-9]*")]
     found += [name for name in ("nvidia-caps", "dxg") if (devices / name).exists()]
     return tuple(sorted(found))
+
+
+def mps_pipe(environment: Mapping[str, str] = os.environ, default: Path = _MPS_PIPE) -> str:
+    """Where a CUDA program of this container would find an MPS daemon; empty where there is none.
+
+    Kubernetes' device plugin sets the variable in every container that it gives a share of a GPU by MPS; a daemon on a
+    plain machine has a control pipe in the default place.
+    """
+    named = environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
+    return named or (str(default) if (default / "control").exists() else "")
 
 
 def torch_cuda() -> str | None:

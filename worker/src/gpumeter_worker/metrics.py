@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from gpumeter_usage.record import Status
 from gpumeter_worker.engine.messages import StepReport
 from gpumeter_worker.readiness import HUNG, RESTARTING
+from gpumeter_worker.telemetry import exposition as gpu
 
 if TYPE_CHECKING:
     from gpumeter_worker.worker import Worker
@@ -59,6 +60,11 @@ class Observations:
         self._engines_lost = Counter(
             "gpumeter_engine_restarts", "Engines lost, by why", ["reason"], registry=self.registry
         )
+        self.drift_ppm = Gauge(
+            "gpumeter_step_clock_drift_ppm",
+            "How much faster than the host's clock the one of the steps runs; 0 where they are one",
+            registry=self.registry,
+        )
         self.kv_tokens = Gauge("gpumeter_kv_tokens", "Tokens in the cache", registry=self.registry)
         for status in (Status.FINISHED, Status.CANCELLED, Status.FAILED):
             self._sessions.labels(status.value)
@@ -74,6 +80,8 @@ class Observations:
         self._generated.inc(len(step.tokens))
         self.kv_tokens_now = step.kv_tokens
         self.kv_tokens.set(step.kv_tokens)
+        if step.drift_ppb is not None:
+            self.drift_ppm.set(step.drift_ppb / 1000)
 
     def token(self, begun_ns: int, last_token_ns: int, now_ns: int) -> None:
         """A session got a token."""
@@ -162,6 +170,7 @@ class WorkerState(Collector):
         yield GaugeMetricFamily(
             "gpumeter_journal_commit_seconds", "The last transaction", value=worker.journal.commit_ns_last / 1e9
         )
+        yield from gpu.families(worker.gpu)
 
 
 def exposition(worker: "Worker") -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from gpumeter_usage.record import Status
+from gpumeter_usage.record import Account, Status
 from gpumeter_worker import diagnosis, machine
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
@@ -44,6 +44,8 @@ from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
 from gpumeter_worker.settings import Settings
 from gpumeter_worker.sources.aside import fetch_aside
 from gpumeter_worker.supervisor import Supervisor
+from gpumeter_worker.telemetry.sample import Sample, gpu_class
+from gpumeter_worker.telemetry.watch import GpuWatch, Metered
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class Worker:
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
         self.loading = Loading()
+        self.gpu = GpuWatch(settings.gpu_count, self._metered, self._on_device)
         self.engines = Supervisor(
             self._on_event,
             self._on_lost,
@@ -119,6 +122,7 @@ class Worker:
             await asyncio.Event().wait()
         await asyncio.to_thread(self.profiles.open)
         self.flusher.start()
+        watching = asyncio.create_task(self.gpu.run())
         if path is None:
             self._enter(Phase.LOAD, time.monotonic_ns())
             settings = self.settings
@@ -132,6 +136,7 @@ class Worker:
             await asyncio.gather(self._read_tokenizer(path), self.engines.run(self._options(path)))
         finally:
             telling.cancel()
+            watching.cancel()
             self.engines.kill()
 
     @property
@@ -313,7 +318,9 @@ class Worker:
         self.flusher.want()
 
     def _on_ready(self, ready: Ready) -> None:
-        self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
+        if not self.meter.identity.gpu_uuid:  # NVML knows it better: a MIG instance's own
+            self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
+        self.meter.kv_token_bytes = ready.kv_token_bytes
         self._adopt(ready)
         if not self._draining:
             self._enter(Phase.SERVING, ready.at_ns)
@@ -337,6 +344,20 @@ class Worker:
                 if choice.finish is None:
                     self._finish(session, choice, Finish.FAILED, f"{loss.how} while it served this request")
         self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
+
+    def _on_device(self, sample: Sample) -> None:
+        """NVML shows a GPU, for the first time or another one: records name it from here on."""
+        named = gpu_class(self.settings.gpu_class, sample)
+        self.meter.identity = replace(self.meter.identity, gpu_uuid=sample.uuid, gpu_class=named)
+
+    def _metered(self) -> Metered:
+        accounts = self.meter.accounts
+        return Metered(
+            attributed_ns=accounts.totals_ns[Account.ATTRIBUTED],
+            nonbillable_ns=accounts.totals_ns[Account.NONBILLABLE],
+            serving=accounts.phase is Phase.SERVING,
+            busy=len(self.sessions) > 0,
+        )
 
     def _enter(self, phase: Phase, at_ns: int) -> None:
         if self._draining and phase is not Phase.DRAIN:

@@ -15,6 +15,7 @@ from gpumeter_worker.metering.profiles import Adopted, Profiles
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.readiness import Readiness
 from gpumeter_worker.settings import Settings
+from gpumeter_worker.telemetry.watch import GpuWatch, Metered
 
 
 class Clerk(Protocol):
@@ -69,3 +70,7 @@ class UsageDesk(Protocol):
     @property
     def profiles(self) -> Profiles:
         """The parameters that its records name."""
+
+    @property
+    def gpu(self) -> GpuWatch:
+        """What is known of the device."""

@@ -29,10 +29,11 @@ def usage_app(worker: UsageDesk) -> FastAPI:
 
     @app.get("/usage/v1/status")
     async def status(request: Request) -> Response:
-        """Every boot in the journal."""
+        """Every boot in the journal, and beside it what is known of the GPU: signals and estimates, never a bill."""
         _refuse_others(request, worker)
         try:
-            return Response(encode_status(await worker.journal.status()), media_type="application/json")
+            status = encode_status(await worker.journal.status(), {"gpu": worker.gpu.facts()})
+            return Response(status, media_type="application/json")
         except JournalUnusable as error:
             raise _unusable(error) from None
 

@@ -133,7 +133,13 @@ class Engine:
             if copies := self._blocks.take_copies():
                 self._runner.copy(copies)
             self._attempted = plan
-            sampled = self._runner.run(plan, self._clock)
+            begun = self._clock.begun
+            try:
+                sampled = self._runner.run(plan, self._clock)
+            except Exception:
+                if self._clock.begun > begun:
+                    self._book_failed(plan)
+                raise
             self._attempted = []
             self._postprocess(plan, sampled)
         return self._report()
@@ -196,6 +202,27 @@ class Engine:
         for sequence, finish in finished:
             self._end(sequence, finish, _NO_PROBABILITIES if finish is Finish.FAILED else "")
 
+    def _book_failed(self, plan: list[Work]) -> None:
+        """A step that failed after its first kernel, wherever: its time is the platform's as far as it was measured.
+
+        Nobody gets anything of it, and whoever goes on does that work again. Every step that the clock is going to
+        return stands in `_unreported`, so that later times are not given to the wrong steps.
+        """
+        if not self._clock.abort():
+            return
+        parts = tuple(
+            Part(
+                work.sequence.session_id,
+                work.count,
+                work.sequence.computed,
+                work.prefill,
+                sampled=0,
+                recompute=True,
+            )
+            for work in plan
+        )
+        self._unreported.append(_Unreported(parts, (), self._scheduler.running, self._scheduler.cache_tokens))
+
     def _end(self, sequence: Sequence, finish: Finish, message: str = "") -> None:
         ended = Ended(sequence.session_id, finish, sequence.choice, message)
         (self._unreported[-1].ended if self._unreported else self._ended).append(ended)
@@ -207,7 +234,14 @@ class Engine:
             step = self._unreported.popleft()
             events.append(
                 StepReport(
-                    time.started_ns, time.ended_ns, time.gpu_ns, step.parts, step.tokens, step.running, step.kv_tokens
+                    time.started_ns,
+                    time.ended_ns,
+                    time.gpu_ns,
+                    step.parts,
+                    step.tokens,
+                    step.running,
+                    step.kv_tokens,
+                    self._clock.drift_ppb,
                 )
             )
             events += step.ended

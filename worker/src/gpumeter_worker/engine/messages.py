@@ -87,6 +87,8 @@ class Ready:
     dtype: str
     cache_tokens: int
     """How many tokens the cache holds, all sequences together."""
+    kv_token_bytes: int = 0
+    """What one token takes of the cache, keys and values of all layers."""
     remarks: tuple[str, ...] = ()
     """Sentences about what was asked for and is not so: a compile that failed, for example."""
     calibration: Calibration | None = None
@@ -115,6 +117,8 @@ class StepReport:
     running: int
     kv_tokens: int
     """Tokens in the cache after the step."""
+    drift_ppb: int | None = None
+    """How much faster than the host's clock the device's runs, in parts per billion; None where nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,5 +169,6 @@ class ModelRunner:
             gpu_uuid=self._device.uuid,
             dtype=str(self._loaded.dtype).removeprefix("torch."),
             cache_tokens=self._device.cache_tokens,
+            kv_token_bytes=self._loaded.kv_token_bytes,
             remarks=tuple(self._device.remarks),
         )

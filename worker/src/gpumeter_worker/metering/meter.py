@@ -64,11 +64,20 @@ class Totals:
 
 
 @dataclass(slots=True)
+class _Held:
+    """A session's place in the cache: when a step last held it, and the byte-nanoseconds that no slice states yet."""
+
+    until_ns: int = 0
+    byte_ns: int = 0
+
+
+@dataclass(slots=True)
 class _Session:
     tenant: str
     since_ns: int
     """Where the next slice starts: the session's begin, then the end of the slice before."""
     totals: Totals = field(default_factory=Totals)
+    held: _Held = field(default_factory=_Held)
 
 
 @dataclass(slots=True)
@@ -77,6 +86,7 @@ class _Slice:
     tenant: str
     started_ns: int
     ended_ns: int
+    held: _Held
     status: Status = Status.OPEN
     gpu_ns: int = 0
     prefill_ns: int = 0
@@ -93,6 +103,7 @@ class Meter:
     def __init__(self, identity: Identity, profile: Profile, started_ns: int) -> None:
         self.identity = identity
         self.profile = profile
+        self.kv_token_bytes = 0  # told by the engine when it is ready
         self.accounts = Accounts(started_ns)
         self._sessions: dict[str, _Session] = {}
         self._slices: dict[str, _Slice] = {}
@@ -127,9 +138,13 @@ class Meter:
             session = self._sessions.get(part.session_id)
             if session is None or part.recompute:  # no tenant asked for it: the platform pays
                 continue
+            self._hold(part, session.held, started_ns, ended_ns)
             attributed_ns += share_ns
             self._add(part, session, share_ns, len(parts), first=part.session_id not in seen)
             seen.add(part.session_id)
+        for part in parts:
+            if session := self._sessions.get(part.session_id):
+                session.held.until_ns = ended_ns
         self.accounts.own(attributed_ns, booked_ns - attributed_ns)
         return shares_ns
 
@@ -177,10 +192,19 @@ class Meter:
         running.steps += first  # a session's choices may share a step, which is one step of the session
         running.batch_ns += share_ns * batch
 
+    def _hold(self, part: Part, held: _Held, started_ns: int, ended_ns: int) -> None:
+        """What it held since its step before, and then with the new tokens: the peak of this step, as long as it ran.
+
+        Each sequence counts as if its cache were its own, whoever else finds a prefix in the same blocks.
+        """
+        gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
+        before, after = part.context_tokens, part.context_tokens + part.new_tokens
+        held.byte_ns += (before * gap_ns + after * max(0, ended_ns - started_ns)) * self.kv_token_bytes
+
     def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
         minute_start_ns = (ended_ns - 1) // MINUTE_NS * MINUTE_NS  # what ends on an edge lies in the minute before
         started_ns = min(max(session.since_ns, minute_start_ns), ended_ns)
-        running = _Slice(session_id, session.tenant, started_ns, ended_ns)
+        running = _Slice(session_id, session.tenant, started_ns, ended_ns, session.held)
         self._slices[session_id] = running
         return running
 
@@ -210,6 +234,7 @@ class Meter:
         self._slices = {}
 
     def _record(self, running: _Slice) -> Record:
+        kv_byte_s, running.held.byte_ns = divmod(running.held.byte_ns, 10**9)
         return Record(
             kind=Kind.SESSION,
             account=Account.ATTRIBUTED,
@@ -225,6 +250,7 @@ class Meter:
             completion_tokens=running.completion_tokens,
             steps=running.steps,
             batch_ns=running.batch_ns,
+            kv_byte_s=kv_byte_s,
             profile_hash=self.profile.hash,
             status=running.status,
             **_common(self.identity),

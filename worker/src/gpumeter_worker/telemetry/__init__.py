@@ -1,0 +1,1 @@
+"""What NVIDIA's management library says of the GPU: signals and cross-checks, and never a reason to bill anybody."""
