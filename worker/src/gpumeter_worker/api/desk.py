@@ -15,7 +15,7 @@ from gpumeter_worker.metering.profiles import Adopted, Profiles
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.readiness import Readiness
 from gpumeter_worker.settings import Settings
-from gpumeter_worker.telemetry.watch import GpuWatch, Metered
+from gpumeter_worker.telemetry.watch import GpuWatch
 
 
 class Clerk(Protocol):
