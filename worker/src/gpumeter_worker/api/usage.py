@@ -16,7 +16,8 @@ from gpumeter_usage.page import (
 from gpumeter_worker.api.app import read_body, translate_errors
 from gpumeter_worker.api.errors import Refused, bad_parameter
 from gpumeter_worker.api.identity import is_collector
-from gpumeter_worker.metering.journal import AcknowledgementRefused, JournalUnusable, RecordsGone
+from gpumeter_worker.metering.journal import AcknowledgementRefused, RecordsGone
+from gpumeter_worker.metering.journalfile import JournalUnusable
 from gpumeter_worker.worker import Worker
 
 _MAX_ACKNOWLEDGEMENT_BYTES = 4096

@@ -47,10 +47,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier."""
+    """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier.
+
+    `unmeasured_ns` of the time since the flush before are in no record, because nobody measured them.
+    """
 
     records: tuple[Record, ...]
     frontier_ns: int
+    unmeasured_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -97,6 +101,7 @@ class Meter:
         self._sessions: dict[str, _Session] = {}
         self._slices: dict[str, _Slice] = {}
         self._records: list[Record] = []
+        self._unmeasured_stated_ns = 0
 
     def enter(self, phase: Phase, at_ns: int) -> None:
         """The worker's phase changes."""
@@ -139,23 +144,31 @@ class Meter:
         self._close(self.accounts.end(at_ns))
         return session.totals
 
+    def lose(self, at_ns: int) -> None:
+        """The engine is lost and with it the step that it was in. Comes before the ends of the sessions in flight."""
+        self._close(self.accounts.lose(at_ns))
+
     def cut(self, at_ns: int) -> Flush | None:
         """Everything up to the frontier that no flush has stated yet, or None if there is nothing."""
         self._close(self.accounts.catch_up(at_ns))
         self._close(self.accounts.cut())
         self._write_slices()  # ends of sessions that used nothing since the last flush
-        if not self._records:
+        if not self._records and self._unmeasured_stated_ns == self.accounts.unmeasured_ns:
             return None
         records, self._records = tuple(self._records), []
-        return Flush(records, self.accounts.frontier_ns)
+        return Flush(records, self.accounts.frontier_ns, self._unmeasured())
 
     def nothing(self) -> Flush:
         """A flush that states nothing, to carry a seal."""
-        return Flush((), self.accounts.frontier_ns)
+        return Flush((), self.accounts.frontier_ns, self._unmeasured())
 
     def seal(self, status: Status) -> Record:
         """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
         return seal(self.identity, self.accounts.frontier_ns, status)
+
+    def _unmeasured(self) -> int:
+        stated_ns, self._unmeasured_stated_ns = self._unmeasured_stated_ns, self.accounts.unmeasured_ns
+        return self._unmeasured_stated_ns - stated_ns
 
     def _add(self, part: Part, session: _Session, share_ns: int, batch: int, *, first: bool) -> None:
         frontier_ns = self.accounts.frontier_ns
