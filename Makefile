@@ -97,6 +97,8 @@ bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row:
 	@$(PY) -m bench.engine_kill
 bench-kill: setup ## kill -9 of worker and collector at 1,000 seeded points: what is lost and doubled; ARGS="--runs 50"
 	@$(PY) -m bench.kill $(ARGS)
+bench-conservation: setup ## Who owns each nanosecond: an hour on a made-up clock, ten minutes of real load; ARGS="--minutes 1"
+	@$(PY) -m bench.conservation $(ARGS)
 bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone, mixed, found, chunked, preempted
 	@GPUMETER_EQUALITY_PROMPTS=200 $(PY) -m pytest -q tests/contract/test_worker_equality.py
 
