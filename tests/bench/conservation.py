@@ -2,8 +2,8 @@
 
     python -m bench.conservation [--seconds 3600] [--minutes 10] [--seed 1] [--model tiny|smollm2]
 
-Owns the table and the figures that are kept; `rigs.hour` and `rigs.realload` own the loads and what must be true. Either
-half is left out with 0.
+Owns the table and the figures that are kept; `rigs.hour` and `rigs.realload` own the loads and what must be true. With
+0 either half is left out.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
             }
         if asked.minutes:
             model = tiny_model(Path(folder) / "model") if asked.model == "tiny" else model_path()
-            sums = load(Path(folder) / "worker", model, asked.minutes, asked.seed, asked.kill_every)
+            sums = load(Path(folder) / "worker", model, asked.minutes, seed=asked.seed, kill_every_s=asked.kill_every)
             if 1000 * abs(sums.residual_ns) > RESIDUAL_PER_MILLE_MAX * sums.allocated_ns:
                 sums.problems.append(f"the residual is {sums.residual_ns} ns of {sums.allocated_ns} ns")
             _tell_real(asked.minutes, sums)

@@ -1,5 +1,5 @@
-"""An hour of a worker's life on a clock that is made up: the real engine loop and scheduler on a device that only counts
-time, the real meter and journal, and the real collector and ledger.
+"""An hour of a worker's life on a clock that is made up: the real engine loop and scheduler on a device that does no
+more than count time, the real meter and journal, and the real collector and ledger.
 
 Owns the load (arrivals, lengths, cancels, engines that crash, a worker that is killed), the device, and a second,
 independent count of every step, against which shares, slices, accounts, minutes and the hour are held.

@@ -1,4 +1,4 @@
-"""Minutes of real load on a real worker: mixed lengths, clients that leave, engines that are killed; all of it collected.
+"""Minutes of real load on a real worker: mixed lengths, clients that leave, engines that are killed, all collected.
 
 Owns the clients, the kills, and the sums at the end: what the container was given, what each account and each session
 got, and what nobody measured. `allocated` is from the fork of the process to its end, as a kubelet would see it.
@@ -40,7 +40,7 @@ class Sums:
         return self.allocated_ns - sum(self.accounts_ns.values())
 
 
-def load(folder: Path, model: Path, minutes: float, seed: int, kill_every_s: float, clients: int = 6) -> Sums:
+def load(folder: Path, model: Path, minutes: float, *, seed: int, kill_every_s: float, clients: int = 6) -> Sums:
     """Run a worker under load for so long, drain it, and add up what was collected."""
     sums, ledger, told = Sums(), Ledger(), dict[str, int]()
     environment = {"GPUMETER_MODEL_URI": f"file://{model}", "GPUMETER_MAX_QUEUE_LENGTH": "64"}
@@ -54,7 +54,7 @@ def load(folder: Path, model: Path, minutes: float, seed: int, kill_every_s: flo
         ]
         for thread in threads:
             thread.start()
-        _kill_and_collect(process, ledger, random.Random(seed), end_s, kill_every_s, sums)
+        _kill_and_collect(process, ledger, random.Random(seed), sums, end_s=end_s, kill_every_s=kill_every_s)
         for thread in threads:
             thread.join(120)
         sums.unmeasured_ns = round(process.metrics()["gpumeter_unmeasured_seconds_total"] * 1e9)
@@ -69,7 +69,7 @@ def load(folder: Path, model: Path, minutes: float, seed: int, kill_every_s: flo
 
 
 def _kill_and_collect(
-    process: WorkerProcess, ledger: Ledger, dice: random.Random, end_s: float, kill_every_s: float, sums: Sums
+    process: WorkerProcess, ledger: Ledger, dice: random.Random, sums: Sums, *, end_s: float, kill_every_s: float
 ) -> None:
     kill_at_s = time.monotonic() + kill_every_s * dice.uniform(0.5, 1.0)
     while (now_s := time.monotonic()) < end_s:

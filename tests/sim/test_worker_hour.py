@@ -1,4 +1,4 @@
-"""A minute of bench-conservation's hour, with many crashes: whatever happens, every nanosecond has one owner."""
+"""Minutes of bench-conservation's hour, with many crashes: whatever happens, every nanosecond has one owner."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rigs.hour import Hour, Load
 
 @pytest.mark.parametrize("seed", (3, 4))
 async def test_steps_slices_accounts_minutes_and_hours_agree_to_the_nanosecond(seed: int, tmp_path: Path) -> None:
-    load = Load(seconds=70, arrival_s=1.0, cancel_share=0.3, engine_crash_s=12, worker_kill_s=25)
+    load = Load(seconds=150, arrival_s=0.4, cancel_share=0.3, engine_crash_s=40, worker_kill_s=60)
     count = await Hour(tmp_path, seed, load).run()
     assert count.problems == []
     assert count.crashes and count.kills and count.preempted and count.sessions["cancelled"], "give it another seed"
