@@ -188,6 +188,17 @@ def test_a_running_session_is_stated_by_open_slices_and_ends_once() -> None:
     assert meter.cut(START + 160) is None
 
 
+def test_an_end_stands_behind_the_accounts_of_the_minutes_before_it() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.end("one", Status.CANCELLED, START + 3 * MINUTE_NS)
+    flush = meter.cut(START + 3 * MINUTE_NS)
+    assert flush is not None
+    assert flush.records[0].started_at == START, "a ledger takes the first record's start for the boot's"
+    ends = [record.ended_at for record in flush.records]
+    assert ends == sorted(ends)
+
+
 def test_mean_batch_size_can_be_read_from_a_slice() -> None:
     meter = new_meter()
     for name in ("one", "two"):

@@ -135,13 +135,16 @@ class Meter:
         """A session left the engine. Its last slice carries how it ended, with no time at all if it never ran."""
         session = self._sessions.pop(session_id)
         running = self._slices.get(session_id)
+        if running is not None:
+            running.status = status
+        self._close(self.accounts.end(at_ns))
         if running is None:
-            # Its time is journaled already, or there was none: a slice that only states the end, at the end.
+            # Its time is journaled already, or there was none: a slice that only states the end, at the end, and so
+            # behind the accounts of all minutes before.
             at_ns = max(at_ns, self.accounts.frontier_ns)
             running = self._slice(session_id, session, at_ns)
             running.started_ns = max(running.started_ns, (at_ns - 1) // MINUTE_NS * MINUTE_NS)
-        running.status = status
-        self._close(self.accounts.end(at_ns))
+            running.status = status
         return session.totals
 
     def lose(self, at_ns: int) -> None:
