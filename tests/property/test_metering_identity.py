@@ -1,8 +1,8 @@
 """The identity as a state machine: whatever happens to a worker, every nanosecond has exactly one owner.
 
 Meter, accounts, the real journal file, the real collector and the real ledger, driven by made-up clocks through steps,
-gaps, cancels, failures, lost engines, minute edges, flushes, acknowledgements that are lost, crashes and reopenings; and
-through what befalls clocks: leap seconds, NTP steps in both directions, a node that is suspended.
+gaps, cancels, failures, lost engines, minute edges, flushes, acknowledgements that are lost, crashes and reopenings;
+and through what befalls clocks: leap seconds, NTP steps in both directions, a node that is suspended.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
-from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -118,7 +117,7 @@ class Worker(RuleBasedStateMachine):
 
     @rule(moved=st.sampled_from((-SECOND, SECOND)) | st.integers(-20 * SECOND, 20 * SECOND))
     def the_nodes_clock_is_moved(self, moved: int) -> None:
-        """By a leap second or a step of NTP. The worker's line stays as it is; where it is too far off it starts anew."""
+        """By a leap second or a step of NTP. The worker's line stays; too far off, a new boot begins."""
         self.error = max(-SKEW_NS, min(SKEW_NS, self.error + moved))
         self._look_at_clock()
 
@@ -323,9 +322,8 @@ class Worker(RuleBasedStateMachine):
 
 TestWorker = Worker.TestCase
 TestWorker.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=40,
     deadline=None,
-    phases=(Phase_.generate,),
     suppress_health_check=list(HealthCheck),
 )
