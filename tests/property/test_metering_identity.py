@@ -322,7 +322,7 @@ class Worker(RuleBasedStateMachine):
 
 TestWorker = Worker.TestCase
 TestWorker.settings = settings(
-    max_examples=25,
+    max_examples=15,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

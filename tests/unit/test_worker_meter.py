@@ -190,8 +190,10 @@ def test_a_running_session_is_stated_by_open_slices_and_ends_once() -> None:
 
 def test_an_end_stands_behind_the_accounts_of_the_minutes_before_it() -> None:
     meter = new_meter()
-    meter.begin("one", "acme", START)
-    meter.end("one", Status.CANCELLED, START + 3 * MINUTE_NS)
+    for name in ("one", "two"):
+        meter.begin(name, "acme", START)
+    for name in ("one", "two"):  # while the other is in flight the first end lies beyond the frontier
+        meter.end(name, Status.CANCELLED, START + 3 * MINUTE_NS)
     flush = meter.cut(START + 3 * MINUTE_NS)
     assert flush is not None
     assert flush.records[0].started_at == START, "a ledger takes the first record's start for the boot's"

@@ -197,9 +197,12 @@ class Meter:
         return running
 
     def _close(self, closed: list[Segment]) -> None:
-        """The slices so far belong to the first segment that closes; what follows it starts afresh."""
+        """The slices so far belong to the first segment that closes; what follows it starts afresh.
+
+        But for ends without time of their own: they may lie beyond the frontier, and stand where they happened.
+        """
         for segment in closed:
-            self._write_slices()
+            self._write_slices(segment.ended_ns)
             self._records += [
                 Record(
                     kind=Kind.ACCOUNT,
@@ -213,12 +216,16 @@ class Meter:
                 for account, duration_ns in segment.sums_ns.items()
             ]
 
-    def _write_slices(self) -> None:
-        for running in self._slices.values():
+    def _write_slices(self, until_ns: int | None = None) -> None:
+        later: dict[str, _Slice] = {}
+        for name, running in self._slices.items():
+            if until_ns is not None and running.ended_ns > until_ns:
+                later[name] = running
+                continue
             self._records.append(self._record(running))
             if session := self._sessions.get(running.session_id):
                 session.since_ns = running.ended_ns
-        self._slices = {}
+        self._slices = later
 
     def _record(self, running: _Slice) -> Record:
         return Record(
