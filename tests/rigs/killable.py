@@ -8,6 +8,7 @@ What both tell of themselves outlives them: numbers in shared memory, and lines 
 """
 
 import asyncio
+import ctypes
 import gc
 import json
 import mmap
@@ -47,6 +48,8 @@ CHECKPOINT_NS = 5 * SECOND_NS
 STEP_NS_MAX = 40_000_000
 GAP_NS_MAX = 3_000_000
 PULL_S = 0.01
+
+_PR_SET_PDEATHSIG = 1
 
 WORKER_POINTS = ("insert", "commit", "committed", "answer", "trim")
 COLLECTOR_POINTS = ("statement", "commit", "taken", "acknowledged")
@@ -392,6 +395,7 @@ def fork(work: Any, run: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives a bench that is cut off
     try:
         work(run)
         os._exit(0)

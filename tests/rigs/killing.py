@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,10 @@ class _Process:
         return True
 
     def end(self) -> None:
-        """At once."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        """At once, unless it has ended already."""
+        with suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
 
 class _Run:
@@ -218,6 +220,9 @@ class _Run:
                 if done and self.shared.flushes >= LAST_FLUSHES:
                     self.shared.leaving = 1
                 time.sleep(LOOK_S)
+        except AssertionError:
+            collecting.end()
+            raise
         finally:
             serving.end()
             self.boots[-1].ended_ns = self.shared.now_ns + self.dice.randrange(SECOND_NS)
