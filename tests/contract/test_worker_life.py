@@ -3,19 +3,22 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import openai
 import pytest
 
 from gpumeter_usage.record import Kind, Status
+from gpumeter_worker.metering.journal import Journal
+from gpumeter_worker.metering.meter import Identity
 from rigs.worker import COMMAND, Ledger, WorkerProcess, hop_token, model_path, session_id, until, worker
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
@@ -110,7 +113,7 @@ def test_killed_at_any_moment_the_next_boot_continues_and_nothing_is_lost_or_dou
     assert (last.kind, last.status) == (Kind.SEAL, Status.DRAINED)
     assert ledger.ended(cut) in (Status.CANCELLED, Status.FINISHED)
     assert {record.account for record in ledger.all()} >= {"init", "load", "warmup", "attributed", "drain"}
-    ledger.check()
+    ledger.check(unmeasured_s=5)  # the step in which the engine was killed
 
 
 def _boots(process: WorkerProcess) -> tuple[object, ...]:
@@ -129,6 +132,41 @@ def test_sigterm_while_the_model_loads_seals_what_start_up_took(tmp_path: Path) 
         assert process.process.wait(30) == 0
     assert ledger.all()[-1].status is Status.DRAINED
     assert sum(record.gpu_ns for record in ledger.all() if record.account == "init") > 0
+    ledger.check()
+
+
+def test_sigterm_while_the_journal_is_being_opened_waits_for_it_and_seals_what_start_up_took(tmp_path: Path) -> None:
+    (tmp_path / "journal").mkdir()
+    Journal(tmp_path / "journal", Identity("pod-of-a-test", "former", "team-a/smollm2", "m", "cpu", "host"), 1).close()
+    ledger = Ledger()
+    with closing(sqlite3.connect(tmp_path / "journal" / "journal.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # nothing can be written, and so no boot begun
+        with worker(tmp_path) as process:
+            until(lambda: process.reason() == "Starting", "it listens, and waits for its journal")
+            process.send(signal.SIGTERM)
+            until(lambda: process.reason() == "Draining", "it was told")
+            other.execute("ROLLBACK")
+            until(lambda: (process.collect(ledger), len(ledger.records) == 2)[1], "both boots are collected")
+            until(lambda: (process.collect(ledger), ledger.all()[-1].kind is Kind.SEAL)[1], "it is sealed")
+            assert process.process.wait(30) == 0
+    own = list(ledger.records.values())[-1]
+    assert own[-1].status is Status.DRAINED
+    assert sum(record.gpu_ns for record in own if record.account == "init") > 0
+    assert sum(record.gpu_ns for record in own) == own[-1].ended_at - own[0].started_at
+
+
+def test_sigterm_while_the_engine_warms_up_seals_what_start_up_took(tmp_path: Path) -> None:
+    ledger = Ledger()
+    with worker(tmp_path) as process:
+        until(lambda: process.reason() in ("WarmingUp", "Ready"), "the engine warms up", timeout_s=240)
+        told_s = time.monotonic()
+        process.send(signal.SIGTERM)
+        until(lambda: (process.collect(ledger), any(r.kind is Kind.SEAL for r in ledger.all()))[1], "it is sealed")
+        assert process.process.wait(30) == 0
+        assert time.monotonic() - told_s < 30
+    assert ledger.all()[-1].status is Status.DRAINED
+    sums = {name: sum(r.gpu_ns for r in ledger.all() if r.account == name) for name in ("init", "load", "warmup")}
+    assert all(sums.values()), sums
     ledger.check()
 
 
@@ -166,10 +204,32 @@ def test_an_engine_that_is_killed_three_times_while_it_loads_ends_the_worker_wit
 
 
 def test_without_an_acknowledgement_the_lease_ends_admission_and_one_brings_it_back(tmp_path: Path) -> None:
-    with worker(tmp_path, {"GPUMETER_LEASE_TIMEOUT_MS": "2000"}) as process:
+    ledger, running = Ledger(), session_id()
+    with worker(tmp_path, {"GPUMETER_LEASE_TIMEOUT_MS": "6000"}) as process:
         until(lambda: process.reason() == "LeaseExpired", "the lease ran out", timeout_s=240)
-        process.collect(Ledger())
+        process.collect(ledger)
         assert process.reason() == "Ready"
+        with endless_stream(process, running) as seen:
+            until(lambda: process.reason() == "LeaseExpired", "the lease ran out in the middle of a stream")
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(
+                    urllib.request.Request(
+                        f"{process.url}/v1/chat/completions",
+                        json.dumps({"model": "smollm2", "messages": CAPITAL}).encode(),
+                        {"Authorization": f"Bearer {hop_token()}"},
+                    ),
+                    timeout=30,
+                )
+            assert (refused.value.code, refused.value.headers["Retry-After"]) == (503, "5")
+            assert json.load(refused.value)["error"]["code"] == "LeaseExpired"
+            refused.value.close()
+            told = len(seen)
+            until(lambda: len(seen) > told + 5, "what runs goes on")
+            process.collect(ledger)
+            until(lambda: process.reason() == "Ready", "an acknowledgement brings it back")
+            assert not seen[-1].startswith("<"), "the stream was never cut off"
+            assert ledger.of_session(running)
+            process.send(signal.SIGKILL)  # nobody waits for its end
 
 
 def test_a_damaged_journal_keeps_the_worker_up_but_not_ready(tmp_path: Path) -> None:

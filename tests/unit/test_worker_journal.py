@@ -9,42 +9,16 @@ import pytest
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement
 from gpumeter_usage.record import Account, Kind, Status, parse
-from gpumeter_worker.metering.accounts import Phase
-from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.journal import (
-    FILE_NAME,
     AcknowledgementRefused,
     FlushRefused,
     Journal,
-    JournalUnusable,
     Reader,
     RecordsGone,
-    check_directory,
 )
-from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
-
-START = 10**18
-
-
-class Boot:
-    """One boot that works with a real file."""
-
-    def __init__(self, folder: Path, name: str, at_ns: int = START) -> None:
-        identity = Identity("worker", name, "team/model", "model", "cpu", "host")
-        self.meter = Meter(identity, uncalibrated(Rule.KNEE, "host"), at_ns)
-        self.journal = Journal(folder, identity, at_ns)
-        self.now = at_ns
-        self.meter.enter(Phase.SERVING, at_ns)
-
-    def used(self, session: str, gpu_ns: int = 1000) -> Flush:
-        """A flush that holds a whole session."""
-        self.meter.begin(session, "acme", self.now)
-        self.meter.step(self.now, self.now + gpu_ns, gpu_ns, [Part(session, 1, 0, True, 1, prompt_tokens=1)])
-        self.now += gpu_ns
-        self.meter.end(session, Status.FINISHED, self.now)
-        flush = self.meter.cut(self.now)
-        assert flush is not None
-        return flush
+from gpumeter_worker.metering.journalfile import FILE_NAME, JournalUnusable, check_directory
+from gpumeter_worker.metering.meter import Identity, Part
+from rigs.journal import START, Boot
 
 
 def test_a_flush_whose_slices_do_not_sum_to_the_change_of_attributed_is_refused(tmp_path: Path) -> None:
@@ -64,8 +38,26 @@ def test_a_flush_whose_slices_do_not_sum_to_the_change_of_attributed_is_refused(
 def test_a_flush_whose_accounts_do_not_cover_the_time_is_refused(tmp_path: Path) -> None:
     boot = Boot(tmp_path, "a")
     flush = boot.used("one")
-    with pytest.raises(FlushRefused, match="the time since the last one is 1001 ns"):
+    with pytest.raises(FlushRefused, match="not measured, and the time since the last one is 1001 ns"):
         boot.journal.append(replace(flush, frontier_ns=flush.frontier_ns + 1))
+
+
+def test_time_that_was_not_measured_is_in_no_record_and_the_watermark_passes_it(tmp_path: Path) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.meter.begin("one", "acme", boot.now)
+    boot.meter.step(boot.now, boot.now + 100, 100, [Part("one", 1, 0, True, 1)])
+    boot.meter.lose(boot.now + 700)  # the engine died in its second step
+    boot.meter.end("one", Status.FAILED, boot.now + 700)
+    flush = boot.meter.cut(boot.now + 900)
+    assert flush is not None
+    with pytest.raises(FlushRefused, match="sum to 300 ns, 0 ns were not measured"):
+        boot.journal.append(replace(flush, unmeasured_ns=0))
+    boot.journal.append(flush)
+    page = Reader(tmp_path, "worker", "team/model").page("a", 0, 100)
+    assert page is not None
+    records = [parse(link.body) for link in page.links]
+    assert sum(record.gpu_ns for record in records if record.kind is Kind.ACCOUNT) == 300
+    assert page.watermark_ns == boot.now + 900
 
 
 def test_the_same_flush_cannot_be_stored_twice(tmp_path: Path) -> None:

@@ -70,6 +70,42 @@ def test_time_that_an_unreported_step_may_own_is_not_booked() -> None:
     assert account_sums(meter.cut(START + 900)) == {Account.HOST_GAP: 90, Account.ATTRIBUTED: 700}
 
 
+def test_a_step_that_was_lost_with_its_engine_is_in_no_account_and_what_was_measured_is_kept() -> None:
+    meter = new_meter()
+    meter.begin("one", "acme", START)
+    meter.step(START + 10, START + 110, 100, [prefill("one", 5)])
+    meter.lose(START + 400)  # nobody knows when its second step began
+    totals = meter.end("one", Status.FAILED, START + 400)
+    meter.enter(Phase.INIT, START + 400)
+    flush = meter.cut(START + 500)
+    assert flush is not None
+    assert totals.gpu_ns == 100
+    assert account_sums(flush) == {Account.HOST_GAP: 10, Account.ATTRIBUTED: 100, Account.INIT: 100}
+    assert (flush.frontier_ns, flush.unmeasured_ns) == (START + 500, 290)
+    assert meter.accounts.unmeasured_ns == 290
+    later = meter.cut(START + 600)
+    assert later is not None and later.unmeasured_ns == 0, "it is stated once"
+
+
+def test_an_engine_that_is_lost_with_nothing_in_flight_loses_no_time() -> None:
+    meter = new_meter()
+    meter.lose(START + 400)
+    assert account_sums(meter.cut(START + 400)) == {Account.IDLE: 400}
+
+
+def test_a_loss_beyond_a_minutes_edge_is_in_neither_minutes_accounts() -> None:
+    meter, edge = new_meter(), START - 5 + MINUTE_NS
+    meter.begin("one", "acme", START)
+    meter.step(START, edge - 100, edge - 100 - START, [decode("one")])
+    meter.lose(edge + 200)
+    meter.end("one", Status.FAILED, edge + 200)
+    flush = meter.cut(edge + 300)
+    assert flush is not None
+    assert [record.gpu_ns for record in of_session(flush, "one")] == [edge - 100 - START, 0]
+    assert account_sums(flush) == {Account.ATTRIBUTED: edge - 100 - START, Account.IDLE: 100}
+    assert flush.unmeasured_ns == 300
+
+
 def test_a_cancelled_session_keeps_the_step_in_flight() -> None:
     meter = new_meter()
     meter.begin("one", "acme", START)
@@ -152,6 +188,19 @@ def test_a_running_session_is_stated_by_open_slices_and_ends_once() -> None:
     assert [record.status for record in first + last] == [Status.OPEN, Status.FINISHED]
     assert [record.gpu_ns for record in first + last] == [100, 0]
     assert meter.cut(START + 160) is None
+
+
+def test_an_end_stands_behind_the_accounts_of_the_minutes_before_it() -> None:
+    meter = new_meter()
+    for name in ("one", "two"):
+        meter.begin(name, "acme", START)
+    for name in ("one", "two"):  # while the other is in flight the first end lies beyond the frontier
+        meter.end(name, Status.CANCELLED, START + 3 * MINUTE_NS)
+    flush = meter.cut(START + 3 * MINUTE_NS)
+    assert flush is not None
+    assert flush.records[0].started_at == START, "a ledger takes the first record's start for the boot's"
+    ends = [record.ended_at for record in flush.records]
+    assert ends == sorted(ends)
 
 
 def test_mean_batch_size_can_be_read_from_a_slice() -> None:

@@ -13,7 +13,7 @@ import pytest_asyncio
 from gpumeter_usage.record import Status
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
-from gpumeter_worker.metering.journal import FILE_NAME
+from gpumeter_worker.metering.journalfile import FILE_NAME
 from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
 from gpumeter_worker.metering.writer import JournalWriter
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from gpumeter_worker import machine
 from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model
 from gpumeter_worker.failure import JOURNAL_UNUSABLE, StartupFailed
-from gpumeter_worker.metering.journal import JournalUnusable, check_directory
+from gpumeter_worker.metering.journalfile import JournalUnusable, check_directory
 from gpumeter_worker.modelfiles import read_model
 from gpumeter_worker.settings import Settings
 from gpumeter_worker.sources.location import Location, local_path, remote

@@ -116,6 +116,11 @@ class WorkerState(Collector):
         for account, total_ns in worker.meter.accounts.totals_ns.items():
             seconds.add_metric([account.value], total_ns / 1e9)
         yield seconds
+        yield CounterMetricFamily(
+            "gpumeter_unmeasured_seconds",
+            "GPU time of steps that were lost with their engine; in no account, and unaccounted in the ledger",
+            value=worker.meter.accounts.unmeasured_ns / 1e9,
+        )
         waiting = worker.sessions.waiting
         running = len(worker.sessions) - waiting
         engine = worker.engine

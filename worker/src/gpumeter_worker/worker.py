@@ -51,6 +51,8 @@ log = logging.getLogger(__name__)
 
 _LOADING_LOG_S = 5.0
 _CUT_OFF_S = 10.0
+_OPEN_S = 10.0
+"""How long a seal waits for the journal to be opened: what start-up took is to be in it."""
 _ENGINE_STOP_S = 5.0
 
 _STATUS = {
@@ -120,6 +122,8 @@ class Worker:
         if self.journal.problem:
             log.error("the worker serves what its journal still holds, and nothing else")
             await asyncio.Event().wait()
+        if self._draining:  # told to leave before there was a journal to seal; `drain` does the rest
+            await asyncio.Event().wait()
         await asyncio.to_thread(self.profiles.open)
         self.flusher.start()
         watching = asyncio.create_task(self.gpu.run())
@@ -154,7 +158,7 @@ class Worker:
                 engine_ready=self.engine is not None and self.tokenizer is not None,
                 engine_loss=self.engines.loss,
                 journal_open=self.journal.head is not None,
-                journal_problem=self.journal.problem,
+                journal_problem=self.journal.problem or self.journal.damage,
                 journal_full=self.journal.full,
                 lease=lease(
                     time.monotonic_ns(), self.journal.acknowledged_at_ns, self.settings.lease_timeout_ms * 10**6
@@ -227,6 +231,7 @@ class Worker:
         drain_timeout_s = self.settings.drain_timeout_ms / 1000
         deadline = leave_by(told_s, drain_timeout_s)
         self._enter(Phase.DRAIN, time.monotonic_ns())
+        await self._until(self.journal.opening_over, deadline, _OPEN_S)
         log.info("draining %d sessions", len(self.sessions))
         await self._until(self.sessions.emptied, Deadline(told_s + drain_timeout_s), drain_timeout_s, cut_short)
         for session in self.sessions.all():
@@ -339,6 +344,7 @@ class Worker:
         if not self._draining:
             log.error("%s with %d sessions in flight", loss.how, len(self.sessions))
             self.observed.engine_lost(loss.reason)
+        self.meter.lose(self._now_ns())
         for session in self.sessions.all():
             for choice in session.choices:
                 if choice.finish is None:

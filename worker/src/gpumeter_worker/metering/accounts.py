@@ -6,7 +6,8 @@ metering.clock.Anchor); the clock is always an argument.
 
 The frontier rule: time up to the frontier is booked and never changes. While no session is in flight the frontier can
 follow the clock; while one is, it stands at the end of the last finished step, because a step that is not yet reported
-may own what came after.
+may own what came after. Where that step's report never comes, the frontier passes its time and no account gets it: it
+was not measured, no record states it, and the ledger finds it as `unaccounted`.
 """
 
 from collections import deque
@@ -52,13 +53,17 @@ class Segment:
 
 
 class Accounts:
-    """The partition of time from the process's start up to the frontier. Methods return the segments they closed."""
+    """The partition of time from the process's start up to the frontier. Methods return the segments they closed.
+
+    The sum of `totals_ns` and `unmeasured_ns` is the time from `started_ns` to `frontier_ns`, always.
+    """
 
     def __init__(self, started_ns: int) -> None:
         self.started_ns = started_ns
         self.frontier_ns = started_ns
         self.in_flight = 0
         self.totals_ns: dict[Account, int] = dict.fromkeys(Account, 0)
+        self.unmeasured_ns = 0
         self._phase = Phase.INIT
         self._coming: deque[tuple[int, Phase]] = deque()  # phases that begin after the frontier
         self._open = Segment(started_ns)
@@ -109,6 +114,19 @@ class Accounts:
         """Book a step's time to its sessions; what no session owns is the platform's."""
         self._book(Account.ATTRIBUTED, attributed_ns)
         self._book(Account.NONBILLABLE, nonbillable_ns)
+
+    def lose(self, at_ns: int) -> list[Segment]:
+        """What ran is lost at `at_ns`, with the report of a step that may have begun any time since the frontier.
+
+        Nobody can say how much of that time was the step's and how much a gap, so it is booked to nobody. Without a
+        session in flight nothing ran.
+        """
+        if not self.in_flight:
+            return self.catch_up(at_ns)
+        from_ns = self.frontier_ns
+        closed = self._advance(at_ns, book=False)
+        self.unmeasured_ns += self.frontier_ns - from_ns
+        return closed
 
     def cut(self) -> list[Segment]:
         """Close the open segment at the frontier, if it holds anything."""

@@ -3,25 +3,41 @@
 Owns the SQLite file: one transaction a flush, sequence numbers and hashes, the seal of former boots, acknowledgement
 and trim. It refuses a flush that does not add up. Does not know how anything was measured, nor who collects it. Every
 call blocks on the disk: metering.writer keeps it off the event loop. One Journal belongs to one thread.
+
+On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what the sessions that run then
+still write; LOG_BYTES and the largest transaction once more for the write-ahead log; and the reserve. No record is ever
+dropped for want of room: what does not fit waits in memory.
 """
 
 import json
-import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpumeter_usage.chain import GENESIS, Link, link
 from gpumeter_usage.page import MAX_PAGE_RECORDS, Acknowledgement, Boot, JournalStatus, Page
 from gpumeter_usage.record import Account, Kind, Record, Status, canonical
+from gpumeter_worker.metering.journalfile import (
+    SETTINGS,
+    Damaged,
+    DiskFull,
+    JournalUnusable,
+    continues,
+    opened,
+    translated,
+)
 from gpumeter_worker.metering.meter import Flush, Identity, seal
+from gpumeter_worker.metering.reserve import Reserve
 
-FILE_NAME = "journal.sqlite"
+T = TypeVar("T")
 MAX_PAGE_BODY_BYTES = 16 * 2**20
 """A page ends before it grows beyond this, well under what a reader accepts."""
+
+_STEP_RECORDS = 200
+"""What is trimmed at a time on a full disk: some forty pages."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS boots (
@@ -34,10 +50,6 @@ CREATE TABLE IF NOT EXISTS records (
     flush_end_seq INTEGER NOT NULL, PRIMARY KEY (boot_id, seq)
 ) STRICT, WITHOUT ROWID;
 """
-
-
-class JournalUnusable(Exception):
-    """The journal cannot be opened, read or written; the message is a sentence with what to do."""
 
 
 class FlushRefused(Exception):
@@ -68,27 +80,41 @@ class Journal:
     """The open journal of one worker. `identity` names the boot that writes."""
 
     def __init__(self, directory: Path, identity: Identity, started_ns: int) -> None:
-        """Open or create the file, seal what former boots left open, begin a chain. Raises JournalUnusable."""
+        """Open or create the file, seal what former boots left open, begin a chain.
+
+        Raises JournalUnusable: DiskFull where trying again may help.
+        """
         self._identity = identity
-        self._database = _open(directory, "rwc")
-        with _translated(directory):
-            self._database.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _SCHEMA)
-            self._refuse_foreign()
-            with self._transaction():
-                self._seal_former_boots()
-                ordinal = self._value("SELECT COALESCE(MAX(ordinal), 0) + 1 FROM boots")
-                self._database.execute(
-                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0)",
-                    (identity.boot_id, ordinal, json.dumps(asdict(identity)), started_ns, GENESIS),
-                )
+        self._directory = directory
+        self._reserve = Reserve(directory)
+        try:
+            self._database = opened(directory, "rwc")
+        except DiskFull:
+            self._reserve.give()
+            self._database = opened(directory, "rwc")
+        try:
+            self._with_the_reserve(lambda: self._begin(started_ns))
+        except BaseException:
+            self._database.close()
+            raise
+        self._reserve.take()
 
     def append(self, flush: Flush, closing: Record | None = None) -> Head:
         """Add a flush, and the seal if `closing` is one, in one transaction that is on disk when this returns.
 
         Raises FlushRefused when it does not add up, JournalUnusable when the disk refuses; both leave the journal as
-        it was, so that the same flush can be tried again.
+        it was, so that the same flush can be tried again. On a full disk only a seal may use the reserve.
         """
-        with _translated(None), self._transaction():
+        try:
+            return self._append(flush, closing)
+        except DiskFull:
+            if closing is None:
+                self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
+                return self._append(flush, closing)
+        return self._with_the_reserve(lambda: self._append(flush, closing))
+
+    def _append(self, flush: Flush, closing: Record | None) -> Head:
+        with translated(None), self._transaction():
             head = self._head()
             if head.sealed:
                 raise FlushRefused("the boot is sealed; nothing may follow")
@@ -103,16 +129,41 @@ class Journal:
 
     def head(self) -> Head:
         """Where this boot's chain stands. Raises JournalUnusable."""
-        with _translated(None):
+        with translated(None):
             return self._head()
 
     def acknowledge(self, acknowledgement: Acknowledgement) -> Head:
         """Trim what the collector has committed; a former boot that is sealed and committed whole is forgotten.
 
-        The same acknowledgement twice changes nothing. Raises AcknowledgementRefused.
+        The same acknowledgement twice changes nothing. Raises AcknowledgementRefused, JournalUnusable.
         """
+        try:
+            head = self._trim(acknowledgement)
+        except DiskFull:
+            self._reserve.give()
+            self._fold_log()
+            head = self._trim_in_steps(acknowledgement)
+        if not self._reserve.take():
+            self._fold_log()
+            self._reserve.take()
+        return head
+
+    def _trim_in_steps(self, acknowledgement: Acknowledgement) -> Head:
+        """SQLite writes before it deletes. Little by little there is room for that, because the log is used again."""
+        with translated(None):
+            self._refuse_unheld(acknowledgement)
+            steps = self._database.execute(
+                "SELECT seq, hash FROM records WHERE boot_id = ? AND seq < ? AND seq % ? = 0 ORDER BY seq",
+                (acknowledgement.boot_id, acknowledgement.seq, _STEP_RECORDS),
+            ).fetchall()
+        for seq, digest in steps:
+            self._trim(Acknowledgement(acknowledgement.boot_id, seq, digest))
+            self._fold_log()
+        return self._trim(acknowledgement)
+
+    def _trim(self, acknowledgement: Acknowledgement) -> Head:
         boot_id, seq = acknowledgement.boot_id, acknowledgement.seq
-        with _translated(None), self._transaction():
+        with translated(None), self._transaction():
             known = self._database.execute(
                 "SELECT acknowledged_seq, head_seq, sealed FROM boots WHERE boot_id = ?", (boot_id,)
             ).fetchone()
@@ -120,26 +171,54 @@ class Journal:
                 raise AcknowledgementRefused(f"the journal holds no boot {boot_id:.40}")
             acknowledged_seq, head_seq, sealed = known
             if seq > acknowledged_seq:
-                held = self._value("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", boot_id, seq)
-                if held != acknowledgement.hash:
-                    raise AcknowledgementRefused(
-                        f"record {seq} of the boot {boot_id} has another hash here, or does not exist"
-                    )
+                self._refuse_unheld(acknowledgement)
                 self._database.execute("UPDATE boots SET acknowledged_seq = ? WHERE boot_id = ?", (seq, boot_id))
                 self._database.execute("DELETE FROM records WHERE boot_id = ? AND seq <= ?", (boot_id, seq))
                 if sealed and seq == head_seq and boot_id != self._identity.boot_id:
                     self._database.execute("DELETE FROM boots WHERE boot_id = ?", (boot_id,))
             return self._head()
 
+    def _refuse_unheld(self, acknowledgement: Acknowledgement) -> None:
+        boot_id, seq = acknowledgement.boot_id, acknowledgement.seq
+        if self._value("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", boot_id, seq) != acknowledgement.hash:
+            raise AcknowledgementRefused(f"record {seq} of the boot {boot_id} has another hash here, or does not exist")
+
     def size_bytes(self) -> int:
         """What the records on disk take, without what trimming set free."""
-        with _translated(None):
+        with translated(None):
             pages = self._value("SELECT (SELECT * FROM pragma_page_count()) - (SELECT * FROM pragma_freelist_count())")
             return int(pages) * int(self._value("PRAGMA page_size"))
 
     def close(self) -> None:
         """Give the file back."""
         self._database.close()
+
+    def _begin(self, started_ns: int) -> None:
+        with translated(self._directory):
+            self._database.executescript(SETTINGS + _SCHEMA)
+            self._refuse_foreign()
+            self._refuse_broken_chains()
+            with self._transaction():
+                self._seal_former_boots()
+                ordinal = self._value("SELECT COALESCE(MAX(ordinal), 0) + 1 FROM boots")
+                self._database.execute(
+                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0)",
+                    (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS),
+                )
+
+    def _with_the_reserve(self, work: Callable[[], T]) -> T:
+        """On a full disk the work is tried once more, in the room that was kept back for it."""
+        try:
+            return work()
+        except DiskFull:
+            if not self._reserve.give():
+                raise
+            self._fold_log()
+            return work()
+
+    def _fold_log(self) -> None:
+        with suppress(sqlite3.Error):  # where it does not work, the log stays as it is
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _head(self) -> Head:
         row = self._database.execute(
@@ -173,6 +252,26 @@ class Journal:
             "UPDATE boots SET head_seq = ?, head_hash = ? WHERE boot_id = ?", (seq, head_hash, boot_id)
         )
 
+    def _refuse_broken_chains(self) -> None:
+        """A flipped bit in a record is no damage to SQLite; to a bill it is."""
+        for boot_id, acknowledged_seq, head_seq, head_hash in self._database.execute(
+            "SELECT boot_id, acknowledged_seq, head_seq, head_hash FROM boots"
+        ).fetchall():
+            rows = self._database.execute(
+                "SELECT seq, hash, body FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq",
+                (boot_id, acknowledged_seq),
+            )
+            last_seq, last_hash = acknowledged_seq, GENESIS if acknowledged_seq == 0 else ""
+            for seq, digest, body in rows:
+                if seq != last_seq + 1 or not continues(last_hash, digest, body):
+                    break
+                last_seq, last_hash = seq, digest
+            if last_seq != head_seq or (last_hash and last_hash != head_hash):
+                raise Damaged(
+                    f"the journal in {self._directory} is damaged (boot {boot_id} after record {last_seq}); what comes "
+                    "before is still served; keep the file and start with an empty volume"
+                )
+
     def _refuse_foreign(self) -> None:
         for (identity,) in self._database.execute("SELECT identity FROM boots"):
             owner = json.loads(identity)
@@ -204,11 +303,11 @@ class Reader:
     def __init__(self, directory: Path, worker_uid: str, service: str) -> None:
         self._worker_uid = worker_uid
         self._service = service
-        self._database = _open(directory, "ro")
+        self._database = opened(directory, "ro")
 
     def status(self) -> JournalStatus:
         """Every boot in the journal, oldest first. Raises JournalUnusable."""
-        with _translated(None):
+        with translated(None):
             rows = self._database.execute(
                 "SELECT boot_id, head_seq, head_hash, acknowledged_seq, sealed, frontier_ns FROM boots ORDER BY ordinal"
             ).fetchall()
@@ -217,7 +316,7 @@ class Reader:
 
     def page(self, boot_id: str, after: int, limit: int) -> Page | None:
         """The records of a boot after `after`, or None when the journal holds no such boot. Raises RecordsGone."""
-        with _translated(None):
+        with translated(None):
             self._database.execute("BEGIN")
             try:
                 watermark_ns = self._database.execute(
@@ -238,46 +337,47 @@ class Reader:
     def _links(self, boot_id: str, after: int, limit: int) -> list[Link]:
         """Whole flushes, as many as fit: slices of sessions must not arrive without the accounts that they sum to.
 
-        Only a flush that is larger than a page is cut.
+        Only a flush that is larger than a page is cut, or one that is damaged: what is readable before the damage is
+        handed over, and only what starts in the damage itself raises JournalUnusable.
         """
         links: list[Link] = []
         size_bytes = whole = 0
-        for digest, body, seq, flush_end_seq in self._database.execute(
+        held = self._database.execute("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", (boot_id, after))
+        last_hash = GENESIS if after == 0 else next((row[0] for row in held), "")
+        damage = ""
+        rows = self._database.execute(
             "SELECT hash, body, seq, flush_end_seq FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?",
             (boot_id, after, limit),
-        ):
-            links.append(Link(digest, bytes(body)))
-            size_bytes += len(body)
-            if seq == flush_end_seq:
-                whole = len(links)
-            if size_bytes > MAX_PAGE_BODY_BYTES:
-                break
-        return links[: whole or len(links)]
+        )
+        try:
+            for digest, body, seq, flush_end_seq in rows:
+                if seq != after + len(links) + 1 or not continues(last_hash, digest, body):
+                    damage = "it does not continue the chain"
+                    break
+                links.append(Link(digest, bytes(body)))
+                last_hash = digest
+                size_bytes += len(body)
+                if seq == flush_end_seq:
+                    whole = len(links)
+                if size_bytes > MAX_PAGE_BODY_BYTES:
+                    break
+        except sqlite3.DatabaseError as error:
+            damage = str(error)
+        if damage and not links:
+            raise Damaged(f"the journal is damaged at record {after + 1} of the boot {boot_id} ({damage})")
+        return links if damage else links[: whole or len(links)]
 
     def close(self) -> None:
         """Give the file back."""
         self._database.close()
 
 
-def check_directory(directory: Path) -> None:
-    """Raises JournalUnusable when nothing can be written there. Looks before anything costly is started."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise JournalUnusable(
-            f"the journal directory {directory} cannot be written ({error.strerror}); mount a writable volume there"
-        ) from None
-
-
 def _refuse_imbalance(flush: Flush, frontier_ns: int) -> None:
     accounts_ns = sum(record.gpu_ns for record in flush.records if record.kind is Kind.ACCOUNT)
-    if accounts_ns != flush.frontier_ns - frontier_ns:
+    if flush.unmeasured_ns < 0 or accounts_ns + flush.unmeasured_ns != flush.frontier_ns - frontier_ns:
         raise FlushRefused(
-            f"the accounts of the flush sum to {accounts_ns} ns, the time since the last one is "
-            f"{flush.frontier_ns - frontier_ns} ns"
+            f"the accounts of the flush sum to {accounts_ns} ns, {flush.unmeasured_ns} ns were not measured, and the "
+            f"time since the last one is {flush.frontier_ns - frontier_ns} ns"
         )
     for account in (Account.ATTRIBUTED, Account.NONBILLABLE):
         of_account = [record for record in flush.records if record.account == account]
@@ -285,35 +385,3 @@ def _refuse_imbalance(flush: Flush, frontier_ns: int) -> None:
         change_ns = sum(record.gpu_ns for record in of_account if record.kind is Kind.ACCOUNT)
         if slices_ns != change_ns and (account is Account.ATTRIBUTED or slices_ns > change_ns):
             raise FlushRefused(f"the slices sum to {slices_ns} ns, the account {account} changed by {change_ns} ns")
-
-
-def _open(directory: Path, mode: str) -> sqlite3.Connection:
-    path = directory / FILE_NAME
-    with _translated(directory):
-        database = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            timeout=5,
-            check_same_thread=False,
-        )
-        try:
-            broken = database.execute("PRAGMA quick_check(1)").fetchone()[0] if mode != "ro" else "ok"
-        except BaseException:
-            database.close()
-            raise
-    if broken != "ok":
-        database.close()
-        raise JournalUnusable(f"the journal {path} is damaged ({broken}); keep the file and start with an empty volume")
-    return database
-
-
-@contextmanager
-def _translated(directory: Path | None) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        where = f" in {directory}" if directory else ""
-        raise JournalUnusable(
-            f"the journal{where} cannot be used ({error}); free the disk or mount a healthy volume"
-        ) from error

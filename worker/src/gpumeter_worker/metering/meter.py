@@ -47,10 +47,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier."""
+    """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier.
+
+    `unmeasured_ns` of the time since the flush before are in no record, because nobody measured them.
+    """
 
     records: tuple[Record, ...]
     frontier_ns: int
+    unmeasured_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class Meter:
         self._sessions: dict[str, _Session] = {}
         self._slices: dict[str, _Slice] = {}
         self._records: list[Record] = []
+        self._unmeasured_stated_ns = 0
 
     def adopt(self, profile: Profile) -> None:
         """Split by this from now on. What was split before keeps the name of the former profile."""
@@ -152,33 +157,44 @@ class Meter:
         """A session left the engine. Its last slice carries how it ended, with no time at all if it never ran."""
         session = self._sessions.pop(session_id)
         running = self._slices.get(session_id)
+        if running is not None:
+            running.status = status
+            _sum_up(session.totals, running)
+        self._close(self.accounts.end(at_ns))
         if running is None:
-            # Its time is journaled already, or there was none: a slice that only states the end, at the end.
+            # Its time is journaled already, or there was none: a slice that only states the end, at the end, and so
+            # behind the accounts of all minutes before.
             at_ns = max(at_ns, self.accounts.frontier_ns)
             running = self._slice(session_id, session, at_ns)
             running.started_ns = max(running.started_ns, (at_ns - 1) // MINUTE_NS * MINUTE_NS)
-        running.status = status
-        _sum_up(session.totals, running)
-        self._close(self.accounts.end(at_ns))
+            running.status = status
         return session.totals
+
+    def lose(self, at_ns: int) -> None:
+        """The engine is lost and with it the step that it was in. Comes before the ends of the sessions in flight."""
+        self._close(self.accounts.lose(at_ns))
 
     def cut(self, at_ns: int) -> Flush | None:
         """Everything up to the frontier that no flush has stated yet, or None if there is nothing."""
         self._close(self.accounts.catch_up(at_ns))
         self._close(self.accounts.cut())
         self._write_slices()  # ends of sessions that used nothing since the last flush
-        if not self._records:
+        if not self._records and self._unmeasured_stated_ns == self.accounts.unmeasured_ns:
             return None
         records, self._records = tuple(self._records), []
-        return Flush(records, self.accounts.frontier_ns)
+        return Flush(records, self.accounts.frontier_ns, self._unmeasured())
 
     def nothing(self) -> Flush:
         """A flush that states nothing, to carry a seal."""
-        return Flush((), self.accounts.frontier_ns)
+        return Flush((), self.accounts.frontier_ns, self._unmeasured())
 
     def seal(self, status: Status) -> Record:
         """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
         return seal(self.identity, self.accounts.frontier_ns, status)
+
+    def _unmeasured(self) -> int:
+        stated_ns, self._unmeasured_stated_ns = self._unmeasured_stated_ns, self.accounts.unmeasured_ns
+        return self._unmeasured_stated_ns - stated_ns
 
     def _add(self, part: Part, session: _Session, share_ns: int, batch: int, *, first: bool) -> None:
         frontier_ns = self.accounts.frontier_ns
@@ -209,9 +225,12 @@ class Meter:
         return running
 
     def _close(self, closed: list[Segment]) -> None:
-        """The slices so far belong to the first segment that closes; what follows it starts afresh."""
+        """The slices so far belong to the first segment that closes; what follows it starts afresh.
+
+        But for ends without time of their own: they may lie beyond the frontier, and stand where they happened.
+        """
         for segment in closed:
-            self._write_slices()
+            self._write_slices(segment.ended_ns)
             self._records += [
                 Record(
                     kind=Kind.ACCOUNT,
@@ -225,13 +244,17 @@ class Meter:
                 for account, duration_ns in segment.sums_ns.items()
             ]
 
-    def _write_slices(self) -> None:
-        for running in self._slices.values():
+    def _write_slices(self, until_ns: int | None = None) -> None:
+        later: dict[str, _Slice] = {}
+        for name, running in self._slices.items():
+            if until_ns is not None and running.ended_ns > until_ns:
+                later[name] = running
+                continue
             self._records.append(self._record(running))
             if session := self._sessions.get(running.session_id):
                 session.since_ns = running.ended_ns
                 _sum_up(session.totals, running)
-        self._slices = {}
+        self._slices = later
 
     def _record(self, running: _Slice) -> Record:
         kv_byte_s, running.held.byte_ns = divmod(running.held.byte_ns, 10**9)

@@ -17,15 +17,22 @@ from typing import Any, TypeVar
 
 from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
 from gpumeter_usage.record import Record
-from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, JournalUnusable, Reader
+from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, Reader
+from gpumeter_worker.metering.journalfile import Damaged, DiskFull, JournalUnusable
 from gpumeter_worker.metering.meter import Flush, Identity
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_RETRY_OPEN_S = 1.0
+
 
 class JournalWriter:
-    """The journal as the event loop sees it. `problem` is a sentence while nothing can be written, else empty."""
+    """The journal as the event loop sees it.
+
+    `problem` is a sentence while nothing can be written, `damage` one once something that was written cannot be read,
+    `full` one while more is unacknowledged than there may be; else they are empty.
+    """
 
     def __init__(self, directory: Path, worker_uid: str, service: str, max_bytes: int) -> None:
         self._directory = directory
@@ -40,18 +47,31 @@ class JournalWriter:
         self._order = asyncio.Lock()
         self._begun: set[asyncio.Task[Any]] = set()
         self.problem = ""
+        self.damage = ""
         self.full = ""
+        self.opening_over = asyncio.Event()
         self.head: Head | None = None
         self.acknowledged_at_ns = time.monotonic_ns()
         self.commit_ns_last = 0
 
     async def open(self, identity: Identity, started_ns: int) -> None:
-        """Begin this boot's chain. On failure `problem` says why; whatever is readable stays readable."""
-        try:
-            self._journal, self.head = await self._write(lambda: _opened(self._directory, identity, started_ns))
-        except JournalUnusable as error:
-            self._fail(error)
+        """Begin this boot's chain. On failure `problem` says why; whatever is readable stays readable.
+
+        Returns while there is hope only once it is open: a full disk is waited for.
+        """
+        while self._journal is None:
+            try:
+                self._journal, self.head = await self._write(lambda: _opened(self._directory, identity, started_ns))
+                self.problem = ""
+            except DiskFull as error:
+                self._fail(error)
+                self.opening_over.set()  # whoever leaves need not wait for it
+                await asyncio.sleep(_RETRY_OPEN_S)
+            except JournalUnusable as error:
+                self._fail(error)
+                break
         self.acknowledged_at_ns = time.monotonic_ns()
+        self.opening_over.set()
 
     async def append(self, flush: Flush, closing: Record | None = None) -> bool:
         """Commit a flush behind all that wait already; True when it and they are on disk."""
@@ -72,7 +92,13 @@ class JournalWriter:
 
     async def page(self, boot_id: str, after: int, limit: int) -> Page | None:
         """Raises JournalUnusable, RecordsGone."""
-        return await self._read(lambda reader: reader.page(boot_id, after, limit))
+        try:
+            return await self._read(lambda reader: reader.page(boot_id, after, limit))
+        except Damaged as error:
+            if self.damage != str(error):
+                log.error("%s", error)
+            self.damage = str(error)
+            raise
 
     async def close(self) -> None:
         """Wait for what runs and give the file back."""
@@ -123,6 +149,8 @@ class JournalWriter:
             raise JournalUnusable(self.problem or "the journal is not open")
         self.head = await self._write(lambda: journal.acknowledge(acknowledgement))
         self.acknowledged_at_ns = time.monotonic_ns()
+        if self.full:
+            await self._look_at_size(journal)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)

@@ -1,0 +1,313 @@
+"""The journal on disks as they are: small, full, damaged. Nothing is lost for want of room, nor all for a bad byte."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from gpumeter_usage.chain import GENESIS, verify
+from gpumeter_usage.page import Acknowledgement, Page
+from gpumeter_usage.record import Kind, Status, parse
+from gpumeter_worker.metering.journal import Journal, Reader
+from gpumeter_worker.metering.journalfile import FILE_NAME, LOG_BYTES, Damaged, JournalUnusable
+from gpumeter_worker.metering.writer import JournalWriter
+from rigs.journal import SERVICE, START, WORKER, Boot, Usage, identity
+
+FILL = """
+import asyncio, json, resource, sys
+from pathlib import Path
+from gpumeter_usage.chain import GENESIS, verify
+from gpumeter_usage.page import Acknowledgement
+from gpumeter_usage.record import Status, parse
+from gpumeter_worker.metering.journal import Reader
+from gpumeter_worker.metering.journalfile import DiskFull, JournalUnusable
+from rigs.journal import START, Boot
+
+folder = Path(sys.argv[1])
+
+def filled(boot):
+    \"\"\"Write until there is no room; the flush that found none.\"\"\"
+    for number in range(100_000):
+        flush = boot.used(f"s{number}")
+        try:
+            boot.journal.append(flush)
+        except DiskFull:
+            return flush
+    raise AssertionError("the disk is not full")
+
+def collect(boot, limit):
+    reader, ledger, head = Reader(folder, "worker", "team/model"), [], GENESIS
+    while links := reader.page("a", len(ledger), limit).links:
+        head = verify(head, links)
+        ledger += links
+        boot.journal.acknowledge(Acknowledgement("a", len(ledger), head))
+    return [parse(link.body) for link in ledger]
+"""
+
+
+def on_small_tmpfs(tmp_path: Path, size: str, script: str) -> dict[str, object]:
+    """Run a script with a tmpfs of this size as its argument, in a mount namespace of its own; what it printed last."""
+    if os.geteuid() or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("a small disk is a mount, and this user may make none")
+    program, disk = tmp_path / "fill.py", tmp_path / "disk"
+    program.write_text(FILL + dedent(script))
+    disk.mkdir()
+    mounted = f'mount -t tmpfs -o size={size} tmpfs "$1" && exec "$2" "$3" "$1"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mounted, "sh", disk, sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": "tests"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return printed
+
+
+@pytest.mark.parametrize("limit", [5000, 64])
+def test_a_disk_without_a_free_byte_is_emptied_by_acknowledgements_and_nothing_was_lost(
+    tmp_path: Path, limit: int
+) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "8m",
+        f"""
+        boot = Boot(folder, "a")
+        refused = filled(boot)
+        head = boot.journal.head()
+        (folder / "other").write_bytes(b"")  # some room is left in blocks, none in pages
+        records = collect(boot, {limit})
+        after = boot.journal.append(refused)
+        print(json.dumps({{
+            "written": head.seq, "collected": len(records), "after": after.seq, "refused": len(refused.records),
+            "seqs": [record.seq for record in records] == list(range(1, len(records) + 1)),
+        }}))
+        """,
+    )
+    assert seen["written"] == seen["collected"] > 1000
+    assert seen["seqs"] is True
+    assert seen["after"] == seen["written"] + seen["refused"]
+
+
+def test_a_boot_is_sealed_and_the_next_one_begun_on_a_disk_without_a_free_byte(tmp_path: Path) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "8m",
+        """
+        boot = Boot(folder, "a")
+        refused = filled(boot)
+        head = boot.journal.append(refused, closing=boot.meter.seal(Status.DRAINED))
+        with open(folder / "ballast", "wb", buffering=0) as file:  # whatever the seal left free is taken
+            try:
+                while file.write(b"x" * 512):
+                    pass
+            except OSError:
+                pass
+        boot.journal.close()
+        (folder / "ballast").unlink()
+        next_boot = Boot(folder, "b", START + 10**12)
+        boots = Reader(folder, "worker", "team/model").status().boots
+        print(json.dumps({"sealed": head.sealed, "boots": [[one.boot_id, one.sealed] for one in boots]}))
+        """,
+    )
+    assert seen == {"sealed": True, "boots": [["a", True], ["b", False]]}
+
+
+def test_a_disk_that_is_full_at_the_start_is_waited_for(tmp_path: Path) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "4m",
+        """
+        from gpumeter_worker.metering.writer import JournalWriter
+        from rigs.journal import identity
+
+        async def main():
+            (folder / "ballast").write_bytes(b"x" * (4 * 2**20 - 4096))
+            writer = JournalWriter(folder, "worker", "team/model", 2**30)
+            opening = asyncio.create_task(writer.open(identity("a"), START))
+            await writer.opening_over.wait()
+            problem, open_then = writer.problem, writer.head is not None
+            (folder / "ballast").unlink()
+            await opening
+            seen = {"problem": problem, "then": open_then, "now": writer.head.boot_id, "left": writer.problem}
+            print(json.dumps(seen))
+            await writer.close()
+
+        asyncio.run(main())
+        """,
+    )
+    assert "full" in str(seen["problem"])
+    assert (seen["then"], seen["now"], seen["left"]) == (False, "a", "")
+
+
+def test_a_file_that_may_not_grow_refuses_a_flush_and_takes_it_once_it_may(tmp_path: Path) -> None:
+    program = tmp_path / "fill.py"
+    program.write_text(
+        FILL
+        + dedent(
+            """
+            none = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2**20, none[1]))
+            boot = Boot(folder, "a")
+            refused = filled(boot)
+            resource.setrlimit(resource.RLIMIT_FSIZE, none)
+            boot.journal.append(refused)
+            records = collect(boot, 5000)
+            print(len(records), boot.journal.head().seq)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, program, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": "tests"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    collected, head = map(int, done.stdout.split())
+    assert head == collected > 1000
+
+
+def filled(tmp_path: Path, sessions: int = 200) -> int:
+    """A journal of one boot, closed and folded into its file; its head."""
+    boot = Boot(tmp_path, "a")
+    for number in range(sessions):
+        boot.journal.append(boot.used(f"s{number}"))
+    head = boot.journal.head().seq
+    boot.journal.close()
+    return head
+
+
+def collected(tmp_path: Path, limit: int = 5000) -> tuple[list[Page], str]:
+    """Every page that can be read, one after the other, and why there are no more."""
+    reader, pages, head, after = Reader(tmp_path, WORKER, SERVICE), [], GENESIS, 0
+    while True:
+        try:
+            page = reader.page("a", after, limit)
+        except JournalUnusable as error:
+            return pages, str(error)
+        assert page is not None
+        if not page.links:
+            return pages, ""
+        head = verify(head, page.links)
+        after += len(page.links)
+        pages.append(page)
+
+
+def test_a_flipped_bit_in_a_record_refuses_the_journal_and_what_comes_before_is_collected(tmp_path: Path) -> None:
+    filled(tmp_path)
+    data = bytearray((tmp_path / FILE_NAME).read_bytes())
+    data[data.index(b'"session_id":"s150"') + 16] ^= 1  # still JSON, and still SQLite
+    (tmp_path / FILE_NAME).write_bytes(data)
+    with pytest.raises(Damaged, match=r"after record 30[0-9]"):
+        Boot(tmp_path, "b", START + 10**12)
+    for limit in (5000, 7):
+        pages, why = collected(tmp_path, limit)
+        assert 300 <= sum(len(page.links) for page in pages) < 303
+        assert "does not continue the chain" in why
+
+
+def test_a_file_cut_in_the_middle_is_kept_and_served_as_far_as_it_can_be_read(tmp_path: Path) -> None:
+    head = filled(tmp_path, 600)
+    file = tmp_path / FILE_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2 // 4096 * 4096])
+    with pytest.raises(Damaged):
+        Boot(tmp_path, "b", START + 10**12)
+    assert file.stat().st_size == len(whole) // 2 // 4096 * 4096, "the file is not touched"
+    pages, why = collected(tmp_path, 100)
+    assert 0 < sum(len(page.links) for page in pages) < head
+    assert why
+
+
+def test_a_log_that_lost_its_end_is_a_boot_that_ended_earlier(tmp_path: Path) -> None:
+    boot, frontiers = Boot(tmp_path, "a"), {START}
+    for number in range(20):
+        boot.journal.append(boot.used(f"s{number}"))
+        frontiers.add(boot.now)
+    log = (tmp_path / f"{FILE_NAME}-wal").read_bytes()
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / FILE_NAME).write_bytes((tmp_path / FILE_NAME).read_bytes())
+    (tmp_path / "copy" / f"{FILE_NAME}-wal").write_bytes(log[: len(log) * 3 // 4])
+    Boot(tmp_path / "copy", "b", START + 10**12)
+    pages, why = collected(tmp_path / "copy")
+    last = parse(pages[-1].links[-1].body)
+    assert (last.kind, last.status, why) == (Kind.SEAL, Status.RECOVERED, "")
+    assert last.ended_at in frontiers, "it ends with a whole flush"
+    assert last.ended_at < boot.now
+
+
+async def test_damage_that_is_found_while_serving_is_told_and_stays_told(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path, WORKER, SERVICE, 2**30)
+    await writer.open(identity("a"), START)
+    boot = Usage("a")
+    for number in range(20):
+        assert await writer.append(boot.used(f"s{number}"))
+    own = writer._journal
+    assert own is not None
+    own._database.execute("UPDATE records SET body = CAST(replace(body, 's7', 's8') AS BLOB) WHERE seq = 15")
+    page = await writer.page("a", 0, 5000)
+    assert page is not None and len(page.links) == 14
+    assert writer.damage == ""
+    with pytest.raises(Damaged):
+        await writer.page("a", 14, 5000)
+    assert await writer.append(boot.used("later"))
+    assert "record 15 of the boot a" in writer.damage
+    await writer.close()
+
+
+async def test_a_journal_beyond_its_bound_says_so_drops_nothing_and_an_acknowledgement_ends_it(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path, WORKER, SERVICE, 2**17)
+    await writer.open(identity("a"), START)
+    boot, written = Usage("a"), 0
+    while not writer.full:
+        assert await writer.append(boot.used(f"s{written}"))
+        written += 1
+    assert written > 50
+    for number in range(10):  # what runs when admission stops is still written
+        assert await writer.append(boot.used(f"late-{number}"))
+    page = await writer.page("a", 0, 5000)
+    assert page is not None and len(page.links) == 2 * (written + 10)
+    assert "nobody has acknowledged (at most 131072)" in writer.full
+    await writer.acknowledge(Acknowledgement("a", len(page.links), verify(GENESIS, page.links)))
+    assert writer.full == ""
+    await writer.close()
+
+
+def test_the_write_ahead_log_stays_small_however_much_is_written(tmp_path: Path) -> None:
+    boot, log = Boot(tmp_path, "a"), tmp_path / f"{FILE_NAME}-wal"
+    biggest = 0
+    for number in range(400):
+        boot.journal.append(boot.used(f"s{number}"))
+        biggest = max(biggest, log.stat().st_size)
+    assert biggest <= LOG_BYTES + 2**16
+
+
+def test_trimmed_room_is_used_again(tmp_path: Path) -> None:
+    boot, sizes = Boot(tmp_path, "a"), []
+    reader = Reader(tmp_path, WORKER, SERVICE)
+    for round_ in range(6):
+        for number in range(60):
+            boot.journal.append(boot.used(f"r{round_}-{number}"))
+        page = reader.page("a", boot.journal.head().acknowledged_seq, 5000)
+        assert page is not None
+        boot.journal.acknowledge(Acknowledgement("a", boot.journal.head().seq, page.links[-1].hash))
+        sizes.append((tmp_path / FILE_NAME).stat().st_size)
+    assert sizes[-1] <= sizes[1] + 2**16
+
+
+def test_reopening_tells_the_former_journal_to_be_whole(tmp_path: Path) -> None:
+    head = filled(tmp_path, 5)
+    Journal(tmp_path, identity("b"), START + 10**12).close()
+    pages, _ = collected(tmp_path)
+    assert sum(len(page.links) for page in pages) == head + 1
