@@ -101,9 +101,15 @@ _VALUES = attrgetter(*_SORTED)
 _ENCODE = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
-def canonical(record: Record) -> bytes:
-    """The bytes that travel, are hashed and are kept: JSON in UTF-8, sorted keys, no spaces, integers and strings."""
-    return _ENCODE(dict(zip(_SORTED, _VALUES(record), strict=True))).encode()
+def canonical(record: Record, seq: int | None = None) -> bytes:
+    """The bytes that travel, are hashed and are kept: JSON in UTF-8, sorted keys, no spaces, integers and strings.
+
+    `seq` is the number that a store gives it, in place of the record's own.
+    """
+    values = dict(zip(_SORTED, _VALUES(record), strict=True))
+    if seq is not None:
+        values["seq"] = seq
+    return _ENCODE(values).encode()
 
 
 def parse(body: bytes) -> Record:

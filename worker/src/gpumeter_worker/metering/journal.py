@@ -13,7 +13,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -244,7 +244,7 @@ class Journal:
         flush_end_seq = seq + len(records)
         for record in records:
             seq += 1
-            joined = link(head_hash, canonical(replace(record, boot_id=boot_id, seq=seq)))
+            joined = link(head_hash, canonical(record, seq))
             head_hash = joined.hash
             rows.append((boot_id, seq, joined.hash, joined.body, flush_end_seq))
         self._database.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?)", rows)

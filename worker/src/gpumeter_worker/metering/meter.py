@@ -69,10 +69,15 @@ class Totals:
 
 @dataclass(slots=True)
 class _Held:
-    """A session's place in the cache: when a step last held it, and the byte-nanoseconds that no slice states yet."""
+    """A session's place in the cache: when a step last held it, and the byte-nanoseconds that no slice states yet.
+
+    `step` is the number of that step, and `gap_ns` how long before it the cache was held without one.
+    """
 
     until_ns: int = 0
     byte_ns: int = 0
+    step: int = 0
+    gap_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -82,6 +87,8 @@ class _Session:
     """Where the next slice starts: the session's begin, then the end of the slice before."""
     totals: Totals = field(default_factory=Totals)
     held: _Held = field(default_factory=_Held)
+    billed_step: int = 0
+    """The number of the step that last took part in a slice."""
 
 
 @dataclass(slots=True)
@@ -112,6 +119,7 @@ class Meter:
         self._sessions: dict[str, _Session] = {}
         self._slices: dict[str, _Slice] = {}
         self._records: list[Record] = []
+        self._step = 0
         self._unmeasured_stated_ns = 0
 
     def adopt(self, profile: Profile) -> None:
@@ -137,19 +145,39 @@ class Meter:
         booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
         self._close(closed)
         shares_ns = split(booked_ns, [(part.new_tokens, part.context_tokens) for part in parts], self.profile)
+        self._step += 1
         attributed_ns = 0
-        seen: set[str] = set()
+        # This runs for every sequence of every step, so it calls as little as it can.
+        number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
+        lasted_ns, sessions, slices = max(0, ended_ns - started_ns), self._sessions, self._slices
         for part, share_ns in zip(parts, shares_ns, strict=True):
-            session = self._sessions.get(part.session_id)
-            if session is None or part.recompute:  # no tenant asked for it: the platform pays
+            session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
+            if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
                 continue
-            self._hold(part, session.held, started_ns, ended_ns)
+            held = session.held
+            if held.step != number:
+                held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
+                held.step, held.until_ns = number, ended_ns
+            if recompute:  # nor for this
+                continue
+            # What it held since its step before, and then with the new tokens: the peak of this step, as long as it
+            # ran. Each sequence counts as if its cache were its own, whoever else finds a prefix in the same blocks.
+            held.byte_ns += (
+                context_tokens * held.gap_ns + (context_tokens + new_tokens) * lasted_ns
+            ) * self.kv_token_bytes
+            running = slices.get(session_id) or self._slice(session_id, session, frontier_ns)
+            running.ended_ns = frontier_ns
+            running.gpu_ns += share_ns
+            if prefill:
+                running.prefill_ns += share_ns
+            running.prompt_tokens += prompt_tokens
+            running.cached_tokens += cached_tokens
+            running.completion_tokens += sampled
+            running.batch_ns += share_ns * batch
+            if session.billed_step != number:  # its choices may share a step, which is one step of the session
+                session.billed_step = number
+                running.steps += 1
             attributed_ns += share_ns
-            self._add(part, session, share_ns, len(parts), first=part.session_id not in seen)
-            seen.add(part.session_id)
-        for part in parts:
-            if session := self._sessions.get(part.session_id):
-                session.held.until_ns = ended_ns
         self.accounts.own(attributed_ns, booked_ns - attributed_ns)
         return shares_ns
 
@@ -195,27 +223,6 @@ class Meter:
     def _unmeasured(self) -> int:
         stated_ns, self._unmeasured_stated_ns = self._unmeasured_stated_ns, self.accounts.unmeasured_ns
         return self._unmeasured_stated_ns - stated_ns
-
-    def _add(self, part: Part, session: _Session, share_ns: int, batch: int, *, first: bool) -> None:
-        frontier_ns = self.accounts.frontier_ns
-        running = self._slices.get(part.session_id) or self._slice(part.session_id, session, frontier_ns)
-        running.ended_ns = frontier_ns
-        running.gpu_ns += share_ns
-        running.prefill_ns += share_ns if part.prefill else 0
-        running.prompt_tokens += part.prompt_tokens
-        running.cached_tokens += part.cached_tokens
-        running.completion_tokens += part.sampled
-        running.steps += first  # a session's choices may share a step, which is one step of the session
-        running.batch_ns += share_ns * batch
-
-    def _hold(self, part: Part, held: _Held, started_ns: int, ended_ns: int) -> None:
-        """What it held since its step before, and then with the new tokens: the peak of this step, as long as it ran.
-
-        Each sequence counts as if its cache were its own, whoever else finds a prefix in the same blocks.
-        """
-        gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
-        before, after = part.context_tokens, part.context_tokens + part.new_tokens
-        held.byte_ns += (before * gap_ns + after * max(0, ended_ns - started_ns)) * self.kv_token_bytes
 
     def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
         minute_start_ns = (ended_ns - 1) // MINUTE_NS * MINUTE_NS  # what ends on an edge lies in the minute before
