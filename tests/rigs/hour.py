@@ -95,6 +95,9 @@ class Device:
     """A device on which a step takes what its tokens take, by a clock that nobody else moves while it runs."""
 
     kind = "cuda"
+    drift_ppb = None
+    begun = 0
+    """It never fails half-way; what it was doing when its engine crashed is lost with it."""
 
     def __init__(self, dice: random.Random, now_ns: int) -> None:
         self.now_ns = now_ns
@@ -116,6 +119,9 @@ class Device:
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def abort(self) -> bool:
+        return False
 
     def harvest(self) -> list[StepTime]:
         found, self._times = self._times, []
