@@ -142,3 +142,15 @@ def test_a_ledger_of_the_first_version_is_brought_up_to_date_with_all_that_is_in
     boot = ledger.boots("pod-uid-1")[0]
     assert (boot.committed_seq, boot.accounts_ns, boot.slices_ns) == (7, 0, 0)
     assert [ledger.plan_in_force("default", at_ns) for at_ns in (9, 10)] == [None, "f00"]
+
+
+def test_a_boot_began_with_the_earliest_of_its_records_whichever_comes_first(ledger: Ledger) -> None:
+    fake = FakeWorker(POD, START_NS)
+    ledger.observe(POD, [started("c1", START_NS)], NOW_NS)
+    minute_ns = 60 * SECOND_NS
+    late_ns, now_ns = START_NS + 10 * minute_ns, START_NS + 11 * minute_ns
+    fake._append(Kind.ACCOUNT, Account.IDLE, late_ns, late_ns + SECOND_NS, gpu_ns=SECOND_NS)
+    for number in range(10):
+        begun_ns = START_NS + number * minute_ns
+        fake._append(Kind.ACCOUNT, Account.IDLE, begun_ns, begun_ns + minute_ns, gpu_ns=minute_ns)
+    ledger.take(POD, fake.page("boot-1", 0), now_ns)

@@ -106,7 +106,7 @@ def accept(
 
 def _refuse_too_much(page: Page, worker: Worker, records: list[Record], before: Spent, since_ns: int) -> Spent:
     """Raise PageRefused where a boot claims more time than has passed on its devices since it began."""
-    began_ns = before.began_ns or min(records[0].started_at, records[0].ended_at)
+    began_ns = before.began_ns or min(record.started_at for record in records)
     accounts_ns = before.accounts_ns + sum(record.gpu_ns for record in records if record.kind is Kind.ACCOUNT)
     slices_ns = before.slices_ns + sum(record.gpu_ns for record in records if record.kind is Kind.SESSION)
     lived_ns = max(0, max(record.ended_at for record in records) - max(began_ns, since_ns - CLOCK_SKEW_NS))
