@@ -20,7 +20,7 @@ DEVCLUSTER := $(PY) -m devcluster
 help: ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (nvidia.com/gpu that the node offers, $(GPUS)),"
+	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (made-up nvidia.com/gpu of the local node, $(GPUS)),"
 	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
 
 ##@ The two commands
@@ -94,7 +94,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
-	@$(PY) -m bench.engine_kill
+	@$(PY) -m bench.engine_kill $(ARGS)
 bench-kill: setup ## kill -9 of worker and collector at 1,000 seeded points: what is lost and doubled; ARGS="--runs 50"
 	@$(PY) -m bench.kill $(ARGS)
 bench-conservation: setup ## Who owns each nanosecond: an hour on a made-up clock, ten minutes of real load; ARGS="--minutes 1"

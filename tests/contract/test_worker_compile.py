@@ -1,6 +1,7 @@
 """torch.compile on request: the same tokens, compiled before readiness, and eager with a sentence where it fails."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ PROMPTS = [[(7 * row + 3 * column) % 97 + 1 for column in range(length)] for row
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU, and there is none"
 )
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    from gpumeter_worker.engine import compiling
+
+    compiling.forget()
+    yield
+    compiling.forget()
 
 
 def saved(folder: Path, kind: str) -> Path:
@@ -69,11 +79,8 @@ def test_a_compiled_model_gives_the_eager_ones_tokens_and_compiles_nothing_in_a_
 
 
 def test_without_a_compiler_the_model_runs_eagerly_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     folder = saved(tmp_path, "llama")
     wanted = tokens_of(started(folder, compiled=False))
-    torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
     runner = started(folder, compiled=True)

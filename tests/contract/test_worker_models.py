@@ -86,3 +86,48 @@ def test_keys_and_values_that_are_no_numbers_fail_their_own_request_and_nobody_a
     assert all(alone)
     assert run([*range(1, 50), poison], [*range(1, 50), poison]) == [[], []]
     assert run(short, long) == alone  # the short one is padded to the long one's length, over what the slot held
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+REFUSED = {
+    "layers that are no attention": (
+        "Lfm2Config",
+        {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+        128,
+        "layers of the kind conv",
+    ),
+    "angles that follow the longest sequence": ("LlamaConfig", {"rope_parameters": LONGROPE}, 128, "at most 64"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_whose_sequences_would_change_one_another_is_refused_with_a_sentence(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    from gpumeter_worker.engine.loading import LoadFailed
+    from gpumeter_worker.engine.model import ModelRunner
+
+    config_name, changes, length, said = REFUSED[kind]
+    config = getattr(transformers, config_name)(**SIZE | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(LoadFailed, match=said) as refused:
+        ModelRunner(EngineOptions(tmp_path, "cpu", "float32", length, 3, 16, 0, 2, 0))
+    assert refused.value.reason == "ModelInvalid"
+
+
+def test_angles_that_would_follow_a_long_sequence_are_fine_where_none_gets_that_long(tmp_path: Path) -> None:
+    import transformers
+
+    from gpumeter_worker.engine.model import ModelRunner
+
+    _, changes, _, _ = REFUSED["angles that follow the longest sequence"]
+    config = transformers.LlamaConfig(**SIZE | changes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert ModelRunner(EngineOptions(tmp_path, "cpu", "float32", 64, 3, 16, 0, 2, 0)).max_model_len == 64

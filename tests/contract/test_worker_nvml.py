@@ -224,7 +224,7 @@ async def test_a_driver_that_hangs_holds_nobody_up(gpu: StandIn) -> None:
             await asyncio.sleep(0.01)
             late_ms = max(late_ms, (time.monotonic() - before) * 1000 - 10)
         assert heard == []
-        assert late_ms < 500  # the event loop went on, whatever else this machine does
+        assert late_ms < 10_000  # the event loop went on, whatever else this machine does: the driver hangs for 600 s
         gpu.say(A100)
         await until(lambda: bool(heard))
 

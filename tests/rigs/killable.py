@@ -19,7 +19,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -38,9 +38,10 @@ from gpumeter_worker.api.usage import usage_app
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.meter import Identity, Meter, Part
+from gpumeter_worker.metering.profiles import Profiles
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.settings import Settings
-from gpumeter_worker.worker import Worker as ServingWorker
+from gpumeter_worker.telemetry.watch import GpuWatch, Metered
 from rigs.ledger import TENANTS, TOKEN, inline
 
 CHECKPOINT_NS = 5 * SECOND_NS
@@ -118,6 +119,12 @@ class Served:
 
     journal: JournalWriter
     settings: Settings
+    profiles: Profiles
+    gpu: GpuWatch
+
+
+def _nothing_metered() -> Metered:
+    return Metered(0, 0, serving=False, busy=False)
 
 
 # ---- the worker ------------------------------------------------------------------------------------------------------
@@ -154,7 +161,8 @@ async def _worker(run: WorkerRun) -> None:
     if writer.problem:
         raise SystemExit(writer.problem)
     _watch_statements(writer, die)
-    app = _Answers(usage_app(cast(ServingWorker, Served(writer, run.settings))), die, diary)
+    profiles, no_gpu = Profiles(run.folder), GpuWatch(0, _nothing_metered, lambda _: None)
+    app = _Answers(usage_app(Served(writer, run.settings, profiles, no_gpu)), die, diary)
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False))
     serving = asyncio.create_task(server.serve([run.listening]))
     meter = Meter(identity, uncalibrated(Rule.KNEE, "cuda"), run.started_ns)

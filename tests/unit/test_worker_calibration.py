@@ -9,11 +9,13 @@ import pytest
 
 from gpumeter_worker.engine.blocks import Copy, PagedBlocks, SlotBlocks
 from gpumeter_worker.engine.calibrating import Replay, Room, calibrate, measure, planned, room_of
-from gpumeter_worker.engine.loop import Sampled
-from gpumeter_worker.engine.scheduler import Work
+from gpumeter_worker.engine.loop import Engine, Sampled
+from gpumeter_worker.engine.messages import StepReport, Submit
+from gpumeter_worker.engine.scheduler import Limits, Work
+from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metering.attribution import Costs, Load, Rule, cost_ps, uncalibrated, weights
 from gpumeter_worker.metering.calibration import Calibration, Fit, Observation, Quality, Subject, fit, problem
-from gpumeter_worker.metering.clock import StepClock, StepTime
+from gpumeter_worker.metering.clock import HostClock, StepClock, StepTime
 from gpumeter_worker.metering.profiles import FILE_NAME, Profiles, adopt, stored_fit
 
 COSTS = Costs(3 * 10**8, 3 * 10**9, 27 * 10**6, 5 * 10**4, 600)
@@ -26,6 +28,8 @@ class Machine:
     """Runner and clock in one: a step takes what its parameters say, and is slow where `slow` says so."""
 
     kind = "host"
+    drift_ppb = None
+    begun = 0
 
     def __init__(self, costs: Costs = COSTS) -> None:
         self.costs = costs
@@ -50,6 +54,9 @@ class Machine:
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def abort(self) -> bool:
+        return True
 
     def harvest(self) -> list[StepTime]:
         times, self._times = self._times, []
@@ -143,6 +150,48 @@ def test_a_step_that_fails_is_the_calibrations_problem_and_not_the_engines() -> 
     assert (adopted.reason, adopted.profile) == ("CalibrationPoor", uncalibrated(Rule.KNEE, "cuda"))
     assert not adopted.as_asked
     assert found.problem in adopted.message
+
+
+@pytest.mark.parametrize("fails", ["before its end", "when its tokens are read"])
+def test_the_step_after_one_that_failed_in_calibration_is_timed_as_any_other(fails: str) -> None:
+    class Failing:
+        calibrates = True
+
+        def run(self, plan: list[Work], clock: HostClock) -> list[Sampled]:
+            clock.begin()
+            if self.calibrates and fails == "before its end":
+                raise MemoryError
+            clock.end()
+            if self.calibrates:
+                raise MemoryError
+            return [Sampled(1) for work in plan if work.samples]
+
+        def copy(self, copies: list[Copy]) -> None: ...
+
+    runner, clock, blocks = Failing(), HostClock(), PagedBlocks(512, 16, prefix=False)
+    found = calibrate(runner, clock, blocks, ROOM, subject_of=lambda: SUBJECT, budget_ns=10**9, stored_in=None)
+    assert found is not None
+    assert found.problem == "a planned step raised MemoryError"
+    runner.calibrates = False
+    engine = Engine(runner, clock, Limits(4, 64), frozenset(), 512, blocks)
+    engine.submit(Submit("one", [1, 2, 3], Sampling(max_tokens=1)))
+    reports = [event for event in engine.turn() if isinstance(event, StepReport)]
+    assert [[part.session_id for part in report.parts] for report in reports] == [["one"]]
+
+
+def test_a_device_that_tells_nothing_any_more_ends_the_engine() -> None:
+    class Lost(HostClock):
+        def abort(self) -> bool:
+            return False
+
+    class Runner(Machine):
+        def run(self, plan: list[Work], clock: HostClock) -> list[Sampled]:
+            clock.begin()
+            raise RuntimeError("the device is lost")
+
+    blocks = PagedBlocks(512, 16, prefix=False)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        calibrate(Runner(), Lost(), blocks, ROOM, subject_of=lambda: SUBJECT, budget_ns=10**9, stored_in=None)
 
 
 def calibrated(machine: Machine, folder: Path | None, subject: Subject = SUBJECT) -> Calibration:

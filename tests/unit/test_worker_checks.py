@@ -289,3 +289,22 @@ def test_a_reason_and_the_way_to_quote_an_error_are_written_once() -> None:
         text = file.read_text()
         assert not [reason for reason in reasons if f'"{reason}"' in text], file
         assert ".strip().splitlines()" not in text, file
+
+
+@pytest.mark.parametrize(
+    ("said", "quoted"),
+    [
+        (
+            "Max retries exceeded with url: /blob?X-Amz-Signature=abc&X-Amz-Date=1 (Caused by x)",
+            "/blob?... (Caused by x)",
+        ),
+        ("403 for url 'https://store/a?sig=abc'", "for url 'https://store/a?...'"),
+        ("cannot reach https://name:secret@hub/api", "reach https://hub/api"),
+        ("is it there? yes", "is it there? yes"),
+    ],
+)
+def test_an_error_is_quoted_without_what_may_open_something(said: str, quoted: str) -> None:
+    line = failure.first_line(ValueError(said))
+    assert line.endswith(quoted)
+    assert "abc" not in line
+    assert "secret" not in line

@@ -103,3 +103,13 @@ def test_a_layer_of_two_modules_is_packed_once() -> None:
     model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
     pack_linears(model, None)
     assert model[0][0]._product is model[1][0]._product
+
+
+def test_modules_that_share_one_of_their_layers_keep_products_of_their_own() -> None:
+    first, second = Attention(), Attention()
+    second.q_proj = first.q_proj
+    model = nn.Sequential(first, second)
+    rows = torch.randn(4, 32)
+    wanted = [module(rows) for module in model]
+    pack_linears(model, None)
+    assert all(agrees(module(rows), before) for module, before in zip(model, wanted, strict=True))

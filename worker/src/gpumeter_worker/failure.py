@@ -4,6 +4,7 @@ Owns the reasons, how they leave the process, and how another program's error is
 anything is found out.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -43,10 +44,18 @@ class StartupFailed(Exception):
         return f"{self.reason}: {self.message}"
 
 
+_QUERY = re.compile(r"\?[^\s'\")>]+")
+_USER = re.compile(r"//[^/\s@]+@")
+
+
 def first_line(error: BaseException, chars_max: int = 300) -> str:
-    """What an error says, short enough for a sentence; its type where it says nothing."""
+    """What an error says, short enough for a sentence; its type where it says nothing.
+
+    Without what may open something: the query of an address, as a store signs it, and a name and password in one.
+    """
     text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:chars_max]
+    said = text[0] if text else type(error).__name__
+    return _USER.sub("//", _QUERY.sub("?...", said)).rstrip(".")[:chars_max]
 
 
 def report(failure: StartupFailed) -> int:

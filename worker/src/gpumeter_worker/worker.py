@@ -126,21 +126,21 @@ class Worker:
             await asyncio.Event().wait()
         await asyncio.to_thread(self.profiles.open)
         self.flusher.start()
-        watching = asyncio.create_task(self.gpu.run())
-        if path is None:
-            self._enter(Phase.LOAD, time.monotonic_ns())
-            settings = self.settings
-            path = await fetch_aside(
-                diagnosis.location(settings), settings.model_cache, settings.worker_uid, self.loading.tell
-            )
-            await asyncio.to_thread(diagnosis.refuse_model, settings, path)
-        self.loading.of(path)
-        telling = asyncio.create_task(self._tell_loading())
+        beside = [asyncio.create_task(self.gpu.run())]
         try:
+            if path is None:
+                self._enter(Phase.LOAD, time.monotonic_ns())
+                settings = self.settings
+                path = await fetch_aside(
+                    diagnosis.location(settings), settings.model_cache, settings.worker_uid, self.loading.tell
+                )
+                await asyncio.to_thread(diagnosis.refuse_model, settings, path)
+            self.loading.of(path)
+            beside.append(asyncio.create_task(self._tell_loading()))
             await asyncio.gather(self._read_tokenizer(path), self.engines.run(self._options(path)))
         finally:
-            telling.cancel()
-            watching.cancel()
+            for task in beside:
+                task.cancel()
             self.engines.kill()
 
     @property

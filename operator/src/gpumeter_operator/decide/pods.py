@@ -93,7 +93,8 @@ def _problem(
         return Problem(
             "ImagePullFailed",
             f"The node cannot get the worker's image ({reason}: {_ended(message or 'no details')}) Check that "
-            "spec.engine.image, or the worker image of the installation, names an image that the nodes can pull.",
+            "spec.engine.image, or the worker image of the installation, names an image that the nodes can pull; a "
+            "private registry's Secret goes into spec.template.spec.imagePullSecrets.",
         )
     if reason in _CONTAINER_REASONS:
         return Problem(

@@ -79,10 +79,9 @@ class StepContext:
 
 
 def order(plan: Sequence[Work]) -> list[Work]:
-    """The rows of a step: decodes first, by slot, or by length where that saves reading padding."""
+    """The rows of a step: decodes first, in the plan's order, or by length where that saves reading padding."""
     decodes = [work for work in plan if not work.prefill]
-    lengths = [work.sequence.computed + 1 for work in decodes]
-    if lengths and len(lengths) * max(lengths) > _REGROUP * sum(lengths):
+    if _regroups([work.sequence.computed + 1 for work in decodes]):
         decodes.sort(key=lambda work: work.sequence.computed)
     return decodes + [work for work in plan if work.prefill]
 
@@ -113,7 +112,7 @@ def step_context(rows: Sequence[Work], cache: SlotCache, device: str) -> StepCon
 
 def _decode_groups(lengths: list[int], slots: list[int], at: torch.Tensor) -> list[_Decodes]:
     groups = []
-    regroup = bool(lengths) and len(lengths) * max(lengths) > _REGROUP * sum(lengths)
+    regroup = _regroups(lengths)
     a = 0
     while a < len(lengths):
         b = a + 1 if regroup else len(lengths)
@@ -125,6 +124,10 @@ def _decode_groups(lengths: list[int], slots: list[int], at: torch.Tensor) -> li
         groups.append(_Decodes(a, b, max(lengths[a:b]), min(lengths[a:b]), chosen))
         a = b
     return groups
+
+
+def _regroups(lengths: list[int]) -> bool:
+    return bool(lengths) and len(lengths) * max(lengths) > _REGROUP * sum(lengths)
 
 
 def copy_slots(cache: SlotCache, source: int, target: int, tokens: int) -> None:

@@ -77,7 +77,8 @@ def calibrate(
 ) -> Calibration | None:
     """What the steps of this engine cost: as a former start has found, or timed now. None with a budget of nothing.
 
-    Whatever goes wrong is the calibration's problem and not the engine's: that can serve without one.
+    A step that fails is the calibration's problem and not the engine's, which can serve without one; unless the device
+    tells nothing any more, and then the error is raised.
     """
     if not budget_ns:
         return None
@@ -85,10 +86,15 @@ def calibrate(
     if stored_in is not None and (found := stored_fit(stored_in, subject)) is not None:
         return Calibration(subject, found, stored=True)
     began_ns = time.monotonic_ns()
+    begun = clock.begun
     try:
         observations = measure(runner, clock, blocks, room, budget_ns)
     except Exception as error:
         log.exception("a planned step failed")
+        # The clock must be as if nothing had been: the next step that it times is a user's.
+        if clock.begun > begun and not clock.abort():
+            raise
+        clock.harvest()
         took_ns = time.monotonic_ns() - began_ns
         return Calibration(subject, None, f"a planned step raised {type(error).__name__}", took_ns=took_ns)
     fitted = fit(observations)

@@ -35,6 +35,8 @@ class CompiledDecoder:
     """Replaces the decoder inside a model by a compiled one; `undo` puts the original back."""
 
     def __init__(self, model: Any, attend: Attend, attention_name: str) -> None:
+        if _running.attend is not None:
+            raise RuntimeError("a process compiles one decoder; undo the former first")
         self._model = model
         self._attention_name = attention_name
         decoder = model.base_model
@@ -61,8 +63,15 @@ class CompiledDecoder:
 
     def undo(self) -> None:
         """Everything runs eagerly again."""
+        forget()
         self._decoder.forward = self._original
         self._model.set_attn_implementation(self._attention_name)
+
+
+def forget() -> None:
+    """Another decoder may be compiled in this process; the former one must not run again."""
+    _running.attend = None
+    torch.compiler.reset()
 
 
 def compile_decoder(
@@ -97,14 +106,17 @@ def compile_decoder(
 
 
 def _options() -> dict[str, Any] | None:
-    """A loaded model never changes, and to make sure of that before each step costs more than a millisecond."""
+    """A loaded model never changes, and to make sure of that before each step costs more than a millisecond.
+
+    What is not guarded has to hold: one compiled decoder at a time, and every call in inference mode.
+    """
     if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # a torch without such filters
         return None
     return {"guard_filter_fn": lambda guards: [_on_input(guard.name, guard.guard_type) for guard in guards]}
 
 
 def _on_input(name: str, guard_type: str) -> bool:
-    return guard_type == "SHAPE_ENV" or "tokens" in name or "positions" in name
+    return guard_type == "SHAPE_ENV" or name in {"L['tokens']", "L['positions']"}
 
 
 def _seconds(step: Callable[[], torch.Tensor]) -> float:

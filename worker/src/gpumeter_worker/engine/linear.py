@@ -68,7 +68,11 @@ class Product:
         return self.compute(rows)
 
     def once(self, rows: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """The product, computed once for all who share it and ask with the same tensor; `last`: nobody asks after."""
+        """The product, computed once for all who share it and ask with the same tensor; `last`: nobody asks after.
+
+        Nobody may change the rows in place between two siblings, and no decoder of transformers does. Where the last of
+        them is not asked, rows and product are kept until the next step.
+        """
         found = self._found if rows is self._rows else None
         if found is None:
             found = self.of(rows)
@@ -121,11 +125,10 @@ def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
     wide_from = NEVER
     if found[0].dtype is torch.bfloat16 and spare_bytes is not None and 4 * weights <= spare_bytes:
         wide_from = _faster_from(max(shapes, key=lambda shape: shapes[shape] * shape[0] * shape[1]))
-    packed: dict[nn.Linear, Product] = {}  # two modules may have a layer in common
+    packed: dict[tuple[nn.Linear, ...], Product] = {}  # two modules may have layers in common
     for group in found:
-        linears = list(group.layers.values())
-        product = packed.get(linears[0]) or Product(linears, wide_from)
-        packed[linears[0]] = product
+        linears = tuple(group.layers.values())
+        product = packed[linears] = packed.get(linears) or Product(linears, wide_from)
         ends = accumulate(linear.out_features for linear in linears)
         for name, linear, end in zip(group.layers, linears, ends, strict=True):
             part = PackedLinear(product) if len(linears) == 1 else SharedLinear(product, end - linear.out_features, end)
@@ -158,7 +161,8 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
             if type(child) is nn.Linear and child.weight.dtype in _TYPES and child.weight.device.type == "cpu"
         }
         for names in _SIBLINGS:
-            kinds = {(left[name].in_features, left[name].bias is None) for name in names if name in left}
+            alike = [left[name] for name in names if name in left]
+            kinds = {(linear.in_features, linear.bias is None, linear.weight.dtype) for linear in alike}
             if len(kinds) == 1 and left.keys() >= set(names):
                 yield _Group(parent, {name: left.pop(name) for name in names})
         for name, child in left.items():

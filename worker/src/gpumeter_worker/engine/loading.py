@@ -62,6 +62,9 @@ def load(options: EngineOptions, attention: str) -> Loaded:
     text = config.get_text_config(decoder=True)
     dtype = _dtype(options)
     model = _model(options, dtype, attention)
+    max_model_len = served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0))
+    _refuse_state(model, text)
+    _refuse_moving_angles(text, max_model_len)
     return Loaded(
         model=model,
         device=options.device,
@@ -74,7 +77,7 @@ def load(options: EngineOptions, attention: str) -> Loaded:
         ),
         vocabulary=int(text.vocab_size),
         eos_ids=_eos_ids(model),
-        max_model_len=served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0)),
+        max_model_len=max_model_len,
     )
 
 
@@ -107,6 +110,33 @@ def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
             f"{type(model).__name__} does not use transformers' attention interface; serve another model",
         )
     return model
+
+
+def _refuse_state(model: Any, text: Any) -> None:
+    """A step holds tokens of many sequences side by side, and only attention keeps them apart."""
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(model, "_is_stateful", False):
+        what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "layers with a state of their own"
+        raise LoadFailed(
+            MODEL_INVALID,
+            f"{type(model).__name__} has {what}, and this engine computes full and sliding attention only; serve "
+            "another model",
+        )
+
+
+def _refuse_moving_angles(text: Any, max_model_len: int) -> None:
+    """Rotary angles that follow the longest sequence of a step would change those of all others in it."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for one in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if one.get("rope_type") not in {"dynamic", "longrope"}:
+            continue
+        fixed = int(one.get("original_max_position_embeddings") or text.max_position_embeddings)
+        if max_model_len > fixed:
+            raise LoadFailed(
+                MODEL_INVALID,
+                f"this model's rotary angles ({one['rope_type']}) change for a whole step when one sequence has more "
+                f"than {fixed} tokens; set spec.model.maxModelLen to at most {fixed}",
+            )
 
 
 def _config(path: Path) -> Any:

@@ -111,6 +111,9 @@ class Sampler:
             yield Absence(SILENT, f"NVML has not answered for {self._silent_s:.0f} s; check the node's driver and GPU")
         except ValueError as error:
             yield Absence(FAILED, f"the process that asks NVML cannot be understood: {error}")
+        except Exception as error:  # a thread that ends in silence would leave its last sample standing for ever
+            log.exception("the process that asks NVML cannot be listened to")
+            yield Absence(FAILED, f"the process that asks NVML cannot be listened to: {type(error).__name__}")
         finally:
             _end(process)
 
