@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpumeter_worker.engine.link import EngineLink
-from gpumeter_worker.engine.messages import Ended, Event, Failed, StepReport, Submit
+from gpumeter_worker.engine.messages import Cancel, Ended, Event, Failed, Shutdown, StepReport, Submit
 from gpumeter_worker.engine.sequence import Finish, Sampling
 from rigs.engines import options, stepping
 
@@ -103,3 +103,24 @@ async def test_steps_that_never_get_memory_end_the_engine(tmp_path: Path) -> Non
     failed = [event.session_id for event in events if isinstance(event, Ended) and event.finish is Finish.FAILED]
     assert len(failed) == 3
     assert events[-1] == Failed("the memory was too small for a step")
+
+
+async def test_what_ended_with_the_last_command_is_still_told(tmp_path: Path) -> None:
+    command = stepping(
+        tmp_path,
+        """
+        def check(runner, plan):
+            time.sleep(0.3)  # the cancel and the word to leave come while a step runs, and are read together
+        """,
+    )
+    events: list[Event] = []
+    link = EngineLink(options(), 8, lambda _, said: events.extend(said), lambda _, said: None, command)
+    link.send(Submit("s-1", [1, 2, 3], Sampling(max_tokens=400, temperature=0)))
+    deadline = time.monotonic() + 30
+    while not steps(events):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+    link.send(Cancel("s-1"))
+    link.send(Shutdown())
+    await link.gone()
+    assert [event.finish for event in events if isinstance(event, Ended)] == [Finish.CANCELLED]

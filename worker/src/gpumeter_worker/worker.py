@@ -111,6 +111,7 @@ class Worker:
         )
         self._draining = False
         self._clock_problem = ""
+        self._cuda_uuid = ""
         self.wants_to_leave = asyncio.Event()
         self.flusher = Flusher(
             self.meter, self.journal, self._now_ns, settings.checkpoint_interval_ms, before=self._look_at_clock
@@ -279,6 +280,8 @@ class Worker:
                 choice = session.choices[token.choice]
                 self.observed.token(session.begun_ns, choice.last_token_ns, now_ns)
                 choice.last_token_ns = now_ns
+                if session.cut_off is not None:  # nothing may follow what it missed
+                    continue
                 if session.line.entries < LINE_ENTRIES_MAX:
                     session.line.put_nowait(token)
                 else:
@@ -323,7 +326,9 @@ class Worker:
         self.flusher.want()
 
     def _on_ready(self, ready: Ready) -> None:
-        if not self.meter.identity.gpu_uuid:  # NVML knows it better: a MIG instance's own
+        self._cuda_uuid = ready.gpu_uuid
+        sample = self.gpu.sample
+        if sample is None or not sample.mig_profile:
             self.meter.identity = replace(self.meter.identity, gpu_uuid=ready.gpu_uuid)
         self.meter.kv_token_bytes = ready.kv_token_bytes
         self._adopt(ready)
@@ -354,7 +359,11 @@ class Worker:
     def _on_device(self, sample: Sample) -> None:
         """NVML shows a GPU, for the first time or another one: records name it from here on."""
         named = gpu_class(self.settings.gpu_class, sample)
-        self.meter.identity = replace(self.meter.identity, gpu_uuid=sample.uuid, gpu_class=named)
+        # CUDA says what the engine computes on; only a MIG instance has a name of its own, which NVML alone knows.
+        uuid = sample.uuid if sample.mig_profile or not self._cuda_uuid else self._cuda_uuid
+        if uuid != sample.uuid:
+            log.warning("NVML shows %s and the engine computes on %s; records name that", sample.uuid, uuid)
+        self.meter.identity = replace(self.meter.identity, gpu_uuid=uuid, gpu_class=named)
 
     def _metered(self) -> Metered:
         accounts = self.meter.accounts

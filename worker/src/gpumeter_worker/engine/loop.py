@@ -162,6 +162,12 @@ class Engine:
             _rewind(work.sequence)
         return self._report() if attempted else []
 
+    def leave(self) -> list[Event]:
+        """After the last turn: what no turn has reported, which waits for the device where it has a step."""
+        if self._unreported:
+            self._clock.abort()
+        return self._report()
+
     def last_report(self) -> list[Event]:
         """After a turn that failed for good: the steps that are known to be finished. Nothing else may follow."""
         return self._report()

@@ -34,6 +34,11 @@ _LONGER = 0.6
 _TOLERANCE = 5e-2
 
 
+def uuid_of(told: str) -> str:
+    """As NVML and the device plugin write it: torch leaves the kind out."""
+    return f"GPU-{told}" if told and not told.startswith(("GPU-", "MIG-")) else told
+
+
 class Gpu:
     """One GPU with a loaded model and a cache that takes what the weights and the largest step leave."""
 
@@ -41,7 +46,7 @@ class Gpu:
         self._loaded = loaded
         self._options = options
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self.name, self.uuid = properties.name, str(getattr(properties, "uuid", ""))
+        self.name, self.uuid = properties.name, uuid_of(str(getattr(properties, "uuid", "")))
         self.sequences = options.max_batch_size
         self.mixed_prefill_tokens = 0
         self._backend, self.remarks = paged_attention.choose(

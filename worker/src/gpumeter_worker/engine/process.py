@@ -147,6 +147,8 @@ def serve(channel: EngineChannel, engine: Engine, window: Window) -> int:
             channel.send(events)
         elif engine.busy and not engine.stepping:
             time.sleep(_POLL_S)  # a step is on the device and nothing else can be launched
+    with suppress(Exception):  # whoever told it to leave may be gone
+        channel.send(engine.leave())
     return 0
 
 

@@ -6,7 +6,7 @@ costs some arithmetic. Decides nothing about sessions, readiness or bills.
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gpumeter_worker.metering import energy
@@ -114,6 +114,8 @@ class GpuWatch:
         if sample.uuid != self._device:
             self._device = sample.uuid
             self._on_device(sample)
+            self.energy = replace(self.energy, opened=None)  # another device counts from another number
+            self._open = None
         self.energy = energy.read(
             self.energy,
             energy.Reading(
