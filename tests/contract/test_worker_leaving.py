@@ -24,7 +24,7 @@ import os, sys
 from pathlib import Path
 from gpumeter_worker.log import configure_logging
 from gpumeter_worker.metering.clock import Anchor, process_started_ns
-from gpumeter_worker.metering.journal import check_directory
+from gpumeter_worker.metering.journalfile import check_directory
 from gpumeter_worker.serve import serve
 from gpumeter_worker.settings import from_environment
 

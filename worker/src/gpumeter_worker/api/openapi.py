@@ -80,7 +80,10 @@ def _generating(summary: str, request: str, answer: str, *, streams: bool = True
         SESSION_HEADER: {"description": "The id that the session is metered under.", "schema": {"type": "string"}}
     }
     if streams:
-        answered["content"]["text/event-stream"] = {"schema": {"type": "string", "description": _EVENTS}}
+        # The schema of one event, as readers of such documents take it.
+        answered["content"]["text/event-stream"] = {
+            "schema": {"type": "object", "description": _EVENTS, "properties": {"data": {"type": "string"}}}
+        }
     return {
         "post": {
             "summary": summary,
