@@ -120,6 +120,64 @@ def test_a_boot_is_sealed_and_the_next_one_begun_on_a_disk_without_a_free_byte(t
     assert seen == {"sealed": True, "boots": [["a", True], ["b", False]]}
 
 
+@pytest.mark.parametrize("ending", ["seal", "keep"])
+def test_what_a_full_disk_refused_while_serving_is_written_into_the_reserve_when_the_process_leaves(
+    tmp_path: Path, ending: str
+) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "8m",
+        f"""
+        import time
+        from gpumeter_worker.deadline import Deadline
+        from gpumeter_worker.metering.flushing import Flusher
+        from gpumeter_worker.metering.writer import JournalWriter
+        from rigs.journal import Usage, identity
+
+        async def main():
+            writer, boot = JournalWriter(folder, "worker", "team/model", 2**30), Usage("a")
+            await writer.open(identity("a"), START)
+            flusher = Flusher(boot.meter, writer, lambda: boot.now, 10**6, before=lambda: None)
+            while await writer.append(boot.used("s")):
+                pass
+            with open(folder / "ballast", "wb", buffering=0) as file:
+                try:
+                    while file.write(b"x" * 512):
+                        pass
+                except OSError:
+                    pass
+            refused = not await flusher.flush()
+            boot.meter.begin("last", "acme", boot.now)  # in flight when the worker is told to leave
+            boot.meter.end("last", Status.CANCELLED, boot.now)
+            if "{ending}" == "seal":
+                await flusher.seal(Deadline(time.monotonic() + 3), asyncio.Event())
+            else:
+                await flusher.keep()
+            head, problem = writer.head, writer.problem
+            await writer.close()
+            reader, after, records = Reader(folder, "worker", "team/model"), 0, []
+            while links := reader.page("a", after, 5000).links:
+                records += [parse(link.body) for link in links]
+                after += len(links)
+            print(json.dumps({{
+                "refused": refused, "problem": problem, "sealed": head.sealed, "frontier": head.frontier_ns == boot.now,
+                "last": [record.session_id for record in records if record.session_id][-1],
+                "read": len(records) == head.seq,
+            }}))
+
+        asyncio.run(main())
+        """,
+    )
+    assert seen == {
+        "refused": True,
+        "problem": "",
+        "sealed": ending == "seal",
+        "frontier": True,
+        "last": "last",
+        "read": True,
+    }
+
+
 def test_a_disk_that_is_full_at_the_start_is_waited_for(tmp_path: Path) -> None:
     seen = on_small_tmpfs(
         tmp_path,

@@ -99,19 +99,20 @@ class Journal:
             raise
         self._reserve.take()
 
-    def append(self, flush: Flush, closing: Record | None = None) -> Head:
+    def append(self, flush: Flush, closing: Record | None = None, *, leaving: bool = False) -> Head:
         """Add a flush, and the seal if `closing` is one, in one transaction that is on disk when this returns.
 
         Raises FlushRefused when it does not add up, JournalUnusable when the disk refuses; both leave the journal as
-        it was, so that the same flush can be tried again. On a full disk only a seal may use the reserve.
+        it was, so that the same flush can be tried again. On a full disk only a seal may use the reserve, and what is
+        written when the process leaves (`leaving`): a seal cannot come before what it ends.
         """
         try:
             return self._append(flush, closing)
         except DiskFull:
-            if closing is None:
-                self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
-                return self._append(flush, closing)
-        return self._with_the_reserve(lambda: self._append(flush, closing))
+            if leaving or closing is not None:
+                self._reserve.give()
+            self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
+            return self._append(flush, closing)
 
     def _append(self, flush: Flush, closing: Record | None) -> Head:
         with translated(None), self._transaction():

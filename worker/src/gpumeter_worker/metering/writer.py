@@ -45,6 +45,7 @@ class JournalWriter:
         self._reader: Reader | None = None
         self._waiting: deque[tuple[Flush, Record | None]] = deque()
         self._order = asyncio.Lock()
+        self._leaving = False
         self._begun: set[asyncio.Task[Any]] = set()
         self.problem = ""
         self.damage = ""
@@ -75,8 +76,14 @@ class JournalWriter:
 
     async def append(self, flush: Flush, closing: Record | None = None) -> bool:
         """Commit a flush behind all that wait already; True when it and they are on disk."""
+        if closing is not None:
+            self.leave()
         self._waiting.append((flush, closing))
         return await self.retry()
+
+    def leave(self) -> None:
+        """The process leaves: from now on all that waits may use the reserve, for memory keeps it no longer."""
+        self._leaving = True
 
     async def retry(self) -> bool:
         """Commit what waits; True when nothing is left."""
@@ -116,7 +123,7 @@ class JournalWriter:
                 flush, closing = self._waiting[0]
                 began_ns = time.monotonic_ns()
                 try:
-                    self.head = await self._write(partial(journal.append, flush, closing))
+                    self.head = await self._write(partial(journal.append, flush, closing, leaving=self._leaving))
                 except JournalUnusable as error:
                     self._fail(error)
                     return False
