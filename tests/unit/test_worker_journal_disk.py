@@ -2,8 +2,11 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -273,6 +276,48 @@ def test_a_flipped_bit_in_a_record_refuses_the_journal_and_what_comes_before_is_
         pages, why = collected(tmp_path, limit)
         assert 300 <= sum(len(page.links) for page in pages) < 303
         assert "does not continue the chain" in why
+
+
+def acknowledged(tmp_path: Path, seq: int) -> int:
+    """A closed journal of one boot that is acknowledged up to this record; its head."""
+    head = filled(tmp_path)
+    journal = sqlite3.connect(tmp_path / FILE_NAME)
+    digest = journal.execute("SELECT hash FROM records WHERE boot_id = 'a' AND seq = ?", (seq,)).fetchone()[0]
+    journal.close()
+    boot = Boot(tmp_path, "b", START + 10**12)
+    boot.journal.acknowledge(Acknowledgement("a", seq, digest))
+    boot.journal.close()
+    return head
+
+
+def test_a_flipped_bit_in_the_first_record_after_an_acknowledgement_is_found(tmp_path: Path) -> None:
+    acknowledged(tmp_path, 99)
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database, database:
+        database.execute(
+            "UPDATE records SET body = CAST(replace(body, 'team/model', 'team/mudel') AS BLOB) WHERE seq = 100"
+        )
+    with pytest.raises(Damaged, match=r"boot a after record 99"):
+        Boot(tmp_path, "c", START + 2 * 10**12)
+    with pytest.raises(Damaged, match="damaged at record 100 of the boot a"):
+        Reader(tmp_path, WORKER, SERVICE).page("a", 99, 10)
+
+
+def test_a_file_of_a_build_that_kept_no_acknowledged_hash_is_read_and_opened(tmp_path: Path) -> None:
+    head = acknowledged(tmp_path, 99)
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database, database:
+        database.execute("ALTER TABLE boots DROP COLUMN acknowledged_hash")
+    reader = Reader(tmp_path, WORKER, SERVICE)
+    page = reader.page("a", 99, 5000)
+    assert page is not None and len(page.links) == head + 1 - 99  # with the seal
+    Boot(tmp_path, "c", START + 2 * 10**12).journal.close()
+    assert reader.page("a", 99, 5000) == replace(page, watermark_ns=START + 2 * 10**12)
+    boot = Boot(tmp_path, "d", START + 3 * 10**12)
+    boot.journal.acknowledge(Acknowledgement("a", 100, page.links[0].hash))
+    boot.journal.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database, database:
+        database.execute("UPDATE records SET body = CAST(replace(body, '1', '2') AS BLOB) WHERE seq = 101")
+    with pytest.raises(Damaged, match=r"boot a after record 100"):
+        Boot(tmp_path, "e", START + 4 * 10**12)
 
 
 def test_a_file_cut_in_the_middle_is_kept_and_served_as_far_as_it_can_be_read(tmp_path: Path) -> None:

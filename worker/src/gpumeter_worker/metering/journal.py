@@ -43,13 +43,17 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS boots (
     boot_id TEXT PRIMARY KEY, ordinal INTEGER NOT NULL, identity TEXT NOT NULL,
     frontier_ns INTEGER NOT NULL, head_seq INTEGER NOT NULL, head_hash TEXT NOT NULL,
-    acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL
+    acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL, acknowledged_hash TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS records (
     boot_id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, body BLOB NOT NULL,
     flush_end_seq INTEGER NOT NULL, PRIMARY KEY (boot_id, seq)
 ) STRICT, WITHOUT ROWID;
 """
+
+
+_HAS_ACKNOWLEDGED_HASH = "SELECT 1 FROM pragma_table_info('boots') WHERE name = 'acknowledged_hash'"
+"""Files of earlier builds have no such column; in those of their boots that are trimmed, it stays empty."""
 
 
 class FlushRefused(Exception):
@@ -173,7 +177,10 @@ class Journal:
             acknowledged_seq, head_seq, sealed = known
             if seq > acknowledged_seq:
                 self._refuse_unheld(acknowledgement)
-                self._database.execute("UPDATE boots SET acknowledged_seq = ? WHERE boot_id = ?", (seq, boot_id))
+                self._database.execute(
+                    "UPDATE boots SET acknowledged_seq = ?, acknowledged_hash = ? WHERE boot_id = ?",
+                    (seq, acknowledgement.hash, boot_id),
+                )
                 self._database.execute("DELETE FROM records WHERE boot_id = ? AND seq <= ?", (boot_id, seq))
                 if sealed and seq == head_seq and boot_id != self._identity.boot_id:
                     self._database.execute("DELETE FROM boots WHERE boot_id = ?", (boot_id,))
@@ -197,14 +204,16 @@ class Journal:
     def _begin(self, started_ns: int) -> None:
         with translated(self._directory):
             self._database.executescript(SETTINGS + _SCHEMA)
+            if not self._value(_HAS_ACKNOWLEDGED_HASH):
+                self._database.execute("ALTER TABLE boots ADD COLUMN acknowledged_hash TEXT NOT NULL DEFAULT ''")
             self._refuse_foreign()
             self._refuse_broken_chains()
             with self._transaction():
                 self._seal_former_boots()
                 ordinal = self._value("SELECT COALESCE(MAX(ordinal), 0) + 1 FROM boots")
                 self._database.execute(
-                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0)",
-                    (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS),
+                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0, ?)",
+                    (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS, GENESIS),
                 )
 
     def _with_the_reserve(self, work: Callable[[], T]) -> T:
@@ -255,14 +264,14 @@ class Journal:
 
     def _refuse_broken_chains(self) -> None:
         """A flipped bit in a record is no damage to SQLite; to a bill it is."""
-        for boot_id, acknowledged_seq, head_seq, head_hash in self._database.execute(
-            "SELECT boot_id, acknowledged_seq, head_seq, head_hash FROM boots"
+        for boot_id, acknowledged_seq, acknowledged_hash, head_seq, head_hash in self._database.execute(
+            "SELECT boot_id, acknowledged_seq, acknowledged_hash, head_seq, head_hash FROM boots"
         ).fetchall():
             rows = self._database.execute(
                 "SELECT seq, hash, body FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq",
                 (boot_id, acknowledged_seq),
             )
-            last_seq, last_hash = acknowledged_seq, GENESIS if acknowledged_seq == 0 else ""
+            last_seq, last_hash = acknowledged_seq, GENESIS if acknowledged_seq == 0 else acknowledged_hash
             for seq, digest, body in rows:
                 if seq != last_seq + 1 or not continues(last_hash, digest, body):
                     break
@@ -335,6 +344,17 @@ class Reader:
                 self._database.execute("COMMIT")
         return Page(self._worker_uid, self._service, boot_id, after, watermark_ns[0], tuple(links))
 
+    def _hash(self, boot_id: str, seq: int) -> str:
+        """Of a record that is held, or of the last that was trimmed; "" where it is not known."""
+        if seq == 0:
+            return GENESIS
+        held = "SELECT hash FROM records WHERE boot_id = ? AND seq = ?"
+        trimmed = "SELECT acknowledged_hash FROM boots WHERE boot_id = ? AND acknowledged_seq = ?"
+        row = self._database.execute(held, (boot_id, seq)).fetchone()
+        if row is None and self._database.execute(_HAS_ACKNOWLEDGED_HASH).fetchone():
+            row = self._database.execute(trimmed, (boot_id, seq)).fetchone()
+        return str(row[0]) if row else ""
+
     def _links(self, boot_id: str, after: int, limit: int) -> list[Link]:
         """Whole flushes, as many as fit: slices of sessions must not arrive without the accounts that they sum to.
 
@@ -343,8 +363,7 @@ class Reader:
         """
         links: list[Link] = []
         size_bytes = whole = 0
-        held = self._database.execute("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", (boot_id, after))
-        last_hash = GENESIS if after == 0 else next((row[0] for row in held), "")
+        last_hash = self._hash(boot_id, after)
         damage = ""
         rows = self._database.execute(
             "SELECT hash, body, seq, flush_end_seq FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?",
