@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
-from gpumeter_usage.record import Record
+from gpumeter_usage.record import Record, canonical
 from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, Reader
 from gpumeter_worker.metering.journalfile import Damaged, DiskFull, JournalUnusable
 from gpumeter_worker.metering.meter import Flush, Identity
@@ -25,6 +25,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _RETRY_OPEN_S = 1.0
+_SHOWN_BYTES = 2**16
+"""So much of a flush that is refused is logged, which is a hundred records or so."""
 
 
 class JournalWriter:
@@ -129,7 +131,10 @@ class JournalWriter:
                     return False
                 except FlushRefused as error:
                     # A defect of ours: stop admitting rather than write a bill that does not add up.
-                    self._fail(JournalUnusable(f"a flush was refused ({error}); restart the worker and report this"))
+                    problem = f"a flush was refused ({error}); restart the worker and report this"
+                    if self.problem != problem:
+                        _log_refused(flush)
+                    self._fail(JournalUnusable(problem))
                     return False
                 self._waiting.popleft()
                 self.commit_ns_last = time.monotonic_ns() - began_ns
@@ -180,6 +185,26 @@ class JournalWriter:
         if self.problem != str(error):
             log.error("the journal is unusable: %s", error)
         self.problem = str(error)
+
+
+def _log_refused(flush: Flush) -> None:
+    """The only trace of what was measured there: it is never on disk. Of a long flush, the beginning."""
+    shown: list[str] = []
+    left_bytes = _SHOWN_BYTES
+    for record in flush.records:
+        body = canonical(record)
+        left_bytes -= len(body)
+        if left_bytes < 0:
+            break
+        shown.append(body.decode())
+    log.error(
+        "refused: %d records up to %d with %d ns unmeasured, of which the first %d are\n%s",
+        len(flush.records),
+        flush.frontier_ns,
+        flush.unmeasured_ns,
+        len(shown),
+        "\n".join(shown),
+    )
 
 
 def _opened(directory: Path, identity: Identity, started_ns: int) -> tuple[Journal, Head]:
