@@ -4,9 +4,10 @@ Owns the SQLite file: one transaction a flush, sequence numbers and hashes, the 
 and trim. It refuses a flush that does not add up. Does not know how anything was measured, nor who collects it. Every
 call blocks on the disk: metering.writer keeps it off the event loop. One Journal belongs to one thread.
 
-On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what the sessions that run then
-still write; LOG_BYTES and the largest transaction once more for the write-ahead log; and the reserve. No record is ever
-dropped for want of room: what does not fit waits in memory.
+On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what is still written then, the
+slices of the sessions that run and, as long as nobody acknowledges, a few account records a checkpoint; LOG_BYTES and the
+largest transaction once more for the write-ahead log; and the reserve. No record is ever dropped for want of room: what
+does not fit waits in memory.
 """
 
 import json
