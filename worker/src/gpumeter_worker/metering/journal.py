@@ -5,9 +5,9 @@ and trim. It refuses a flush that does not add up. Does not know how anything wa
 call blocks on the disk: metering.writer keeps it off the event loop. One Journal belongs to one thread.
 
 On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what is still written then, the
-slices of the sessions that run and, as long as nobody acknowledges, a few account records a checkpoint; LOG_BYTES and the
-largest transaction once more for the write-ahead log; and the reserve. No record is ever dropped for want of room: what
-does not fit waits in memory.
+slices of the sessions that run and, as long as nobody acknowledges, a few account records a checkpoint; LOG_BYTES and
+the largest transaction once more for the write-ahead log; and two reserves. No record is ever dropped for want of room:
+what does not fit waits in memory.
 """
 
 import json
@@ -15,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from gpumeter_worker.metering.journalfile import (
     translated,
 )
 from gpumeter_worker.metering.meter import Flush, Identity, seal
-from gpumeter_worker.metering.reserve import Reserve
+from gpumeter_worker.metering.reserve import SEAL_FILE_NAME, TRIM_FILE_NAME, Reserve
 
 T = TypeVar("T")
 MAX_PAGE_BODY_BYTES = 16 * 2**20
@@ -91,17 +92,17 @@ class Journal:
         """
         self._identity = identity
         self._directory = directory
-        self._reserve = Reserve(directory)
+        self._reserve = Reserve(directory, SEAL_FILE_NAME)
+        self._for_trimming = Reserve(directory, TRIM_FILE_NAME)
         try:
-            self._database = opened(directory, "rwc")
-        except DiskFull:
-            self._reserve.give()
-            self._database = opened(directory, "rwc")
-        try:
-            self._with_the_reserve(lambda: self._begin(started_ns))
-        except BaseException:
-            self._database.close()
-            raise
+            self._database = self._opened()
+            try:
+                self._in_room_of((self._reserve, self._for_trimming), lambda: self._begin(started_ns))
+            except BaseException:
+                self._database.close()
+                raise
+        finally:
+            self._for_trimming.take_again()
         self._reserve.take()
 
     def append(self, flush: Flush, closing: Record | None = None, *, leaving: bool = False) -> Head:
@@ -114,10 +115,10 @@ class Journal:
         try:
             return self._append(flush, closing)
         except DiskFull:
-            if leaving or closing is not None:
-                self._reserve.give()
             self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
+        if not leaving and closing is None:
             return self._append(flush, closing)
+        return self._in_room_of((self._reserve,), lambda: self._append(flush, closing))
 
     def _append(self, flush: Flush, closing: Record | None) -> Head:
         with translated(None), self._transaction():
@@ -146,11 +147,16 @@ class Journal:
         try:
             head = self._trim(acknowledgement)
         except DiskFull:
-            self._reserve.give()
             self._fold_log()
-            head = self._trim_in_steps(acknowledgement)
-        if not self._reserve.take():
+            try:
+                work = partial(self._trim_in_steps, acknowledgement)
+                head = self._in_room_of((self._for_trimming, self._reserve), work)
+            finally:
+                self._fold_log()
+                self._for_trimming.take_again()
+        if not (self._for_trimming.take() and self._reserve.take()):
             self._fold_log()
+            self._for_trimming.take()
             self._reserve.take()
         return head
 
@@ -217,15 +223,23 @@ class Journal:
                     (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS, GENESIS),
                 )
 
-    def _with_the_reserve(self, work: Callable[[], T]) -> T:
-        """On a full disk the work is tried once more, in the room that was kept back for it."""
-        try:
-            return work()
-        except DiskFull:
-            if not self._reserve.give():
-                raise
-            self._fold_log()
-            return work()
+    def _opened(self) -> sqlite3.Connection:
+        for reserve in (self._reserve, self._for_trimming):
+            try:
+                return opened(self._directory, "rwc")
+            except DiskFull:
+                reserve.give()
+        return opened(self._directory, "rwc")
+
+    def _in_room_of(self, reserves: tuple[Reserve, ...], work: Callable[[], T]) -> T:
+        """On a full disk the work is tried again, in the room that was kept back for it: one after the other."""
+        for reserve in reserves:
+            try:
+                return work()
+            except DiskFull:
+                reserve.give()
+                self._fold_log()
+        return work()
 
     def _fold_log(self) -> None:
         with suppress(sqlite3.Error):  # where it does not work, the log stays as it is
