@@ -153,3 +153,13 @@ async def test_a_flush_that_does_not_add_up_leaves_its_records_in_the_log_once_a
     assert told[0].splitlines()[1:3] == [canonical(record).decode() for record in flush.records[:2]]
     assert f"refused: {len(cheat.records)} records" in told[0]
     assert 2**15 < len(told[0]) < 2**17
+
+
+async def test_a_flush_that_cannot_be_written_as_records_is_told_and_logged(
+    boot: Boot, caplog: pytest.LogCaptureFixture
+) -> None:
+    flush = boot.used("one")
+    odd = replace(flush, records=tuple(replace(record, model="\ud800") for record in flush.records))
+    assert not await boot.writer.append(odd)
+    assert "a flush was refused" in boot.writer.problem
+    assert any(record.getMessage().startswith("refused: ") for record in caplog.records)

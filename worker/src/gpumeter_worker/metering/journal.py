@@ -101,8 +101,10 @@ class Journal:
             except BaseException:
                 self._database.close()
                 raise
-        finally:
+        except DiskFull:
             self._for_trimming.take_again()
+            raise
+        self._for_trimming.take_again()
         self._reserve.take()
 
     def append(self, flush: Flush, closing: Record | None = None, *, leaving: bool = False) -> Head:

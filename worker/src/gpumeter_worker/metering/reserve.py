@@ -28,7 +28,7 @@ class Reserve:
 
     def take(self) -> bool:
         """Set it aside whole; False where the disk has too little room now. What is there already is kept."""
-        return self._size_bytes() >= _LEAST_BYTES or self._take(RESERVE_BYTES)
+        return self._size_bytes() >= RESERVE_BYTES or self._take(RESERVE_BYTES)
 
     def take_again(self) -> bool:
         """After a use: as much of it as half, or a quarter, where it does not fit whole. The log needs room as well."""

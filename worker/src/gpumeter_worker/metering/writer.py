@@ -129,8 +129,9 @@ class JournalWriter:
                 except JournalUnusable as error:
                     self._fail(error)
                     return False
-                except FlushRefused as error:
-                    # A defect of ours: stop admitting rather than write a bill that does not add up.
+                except (FlushRefused, TypeError, ValueError, ArithmeticError) as error:
+                    # A defect of ours: stop admitting rather than write a bill that does not add up. What cannot even
+                    # be written as a record is no better.
                     problem = f"a flush was refused ({error}); restart the worker and report this"
                     if self.problem != problem:
                         _log_refused(flush)
@@ -192,11 +193,14 @@ def _log_refused(flush: Flush) -> None:
     shown: list[str] = []
     left_bytes = _SHOWN_BYTES
     for record in flush.records:
-        body = canonical(record)
+        try:
+            body = canonical(record).decode()
+        except (TypeError, ValueError):
+            body = ascii(record)
         left_bytes -= len(body)
         if left_bytes < 0:
             break
-        shown.append(body.decode())
+        shown.append(body)
     log.error(
         "refused: %d records up to %d with %d ns unmeasured, of which the first %d are\n%s",
         len(flush.records),
