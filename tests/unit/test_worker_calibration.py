@@ -309,3 +309,20 @@ def test_a_disk_that_refuses_costs_the_file_and_not_the_profile(tmp_path: Path) 
     missing.mkdir()
     profiles.use(adopted)
     assert stored_fit(missing, SUBJECT) == Fit(COSTS, GOOD)
+
+
+def test_a_profile_that_the_disk_refused_is_kept_as_soon_as_it_can_be_and_the_refusal_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = tmp_path / "not-there"
+    profiles = Profiles(missing)
+    profiles.use(adopt(Calibration(SUBJECT, Fit(COSTS, GOOD)), Rule.KNEE, "cuda", "llama"))
+    for _ in range(3):
+        profiles.keep()
+    assert len(caplog.records) == 1
+    missing.mkdir()
+    profiles.keep()
+    assert stored_fit(missing, SUBJECT) == Fit(COSTS, GOOD)
+    (missing / FILE_NAME).unlink()
+    profiles.keep()
+    assert not (missing / FILE_NAME).exists(), "what is on disk is not written again"

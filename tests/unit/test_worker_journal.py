@@ -237,3 +237,28 @@ def test_accounts_survive_in_the_journal_by_name(tmp_path: Path) -> None:
     records = [parse(link.body) for link in page.links]
     sums = {record.account: record.gpu_ns for record in records if record.kind is Kind.ACCOUNT}
     assert sums == {Account.IDLE: 500, Account.ATTRIBUTED: 1000}
+
+
+@pytest.mark.parametrize(
+    ("gpu_ns", "part"),
+    [
+        (100, Part("one", None, 0, True, 1)),  # type: ignore[arg-type]
+        (-100, Part("one", 1, 0, True, 1)),
+        (100, Part("one", 1, 0, True, None)),  # type: ignore[arg-type]
+    ],
+)
+def test_a_step_that_makes_no_sense_is_the_platforms_and_the_journal_goes_on(
+    tmp_path: Path, gpu_ns: int, part: Part
+) -> None:
+    boot = Boot(tmp_path, "a")
+    boot.meter.begin("one", "acme", boot.now)
+    with pytest.raises((ValueError, TypeError, ArithmeticError)):
+        boot.meter.step(boot.now + 10, boot.now + 100, gpu_ns, [part])
+    boot.now += 100
+    boot.meter.step(boot.now, boot.now + 100, 100, [Part("one", 1, 0, True, 1)])
+    boot.meter.end("one", Status.FINISHED, boot.now + 100)
+    boot.now += 100
+    flush = boot.meter.cut(boot.now)
+    assert flush is not None
+    boot.journal.append(flush)
+    assert boot.journal.append(boot.used("two")).frontier_ns == boot.now

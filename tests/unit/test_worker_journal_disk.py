@@ -1,4 +1,4 @@
-"""The journal on disks as they are: small, full, damaged. Nothing is lost for want of room, nor all for a bad byte."""
+"""The journal on disks as they are: small and full. Nothing is lost for want of room."""
 
 import json
 import os
@@ -10,10 +10,9 @@ from textwrap import dedent
 import pytest
 
 from gpumeter_usage.chain import GENESIS, verify
-from gpumeter_usage.page import Acknowledgement, Page
-from gpumeter_usage.record import Kind, Status, parse
-from gpumeter_worker.metering.journal import Journal, Reader
-from gpumeter_worker.metering.journalfile import FILE_NAME, LOG_BYTES, Damaged, JournalUnusable
+from gpumeter_usage.page import Acknowledgement
+from gpumeter_worker.metering.journal import Reader
+from gpumeter_worker.metering.journalfile import FILE_NAME, LOG_BYTES
 from gpumeter_worker.metering.writer import JournalWriter
 from rigs.journal import SERVICE, START, WORKER, Boot, Usage, identity
 
@@ -41,7 +40,7 @@ def filled(boot):
 
 def collect(boot, limit):
     reader, ledger, head = Reader(folder, "worker", "team/model"), [], GENESIS
-    while links := reader.page("a", len(ledger), limit).links:
+    while (page := reader.page("a", len(ledger), limit)) and (links := page.links):
         head = verify(head, links)
         ledger += links
         boot.journal.acknowledge(Acknowledgement("a", len(ledger), head))
@@ -111,13 +110,84 @@ def test_a_boot_is_sealed_and_the_next_one_begun_on_a_disk_without_a_free_byte(t
             except OSError:
                 pass
         boot.journal.close()
-        (folder / "ballast").unlink()
+        def take_all():
+            with open(folder / "ballast", "ab", buffering=0) as file:
+                try:
+                    while file.write(b"x" * 512):
+                        pass
+                except OSError:
+                    pass
+        take_all()
         next_boot = Boot(folder, "b", START + 10**12)
         boots = Reader(folder, "worker", "team/model").status().boots
-        print(json.dumps({"sealed": head.sealed, "boots": [[one.boot_id, one.sealed] for one in boots]}))
+        take_all()  # and it is emptied then as well
+        records = collect(next_boot, 5000)
+        left = [one.boot_id for one in Reader(folder, "worker", "team/model").status().boots]
+        print(json.dumps({
+            "sealed": head.sealed, "boots": [[one.boot_id, one.sealed] for one in boots],
+            "collected": len(records) - head.seq, "left": left,
+        }))
         """,
     )
-    assert seen == {"sealed": True, "boots": [["a", True], ["b", False]]}
+    assert seen == {"sealed": True, "boots": [["a", True], ["b", False]], "collected": 0, "left": ["b"]}
+
+
+@pytest.mark.parametrize("ending", ["seal", "keep"])
+def test_what_a_full_disk_refused_while_serving_is_written_into_the_reserve_when_the_process_leaves(
+    tmp_path: Path, ending: str
+) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "8m",
+        f"""
+        import time
+        from gpumeter_worker.deadline import Deadline
+        from gpumeter_worker.metering.flushing import Flusher
+        from gpumeter_worker.metering.writer import JournalWriter
+        from rigs.journal import Usage, identity
+
+        async def main():
+            writer, boot = JournalWriter(folder, "worker", "team/model", 2**30), Usage("a")
+            await writer.open(identity("a"), START)
+            flusher = Flusher(boot.meter, writer, lambda: boot.now, 10**6, before=lambda: None)
+            while await writer.append(boot.used("s")):
+                pass
+            with open(folder / "ballast", "wb", buffering=0) as file:
+                try:
+                    while file.write(b"x" * 512):
+                        pass
+                except OSError:
+                    pass
+            refused = not await flusher.flush()
+            boot.meter.begin("last", "acme", boot.now)  # in flight when the worker is told to leave
+            boot.meter.end("last", Status.CANCELLED, boot.now)
+            if "{ending}" == "seal":
+                await flusher.seal(Deadline(time.monotonic() + 3), asyncio.Event())
+            else:
+                await flusher.keep()
+            head, problem = writer.head, writer.problem
+            await writer.close()
+            reader, after, records = Reader(folder, "worker", "team/model"), 0, []
+            while links := reader.page("a", after, 5000).links:
+                records += [parse(link.body) for link in links]
+                after += len(links)
+            print(json.dumps({{
+                "refused": refused, "problem": problem, "sealed": head.sealed, "frontier": head.frontier_ns == boot.now,
+                "last": [record.session_id for record in records if record.session_id][-1],
+                "read": len(records) == head.seq,
+            }}))
+
+        asyncio.run(main())
+        """,
+    )
+    assert seen == {
+        "refused": True,
+        "problem": "",
+        "sealed": ending == "seal",
+        "frontier": True,
+        "last": "last",
+        "read": True,
+    }
 
 
 def test_a_disk_that_is_full_at_the_start_is_waited_for(tmp_path: Path) -> None:
@@ -178,94 +248,6 @@ def test_a_file_that_may_not_grow_refuses_a_flush_and_takes_it_once_it_may(tmp_p
     assert head == collected > 1000
 
 
-def filled(tmp_path: Path, sessions: int = 200) -> int:
-    """A journal of one boot, closed and folded into its file; its head."""
-    boot = Boot(tmp_path, "a")
-    for number in range(sessions):
-        boot.journal.append(boot.used(f"s{number}"))
-    head = boot.journal.head().seq
-    boot.journal.close()
-    return head
-
-
-def collected(tmp_path: Path, limit: int = 5000) -> tuple[list[Page], str]:
-    """Every page that can be read, one after the other, and why there are no more."""
-    reader, pages, head, after = Reader(tmp_path, WORKER, SERVICE), [], GENESIS, 0
-    while True:
-        try:
-            page = reader.page("a", after, limit)
-        except JournalUnusable as error:
-            return pages, str(error)
-        assert page is not None
-        if not page.links:
-            return pages, ""
-        head = verify(head, page.links)
-        after += len(page.links)
-        pages.append(page)
-
-
-def test_a_flipped_bit_in_a_record_refuses_the_journal_and_what_comes_before_is_collected(tmp_path: Path) -> None:
-    filled(tmp_path)
-    data = bytearray((tmp_path / FILE_NAME).read_bytes())
-    data[data.index(b'"session_id":"s150"') + 16] ^= 1  # still JSON, and still SQLite
-    (tmp_path / FILE_NAME).write_bytes(data)
-    with pytest.raises(Damaged, match=r"after record 30[0-9]"):
-        Boot(tmp_path, "b", START + 10**12)
-    for limit in (5000, 7):
-        pages, why = collected(tmp_path, limit)
-        assert 300 <= sum(len(page.links) for page in pages) < 303
-        assert "does not continue the chain" in why
-
-
-def test_a_file_cut_in_the_middle_is_kept_and_served_as_far_as_it_can_be_read(tmp_path: Path) -> None:
-    head = filled(tmp_path, 600)
-    file = tmp_path / FILE_NAME
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2 // 4096 * 4096])
-    with pytest.raises(Damaged):
-        Boot(tmp_path, "b", START + 10**12)
-    assert file.stat().st_size == len(whole) // 2 // 4096 * 4096, "the file is not touched"
-    pages, why = collected(tmp_path, 100)
-    assert 0 < sum(len(page.links) for page in pages) < head
-    assert why
-
-
-def test_a_log_that_lost_its_end_is_a_boot_that_ended_earlier(tmp_path: Path) -> None:
-    boot, frontiers = Boot(tmp_path, "a"), {START}
-    for number in range(20):
-        boot.journal.append(boot.used(f"s{number}"))
-        frontiers.add(boot.now)
-    log = (tmp_path / f"{FILE_NAME}-wal").read_bytes()
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / FILE_NAME).write_bytes((tmp_path / FILE_NAME).read_bytes())
-    (tmp_path / "copy" / f"{FILE_NAME}-wal").write_bytes(log[: len(log) * 3 // 4])
-    Boot(tmp_path / "copy", "b", START + 10**12)
-    pages, why = collected(tmp_path / "copy")
-    last = parse(pages[-1].links[-1].body)
-    assert (last.kind, last.status, why) == (Kind.SEAL, Status.RECOVERED, "")
-    assert last.ended_at in frontiers, "it ends with a whole flush"
-    assert last.ended_at < boot.now
-
-
-async def test_damage_that_is_found_while_serving_is_told_and_stays_told(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path, WORKER, SERVICE, 2**30)
-    await writer.open(identity("a"), START)
-    boot = Usage("a")
-    for number in range(20):
-        assert await writer.append(boot.used(f"s{number}"))
-    own = writer._journal
-    assert own is not None
-    own._database.execute("UPDATE records SET body = CAST(replace(body, 's7', 's8') AS BLOB) WHERE seq = 15")
-    page = await writer.page("a", 0, 5000)
-    assert page is not None and len(page.links) == 14
-    assert writer.damage == ""
-    with pytest.raises(Damaged):
-        await writer.page("a", 14, 5000)
-    assert await writer.append(boot.used("later"))
-    assert "record 15 of the boot a" in writer.damage
-    await writer.close()
-
-
 async def test_a_journal_beyond_its_bound_says_so_drops_nothing_and_an_acknowledgement_ends_it(tmp_path: Path) -> None:
     writer = JournalWriter(tmp_path, WORKER, SERVICE, 2**17)
     await writer.open(identity("a"), START)
@@ -306,8 +288,24 @@ def test_trimmed_room_is_used_again(tmp_path: Path) -> None:
     assert sizes[-1] <= sizes[1] + 2**16
 
 
-def test_reopening_tells_the_former_journal_to_be_whole(tmp_path: Path) -> None:
-    head = filled(tmp_path, 5)
-    Journal(tmp_path, identity("b"), START + 10**12).close()
-    pages, _ = collected(tmp_path)
-    assert sum(len(page.links) for page in pages) == head + 1
+def test_a_reserve_that_fits_no_more_is_taken_by_half_and_made_whole_when_there_is_room(tmp_path: Path) -> None:
+    seen = on_small_tmpfs(
+        tmp_path,
+        "4m",
+        """
+        from gpumeter_worker.metering.reserve import Reserve
+
+        reserve, sizes = Reserve(folder, "reserve"), []
+        def look(done):
+            sizes.append([done, (folder / "reserve").stat().st_size if (folder / "reserve").exists() else None])
+        look(reserve.take())
+        reserve.give()
+        (folder / "ballast").write_bytes(b"x" * (5 * 2**19))
+        look(reserve.take_again())
+        look(reserve.take())
+        (folder / "ballast").unlink()
+        look(reserve.take())
+        print(json.dumps({"sizes": sizes}))
+        """,
+    )
+    assert seen == {"sizes": [[True, 2**21], [True, 2**20], [False, 2**20], [True, 2**21]]}

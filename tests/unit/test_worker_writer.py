@@ -5,12 +5,13 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from gpumeter_usage.record import Status
+from gpumeter_usage.record import Status, canonical
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.journalfile import FILE_NAME
@@ -138,3 +139,27 @@ async def test_a_commit_that_fails_is_undone_and_tried_again(boot: Boot) -> None
     database.execute("DROP TRIGGER breaks")
     assert await boot.writer.retry()
     assert (boot.writer.problem, boot.writer.head and boot.writer.head.seq) == ("", len(flush.records))
+
+
+async def test_a_flush_that_does_not_add_up_leaves_its_records_in_the_log_once_and_not_without_bound(
+    boot: Boot, caplog: pytest.LogCaptureFixture
+) -> None:
+    flush = boot.used("one")
+    cheat = replace(flush, records=flush.records * 2000)
+    assert not await boot.writer.append(cheat)
+    assert not await boot.writer.retry()
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused: ")]
+    assert len(told) == 1
+    assert told[0].splitlines()[1:3] == [canonical(record).decode() for record in flush.records[:2]]
+    assert f"refused: {len(cheat.records)} records" in told[0]
+    assert 2**15 < len(told[0]) < 2**17
+
+
+async def test_a_flush_that_cannot_be_written_as_records_is_told_and_logged(
+    boot: Boot, caplog: pytest.LogCaptureFixture
+) -> None:
+    flush = boot.used("one")
+    odd = replace(flush, records=tuple(replace(record, model="\ud800") for record in flush.records))
+    assert not await boot.writer.append(odd)
+    assert "a flush was refused" in boot.writer.problem
+    assert any(record.getMessage().startswith("refused: ") for record in caplog.records)

@@ -386,6 +386,7 @@ class Worker:
         return self.anchor.utc_ns(time.monotonic_ns())
 
     def _look_at_clock(self) -> None:
+        self.profiles.keep()
         if self._draining or self._clock_problem:
             return
         self._clock_problem = self.anchor.problem(self._read_anchor())

@@ -101,7 +101,10 @@ class Accounts:
 
         That is `gpu_ns`, unless it is longer than the time since the frontier: two clocks differ by parts per million,
         and no second may be sold twice. A step belongs to the minute of its end. The caller books the time by `own`.
+        Raises ValueError, and changes nothing, for a negative time.
         """
+        if gpu_ns < 0:
+            raise ValueError(f"a step of {gpu_ns} ns cannot be booked")
         closed = self._advance(started_ns)
         gap_from_ns = self.frontier_ns
         closed += self._advance(ended_ns, book=False)

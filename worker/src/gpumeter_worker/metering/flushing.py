@@ -55,8 +55,8 @@ class Flusher:
 
     async def flush(self) -> bool:
         """Journal everything up to the frontier; True when it is on disk."""
-        if self._journal.problem:
-            return await self._journal.retry()
+        if self._journal.problem and not await self._journal.retry():
+            return False
         flush = self._meter.cut(self._now_ns())
         return await self._journal.append(flush) if flush else True
 
@@ -71,6 +71,7 @@ class Flusher:
         """The boot ends without a seal: write what was measured. The next boot on this volume seals the chain."""
         deadline = Deadline(time.monotonic() + _SEAL_S)
         await self.end(deadline)
+        self._journal.leave()
         if self._journal.head is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(deadline.left_s(time.monotonic(), _SEAL_S)):

@@ -4,9 +4,10 @@ Owns the SQLite file: one transaction a flush, sequence numbers and hashes, the 
 and trim. It refuses a flush that does not add up. Does not know how anything was measured, nor who collects it. Every
 call blocks on the disk: metering.writer keeps it off the event loop. One Journal belongs to one thread.
 
-On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what the sessions that run then
-still write; LOG_BYTES and the largest transaction once more for the write-ahead log; and the reserve. No record is ever
-dropped for want of room: what does not fit waits in memory.
+On disk it takes no more than GPUMETER_JOURNAL_MAX_BYTES, at which admission stops; what is still written then, the
+slices of the sessions that run and, as long as nobody acknowledges, a few account records a checkpoint; LOG_BYTES and
+the largest transaction once more for the write-ahead log; and two reserves. No record is ever dropped for want of room:
+what does not fit waits in memory.
 """
 
 import json
@@ -14,6 +15,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +32,7 @@ from gpumeter_worker.metering.journalfile import (
     translated,
 )
 from gpumeter_worker.metering.meter import Flush, Identity, seal
-from gpumeter_worker.metering.reserve import Reserve
+from gpumeter_worker.metering.reserve import SEAL_FILE_NAME, TRIM_FILE_NAME, Reserve
 
 T = TypeVar("T")
 MAX_PAGE_BODY_BYTES = 16 * 2**20
@@ -43,13 +45,17 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS boots (
     boot_id TEXT PRIMARY KEY, ordinal INTEGER NOT NULL, identity TEXT NOT NULL,
     frontier_ns INTEGER NOT NULL, head_seq INTEGER NOT NULL, head_hash TEXT NOT NULL,
-    acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL
+    acknowledged_seq INTEGER NOT NULL, sealed INTEGER NOT NULL, acknowledged_hash TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS records (
     boot_id TEXT NOT NULL, seq INTEGER NOT NULL, hash TEXT NOT NULL, body BLOB NOT NULL,
     flush_end_seq INTEGER NOT NULL, PRIMARY KEY (boot_id, seq)
 ) STRICT, WITHOUT ROWID;
 """
+
+
+_HAS_ACKNOWLEDGED_HASH = "SELECT 1 FROM pragma_table_info('boots') WHERE name = 'acknowledged_hash'"
+"""Files of earlier builds have no such column; in those of their boots that are trimmed, it stays empty."""
 
 
 class FlushRefused(Exception):
@@ -86,32 +92,35 @@ class Journal:
         """
         self._identity = identity
         self._directory = directory
-        self._reserve = Reserve(directory)
+        self._reserve = Reserve(directory, SEAL_FILE_NAME)
+        self._for_trimming = Reserve(directory, TRIM_FILE_NAME)
         try:
-            self._database = opened(directory, "rwc")
+            self._database = self._opened()
+            try:
+                self._in_room_of((self._reserve, self._for_trimming), lambda: self._begin(started_ns))
+            except BaseException:
+                self._database.close()
+                raise
         except DiskFull:
-            self._reserve.give()
-            self._database = opened(directory, "rwc")
-        try:
-            self._with_the_reserve(lambda: self._begin(started_ns))
-        except BaseException:
-            self._database.close()
+            self._for_trimming.take_again()
             raise
+        self._for_trimming.take_again()
         self._reserve.take()
 
-    def append(self, flush: Flush, closing: Record | None = None) -> Head:
+    def append(self, flush: Flush, closing: Record | None = None, *, leaving: bool = False) -> Head:
         """Add a flush, and the seal if `closing` is one, in one transaction that is on disk when this returns.
 
         Raises FlushRefused when it does not add up, JournalUnusable when the disk refuses; both leave the journal as
-        it was, so that the same flush can be tried again. On a full disk only a seal may use the reserve.
+        it was, so that the same flush can be tried again. On a full disk only a seal may use the reserve, and what is
+        written when the process leaves (`leaving`): a seal cannot come before what it ends.
         """
         try:
             return self._append(flush, closing)
         except DiskFull:
-            if closing is None:
-                self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
-                return self._append(flush, closing)
-        return self._with_the_reserve(lambda: self._append(flush, closing))
+            self._fold_log()  # what was trimmed left pages in the file, and the log can have their room
+        if not leaving and closing is None:
+            return self._append(flush, closing)
+        return self._in_room_of((self._reserve,), lambda: self._append(flush, closing))
 
     def _append(self, flush: Flush, closing: Record | None) -> Head:
         with translated(None), self._transaction():
@@ -140,11 +149,16 @@ class Journal:
         try:
             head = self._trim(acknowledgement)
         except DiskFull:
-            self._reserve.give()
             self._fold_log()
-            head = self._trim_in_steps(acknowledgement)
-        if not self._reserve.take():
+            try:
+                work = partial(self._trim_in_steps, acknowledgement)
+                head = self._in_room_of((self._for_trimming, self._reserve), work)
+            finally:
+                self._fold_log()
+                self._for_trimming.take_again()
+        if not (self._for_trimming.take() and self._reserve.take()):
             self._fold_log()
+            self._for_trimming.take()
             self._reserve.take()
         return head
 
@@ -172,7 +186,10 @@ class Journal:
             acknowledged_seq, head_seq, sealed = known
             if seq > acknowledged_seq:
                 self._refuse_unheld(acknowledgement)
-                self._database.execute("UPDATE boots SET acknowledged_seq = ? WHERE boot_id = ?", (seq, boot_id))
+                self._database.execute(
+                    "UPDATE boots SET acknowledged_seq = ?, acknowledged_hash = ? WHERE boot_id = ?",
+                    (seq, acknowledgement.hash, boot_id),
+                )
                 self._database.execute("DELETE FROM records WHERE boot_id = ? AND seq <= ?", (boot_id, seq))
                 if sealed and seq == head_seq and boot_id != self._identity.boot_id:
                     self._database.execute("DELETE FROM boots WHERE boot_id = ?", (boot_id,))
@@ -196,25 +213,35 @@ class Journal:
     def _begin(self, started_ns: int) -> None:
         with translated(self._directory):
             self._database.executescript(SETTINGS + _SCHEMA)
+            if not self._value(_HAS_ACKNOWLEDGED_HASH):
+                self._database.execute("ALTER TABLE boots ADD COLUMN acknowledged_hash TEXT NOT NULL DEFAULT ''")
             self._refuse_foreign()
             self._refuse_broken_chains()
             with self._transaction():
                 self._seal_former_boots()
                 ordinal = self._value("SELECT COALESCE(MAX(ordinal), 0) + 1 FROM boots")
                 self._database.execute(
-                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0)",
-                    (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS),
+                    "INSERT INTO boots VALUES (?, ?, ?, ?, 0, ?, 0, 0, ?)",
+                    (self._identity.boot_id, ordinal, json.dumps(asdict(self._identity)), started_ns, GENESIS, GENESIS),
                 )
 
-    def _with_the_reserve(self, work: Callable[[], T]) -> T:
-        """On a full disk the work is tried once more, in the room that was kept back for it."""
-        try:
-            return work()
-        except DiskFull:
-            if not self._reserve.give():
-                raise
-            self._fold_log()
-            return work()
+    def _opened(self) -> sqlite3.Connection:
+        for reserve in (self._reserve, self._for_trimming):
+            try:
+                return opened(self._directory, "rwc")
+            except DiskFull:
+                reserve.give()
+        return opened(self._directory, "rwc")
+
+    def _in_room_of(self, reserves: tuple[Reserve, ...], work: Callable[[], T]) -> T:
+        """On a full disk the work is tried again, in the room that was kept back for it: one after the other."""
+        for reserve in reserves:
+            try:
+                return work()
+            except DiskFull:
+                reserve.give()
+                self._fold_log()
+        return work()
 
     def _fold_log(self) -> None:
         with suppress(sqlite3.Error):  # where it does not work, the log stays as it is
@@ -254,14 +281,14 @@ class Journal:
 
     def _refuse_broken_chains(self) -> None:
         """A flipped bit in a record is no damage to SQLite; to a bill it is."""
-        for boot_id, acknowledged_seq, head_seq, head_hash in self._database.execute(
-            "SELECT boot_id, acknowledged_seq, head_seq, head_hash FROM boots"
+        for boot_id, acknowledged_seq, acknowledged_hash, head_seq, head_hash in self._database.execute(
+            "SELECT boot_id, acknowledged_seq, acknowledged_hash, head_seq, head_hash FROM boots"
         ).fetchall():
             rows = self._database.execute(
                 "SELECT seq, hash, body FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq",
                 (boot_id, acknowledged_seq),
             )
-            last_seq, last_hash = acknowledged_seq, GENESIS if acknowledged_seq == 0 else ""
+            last_seq, last_hash = acknowledged_seq, GENESIS if acknowledged_seq == 0 else acknowledged_hash
             for seq, digest, body in rows:
                 if seq != last_seq + 1 or not continues(last_hash, digest, body):
                     break
@@ -334,6 +361,17 @@ class Reader:
                 self._database.execute("COMMIT")
         return Page(self._worker_uid, self._service, boot_id, after, watermark_ns[0], tuple(links))
 
+    def _hash(self, boot_id: str, seq: int) -> str:
+        """Of a record that is held, or of the last that was trimmed; "" where it is not known."""
+        if seq == 0:
+            return GENESIS
+        held = "SELECT hash FROM records WHERE boot_id = ? AND seq = ?"
+        trimmed = "SELECT acknowledged_hash FROM boots WHERE boot_id = ? AND acknowledged_seq = ?"
+        row = self._database.execute(held, (boot_id, seq)).fetchone()
+        if row is None and self._database.execute(_HAS_ACKNOWLEDGED_HASH).fetchone():
+            row = self._database.execute(trimmed, (boot_id, seq)).fetchone()
+        return str(row[0]) if row else ""
+
     def _links(self, boot_id: str, after: int, limit: int) -> list[Link]:
         """Whole flushes, as many as fit: slices of sessions must not arrive without the accounts that they sum to.
 
@@ -342,8 +380,7 @@ class Reader:
         """
         links: list[Link] = []
         size_bytes = whole = 0
-        held = self._database.execute("SELECT hash FROM records WHERE boot_id = ? AND seq = ?", (boot_id, after))
-        last_hash = GENESIS if after == 0 else next((row[0] for row in held), "")
+        last_hash = self._hash(boot_id, after)
         damage = ""
         rows = self._database.execute(
             "SELECT hash, body, seq, flush_end_seq FROM records WHERE boot_id = ? AND seq > ? ORDER BY seq LIMIT ?",

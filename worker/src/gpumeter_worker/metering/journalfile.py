@@ -100,7 +100,7 @@ def _is_damage(error: sqlite3.Error | OSError) -> bool:
 
 
 def continues(previous_hash: str, digest: str, body: bytes) -> bool:
-    """Whether a record follows the one before it; "" is one that is trimmed, after which anything may come."""
+    """Whether a record follows the one before it; "" is one that no hash is known of: anything may come."""
     if not previous_hash:
         return True
     try:

@@ -141,44 +141,52 @@ class Meter:
         self._sessions[session_id] = _Session(tenant, at_ns)
 
     def step(self, started_ns: int, ended_ns: int, gpu_ns: int, parts: Sequence[Part]) -> list[int]:
-        """Book a finished step to the sessions that shared it; returns their shares in nanoseconds."""
+        """Book a finished step to the sessions that shared it; returns their shares in nanoseconds.
+
+        Where a step makes no sense this raises, and what no session was booked for is the platform's: the accounts
+        cover its time either way, for the journal takes no flush that leaves some out.
+        """
+        lasted_ns = max(0, ended_ns - started_ns)
         booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
-        self._close(closed)
-        shares_ns = split(booked_ns, [(part.new_tokens, part.context_tokens) for part in parts], self.profile)
-        self._step += 1
         attributed_ns = 0
-        # This runs for every sequence of every step, so it calls as little as it can.
-        number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
-        lasted_ns, sessions, slices = max(0, ended_ns - started_ns), self._sessions, self._slices
-        for part, share_ns in zip(parts, shares_ns, strict=True):
-            session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
-            if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
-                continue
-            held = session.held
-            if held.step != number:
-                held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
-                held.step, held.until_ns = number, ended_ns
-            if recompute:  # nor for this
-                continue
-            # What it held since its step before, and then with the new tokens: the peak of this step, as long as it
-            # ran. Each sequence counts as if its cache were its own, whoever else finds a prefix in the same blocks.
-            held.byte_ns += (
-                context_tokens * held.gap_ns + (context_tokens + new_tokens) * lasted_ns
-            ) * self.kv_token_bytes
-            running = slices.get(session_id) or self._slice(session_id, session, frontier_ns)
-            running.ended_ns = frontier_ns
-            running.gpu_ns += share_ns
-            if prefill:
-                running.prefill_ns += share_ns
-            running.prompt_tokens += prompt_tokens
-            running.cached_tokens += cached_tokens
-            running.completion_tokens += sampled
-            running.batch_ns += share_ns * batch
-            if session.billed_step != number:  # its choices may share a step, which is one step of the session
-                session.billed_step = number
-                running.steps += 1
-            attributed_ns += share_ns
-        self.accounts.own(attributed_ns, booked_ns - attributed_ns)
+        try:
+            self._close(closed)
+            shares_ns = split(booked_ns, [(part.new_tokens, part.context_tokens) for part in parts], self.profile)
+            self._step += 1
+            # This runs for every sequence of every step, so it calls as little as it can.
+            number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
+            sessions, slices = self._sessions, self._slices
+            for part, share_ns in zip(parts, shares_ns, strict=True):
+                session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
+                if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
+                    continue
+                held = session.held
+                if held.step != number:
+                    held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
+                    held.step, held.until_ns = number, ended_ns
+                if recompute:  # nor for this
+                    continue
+                # What it held since its step before, and then with the new tokens: the peak of this step, as long as
+                # it ran. Each sequence counts as if its cache were its own, whoever else finds a prefix in the same
+                # blocks.
+                held.byte_ns += (
+                    context_tokens * held.gap_ns + (context_tokens + new_tokens) * lasted_ns
+                ) * self.kv_token_bytes
+                running = slices.get(session_id) or self._slice(session_id, session, frontier_ns)
+                running.ended_ns = frontier_ns
+                running.gpu_ns += share_ns
+                attributed_ns += share_ns  # at once: whatever fails from here on, slices sum to what is booked
+                if prefill:
+                    running.prefill_ns += share_ns
+                running.prompt_tokens += prompt_tokens
+                running.cached_tokens += cached_tokens
+                running.completion_tokens += sampled
+                running.batch_ns += share_ns * batch
+                if session.billed_step != number:  # its choices may share a step, which is one step of the session
+                    session.billed_step = number
+                    running.steps += 1
+        finally:
+            self.accounts.own(attributed_ns, booked_ns - attributed_ns)
         return shares_ns
 
     def end(self, session_id: str, status: Status, at_ns: int) -> Totals:

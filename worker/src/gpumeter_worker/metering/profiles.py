@@ -92,6 +92,7 @@ class Profiles:
         self._directory = directory
         self._entries: dict[str, dict[str, Any]] = {}
         self._on_disk = True
+        self._problem = ""
         self.current = ""
 
     def open(self) -> None:
@@ -114,12 +115,22 @@ class Profiles:
         if self.current in self._entries and self._on_disk:
             return
         self._entries[self.current] = _entry(adopted)
+        self._on_disk = False
+        self._problem = ""
+        self.keep()
+
+    def keep(self) -> None:
+        """Write what the disk refused before; nothing is done while all is on disk. Called ahead of every flush."""
+        if self._on_disk:
+            return
         try:
             _write(self._directory / FILE_NAME, list(self._entries.values()))
             self._on_disk = True
         except OSError as error:
-            self._on_disk = False  # tried again with the next engine
-            log.error("the profile %.12s cannot be kept: %s; free the disk", self.current, error.strerror)
+            problem = f"the profile {self.current:.12} cannot be kept: {error.strerror}; free the disk"
+            if problem != self._problem:
+                log.error("%s", problem)
+            self._problem = problem
 
     def document(self) -> dict[str, Any]:
         """The answer of GET /usage/v1/profile."""

@@ -1,7 +1,8 @@
 """Space that is kept back on the journal's volume, so that a full disk can still be emptied.
 
-Owns one file that holds nothing. SQLite writes before it deletes, so on a disk without a free byte an acknowledgement
-could trim nothing and the journal would stay full for ever; the same holds for a seal. Does not know SQL.
+Owns two files that hold nothing. SQLite writes before it deletes, so on a disk without a free byte an acknowledgement
+could trim nothing and the journal would stay full for ever; the same holds for a seal. A seal never takes what trimming
+needs, or the next boot could neither begin nor be emptied. Does not know SQL.
 """
 
 import os
@@ -10,30 +11,33 @@ from pathlib import Path
 
 from gpumeter_worker.metering.journalfile import LOG_BYTES
 
-FILE_NAME = "journal.reserve"
+SEAL_FILE_NAME = "journal.reserve"
+TRIM_FILE_NAME = "journal.reserve-trim"
 RESERVE_BYTES = 2 * LOG_BYTES
 """The log is folded into the file first, which grows by no more than the log holds; as much again is for the work."""
 
+_LEAST_BYTES = RESERVE_BYTES // 4
+"""A step of trimming fits in this, and so does the begin of a boot."""
+
 
 class Reserve:
-    """The reserve of one directory."""
+    """One reserve of one directory."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / FILE_NAME
+    def __init__(self, directory: Path, name: str) -> None:
+        self._path = directory / name
 
     def take(self) -> bool:
-        """Set it aside; False where the disk has too little room now. What is there already is kept."""
-        try:
-            if self._path.exists() and self._path.stat().st_size == RESERVE_BYTES:
+        """Set it aside whole; False where the disk has too little room now. What is there already is kept."""
+        return self._size_bytes() >= RESERVE_BYTES or self._take(RESERVE_BYTES)
+
+    def take_again(self) -> bool:
+        """After a use: as much of it as half, or a quarter, where it does not fit whole. The log needs room as well."""
+        size_bytes = RESERVE_BYTES
+        while size_bytes >= _LEAST_BYTES:
+            if self._size_bytes() >= size_bytes or self._take(size_bytes):
                 return True
-            with self._path.open("wb") as file:
-                file.write(b"\0" * RESERVE_BYTES)  # real blocks, on any file system
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            self.give()
-            return False
-        return True
+            size_bytes //= 2
+        return False
 
     def give(self) -> bool:
         """Give the space back to the disk; False where there was none to give."""
@@ -41,3 +45,21 @@ class Reserve:
             self._path.unlink()
             return True
         return False
+
+    def _size_bytes(self) -> int:
+        with suppress(OSError):
+            return self._path.stat().st_size
+        return 0
+
+    def _take(self, size_bytes: int) -> bool:
+        held_bytes = self._size_bytes()
+        try:
+            with self._path.open("ab") as file:
+                file.write(b"\0" * (size_bytes - held_bytes))  # real blocks, on any file system
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._path, held_bytes)  # what was there stays there
+            return False
+        return True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
-from gpumeter_usage.record import Record
+from gpumeter_usage.record import Record, canonical
 from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, Reader
 from gpumeter_worker.metering.journalfile import Damaged, DiskFull, JournalUnusable
 from gpumeter_worker.metering.meter import Flush, Identity
@@ -25,6 +25,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _RETRY_OPEN_S = 1.0
+_SHOWN_BYTES = 2**16
+"""So much of a flush that is refused is logged, which is a hundred records or so."""
 
 
 class JournalWriter:
@@ -45,6 +47,7 @@ class JournalWriter:
         self._reader: Reader | None = None
         self._waiting: deque[tuple[Flush, Record | None]] = deque()
         self._order = asyncio.Lock()
+        self._leaving = False
         self._begun: set[asyncio.Task[Any]] = set()
         self.problem = ""
         self.damage = ""
@@ -75,8 +78,14 @@ class JournalWriter:
 
     async def append(self, flush: Flush, closing: Record | None = None) -> bool:
         """Commit a flush behind all that wait already; True when it and they are on disk."""
+        if closing is not None:
+            self.leave()
         self._waiting.append((flush, closing))
         return await self.retry()
+
+    def leave(self) -> None:
+        """The process leaves: from now on all that waits may use the reserve, for memory keeps it no longer."""
+        self._leaving = True
 
     async def retry(self) -> bool:
         """Commit what waits; True when nothing is left."""
@@ -116,13 +125,17 @@ class JournalWriter:
                 flush, closing = self._waiting[0]
                 began_ns = time.monotonic_ns()
                 try:
-                    self.head = await self._write(partial(journal.append, flush, closing))
+                    self.head = await self._write(partial(journal.append, flush, closing, leaving=self._leaving))
                 except JournalUnusable as error:
                     self._fail(error)
                     return False
-                except FlushRefused as error:
-                    # A defect of ours: stop admitting rather than write a bill that does not add up.
-                    self._fail(JournalUnusable(f"a flush was refused ({error}); restart the worker and report this"))
+                except (FlushRefused, TypeError, ValueError, ArithmeticError) as error:
+                    # A defect of ours: stop admitting rather than write a bill that does not add up. What cannot even
+                    # be written as a record is no better.
+                    problem = f"a flush was refused ({error}); restart the worker and report this"
+                    if self.problem != problem:
+                        _log_refused(flush)
+                    self._fail(JournalUnusable(problem))
                     return False
                 self._waiting.popleft()
                 self.commit_ns_last = time.monotonic_ns() - began_ns
@@ -173,6 +186,29 @@ class JournalWriter:
         if self.problem != str(error):
             log.error("the journal is unusable: %s", error)
         self.problem = str(error)
+
+
+def _log_refused(flush: Flush) -> None:
+    """The only trace of what was measured there: it is never on disk. Of a long flush, the beginning."""
+    shown: list[str] = []
+    left_bytes = _SHOWN_BYTES
+    for record in flush.records:
+        try:
+            body = canonical(record).decode()
+        except (TypeError, ValueError):
+            body = ascii(record)
+        left_bytes -= len(body)
+        if left_bytes < 0:
+            break
+        shown.append(body)
+    log.error(
+        "refused: %d records up to %d with %d ns unmeasured, of which the first %d are\n%s",
+        len(flush.records),
+        flush.frontier_ns,
+        flush.unmeasured_ns,
+        len(shown),
+        "\n".join(shown),
+    )
 
 
 def _opened(directory: Path, identity: Identity, started_ns: int) -> tuple[Journal, Head]:
