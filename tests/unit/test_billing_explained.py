@@ -293,7 +293,9 @@ def test_the_auditors_script_finds_a_bill_that_was_moved_to_the_platforms(ledger
     tenants = "SELECT sum(json_extract(body, '$.status.gpuNanoseconds')) FROM reports WHERE phase = 'Final'"
     end_ns = START_NS + MINUTE_NS
     at = f"AND service = 'big' AND period_end_ns = {end_ns}"
-    moved_ns, kept_ns = (raw.execute(f"{tenants} {at} AND tenant = '{who}'").fetchone()[0] for who in ("acme", PLATFORM))
+    moved_ns, kept_ns = (
+        raw.execute(f"{tenants} {at} AND tenant = '{who}'").fetchone()[0] for who in ("acme", PLATFORM)
+    )
     raw.close()
     total = f"json_set(body, '$.status.gpuNanoseconds', '{moved_ns + kept_ns}')"
     change(ledger, "reports", f"UPDATE reports SET body = CAST({total} AS BLOB) WHERE tenant = '{PLATFORM}' {at}")
@@ -323,7 +325,7 @@ def test_the_auditors_script_says_how_far_each_service_is_closed(ledger: Path) -
 
 
 def test_the_auditors_script_finds_an_amount_that_was_changed_with_its_digest(ledger: Path) -> None:
-    changed = "replace(body, '\"amount\":\"0.', '\"amount\":\"0.9')"
+    changed = 'replace(body, \'"amount":"0.\', \'"amount":"0.9\')'
     change(ledger, "reports", f"UPDATE reports SET body = CAST({changed} AS BLOB) WHERE tenant = 'acme'")
     redo_digests(ledger)
     done = verify(ledger)
@@ -334,7 +336,7 @@ def test_the_auditors_script_finds_an_amount_that_was_changed_with_its_digest(le
 def test_gpumeters_own_check_finds_changed_money_too(ledger: Path) -> None:
     url = f"sqlite:///{ledger}"
     assert CliRunner().invoke(accounts, ["--check", "--ledger", url]).exit_code == 0
-    changed = "replace(body, '\"amount\":\"0.', '\"amount\":\"0.9')"
+    changed = 'replace(body, \'"amount":"0.\', \'"amount":"0.9\')'
     change(ledger, "reports", f"UPDATE reports SET body = CAST({changed} AS BLOB) WHERE tenant = 'acme'")
     redo_digests(ledger)
     done = CliRunner().invoke(accounts, ["--check", "--ledger", url])
