@@ -3,6 +3,7 @@ or tells something else, is collected all the same."""
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from hashlib import sha256
@@ -17,7 +18,7 @@ from gpumeter_operator.adapters.ledger.store import MAX_PROFILES_PER_WORKER, Led
 from gpumeter_operator.adapters.workers import PROFILES_BYTES_MAX, Target, Workers
 from gpumeter_operator.cli.profile import profile
 from gpumeter_operator.flow.collect import Collector
-from gpumeter_operator.flow.profiles import ASK_AGAIN_NS, MAX_PROFILE_BYTES, ProfileKeeper, believed
+from gpumeter_operator.flow.profiles import ANSWER_TIMEOUT_S, ASK_AGAIN_NS, MAX_PROFILE_BYTES, ProfileKeeper, believed
 from gpumeter_usage.page import decode_acknowledgement, encode_page, encode_status
 from gpumeter_usage.period import SECOND_NS
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
@@ -136,7 +137,9 @@ async def test_what_is_not_what_its_hash_says_is_told_and_not_kept_and_asked_for
     async with collecting(tmp_path, told) as (ledger, clock, pull):
         for _ in range(3):
             assert await pull(), "a page is taken all the same"
-        assert ledger.profile(PROFILE.hash) is None
+        raw = sqlite3.connect(tmp_path / "ledger.db")
+        assert raw.execute("SELECT count(*) FROM profiles").fetchone() == (0,)
+        raw.close()
         assert len(list(ledger.bodies(worker().worker_uid))) == 4
         assert told.count == 1
         assert [each.message for each in caplog.records if "Not every profile of pod" in each.message]
@@ -167,8 +170,9 @@ async def test_a_worker_that_hangs_on_its_profiles_delays_no_pull(tmp_path: Path
     collector = Collector(ledger, workers, inline, clock, ProfileKeeper(ledger, workers, inline, clock))
     told = Told(hanging)
     async with serving(fake, told) as target:
-        for _ in range(3):
-            assert await collector.pull(fake.identity, target)
+        async with asyncio.timeout(ANSWER_TIMEOUT_S / 2):
+            for _ in range(3):
+                assert await collector.pull(fake.identity, target)
         assert fake.boot.acknowledged_seq == 4
         assert told.count <= 1
         released.set()
