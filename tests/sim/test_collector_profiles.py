@@ -170,12 +170,14 @@ async def test_a_worker_that_hangs_on_its_profiles_delays_no_pull(tmp_path: Path
     collector = Collector(ledger, workers, inline, clock, ProfileKeeper(ledger, workers, inline, clock))
     told = Told(hanging)
     async with serving(fake, told) as target:
-        async with asyncio.timeout(ANSWER_TIMEOUT_S / 2):
-            for _ in range(3):
-                assert await collector.pull(fake.identity, target)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S / 2):
+                for _ in range(3):
+                    assert await collector.pull(fake.identity, target)
+        finally:
+            released.set()
         assert fake.boot.acknowledged_seq == 4
         assert told.count <= 1
-        released.set()
         await collector.finish()
         await workers.close()
 
