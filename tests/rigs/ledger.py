@@ -59,6 +59,7 @@ class FakeWorker:
     def __init__(self, identity: Worker, started_ns: int, boot_id: str = "boot-1", clock: str = "cuda") -> None:
         self.identity = identity
         self.clock = clock
+        self.profile_hash = ""  # of the profile by which sessions' steps are split
         self.frontier_ns = started_ns
         self.boots: list[Chain] = [Chain(boot_id)]
         self.acknowledgements: list[Acknowledgement] = []
@@ -95,6 +96,7 @@ class FakeWorker:
                 prompt_tokens=7,
                 completion_tokens=11,
                 steps=11,
+                profile_hash=self.profile_hash,
                 batch_ns=used_ns * batch,
                 status=status if edge_ns == until_ns else Status.OPEN,
             )

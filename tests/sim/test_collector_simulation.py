@@ -3,11 +3,14 @@ the collector is killed in the middle of a statement; the bill still adds up to 
 
 import asyncio
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from devcluster.layout import REPOSITORY
 from gpumeter_operator.adapters.kubernetes import Unreachable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerSilent
@@ -289,6 +292,16 @@ async def test_every_nanosecond_has_one_owner_whatever_goes_wrong(seed: int, tmp
         problems = audit(world.ledger, ("team-a", service))
         torn = _torn_pods(world)
         assert [each for each in problems if not ("the pod booked" in each and _pod_in(each) in torn)] == []
+    told = _auditors_script(world.path)
+    assert [each for each in told if not ("sessions say" in each and each.split(" ", 1)[0] in torn)] == []
+
+
+def _auditors_script(ledger: Path) -> list[str]:
+    """What the script of docs/billing-explained.md finds wrong in an honest ledger after bad days."""
+    script = (REPOSITORY / "docs/billing-explained.md").read_text().partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-I", "-c", script, ledger], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return [line for line in done.stdout.splitlines() if "closed until" not in line and "all right" not in line]
 
 
 def _pod_in(problem: str) -> str:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from decimal import Decimal
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from devcluster.layout import REPOSITORY
 from gpumeter_operator.billing.accounts import fold
@@ -18,6 +20,7 @@ from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import RECONCILED_PER_MILLE, PodPeriod, ServicePeriod, reports
 from gpumeter_operator.billing.tariff import HOUR_NS, PeriodPlan, canonical_spec, per_thousand, plain, plan_from
+from gpumeter_operator.cli.accounts import accounts
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, from_rfc3339, period_of
 from gpumeter_usage.record import Account, Kind, Record
@@ -194,7 +197,11 @@ def ledger(tmp_path: Path) -> Path:
         at_ns = START_NS + 130 * SECOND_NS
         kept.observe(fake.identity, [started("c", START_NS), ended("c", at_ns), gone(at_ns)], at_ns)
         kept.take(fake.identity, fake.page("boot-1", 0), at_ns)
-    plans = {"default": kept.keep_plan("default", 1, canonical_spec({"currency": "USD", "rates": []}), START_NS)}
+    rates = [
+        {"gpuClass": "h100", "perGpuHour": "2.50"},
+        {"gpuClass": "h100", "perGpuHour": "9", "effectiveFrom": "2027-01-01T00:00:00Z"},
+    ]
+    plans = {"default": kept.keep_plan("default", 1, canonical_spec({"currency": "USD", "rates": rates}), START_NS)}
     Closer(kept, MINUTE_NS).close_all(Pricing({}, plans), START_NS + 10 * MINUTE_NS)
     kept.close()
     return path
@@ -220,7 +227,11 @@ def change(ledger: Path, table: str, statement: str) -> None:
 def test_the_auditors_script_finds_nothing_in_an_honest_ledger(ledger: Path) -> None:
     done = verify(ledger)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "all right: 2 chains, 6 closed periods\n"
+    first, *until = done.stdout.splitlines()
+    assert first == "all right: 2 chains, 6 closed periods"
+    assert [line.split(": ", 1)[1] for line in until] == [
+        "closed until 2026-11-21 10:03:00+00:00, 0 later periods with records"
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -242,7 +253,32 @@ def test_the_auditors_script_finds_nothing_in_an_honest_ledger(ledger: Path) -> 
                WHERE tenant = 'beta-corp'""",
             "beta-corp is billed 16",
         ),
-        ("reports", "DELETE FROM reports WHERE tenant = 'acme'", "the reports do not add up"),
+        ("reports", "DELETE FROM reports WHERE tenant = 'acme'", "acme has no report"),
+        (
+            "reports",
+            f"DELETE FROM reports WHERE service = 'big' AND period_end_ns = {START_NS + 2 * MINUTE_NS}",
+            "_platform has no report",
+        ),
+        ("reports", "DELETE FROM reports WHERE tenant = '_platform'", "_platform has no report"),
+        (
+            "reports",
+            """UPDATE reports SET body = CAST(replace(body, '"amount":"', '"amount":"1') AS BLOB)
+               WHERE tenant = 'beta-corp'""",
+            "amount of beta-corp is 1",
+        ),
+        (
+            "reports",
+            "UPDATE reports SET body = CAST(replace(body, 'USD', 'EUR') AS BLOB)",
+            "is billed in EUR, the plan is in USD",
+        ),
+        (
+            "price_plans",
+            """UPDATE price_plans SET spec = CAST(replace(spec, '2.50', '2.40') AS BLOB)""",
+            "the price plan of this period is gone or was changed",
+        ),
+        ("periods", "UPDATE periods SET plan_hash = ''", "names another price plan"),
+        ("pod_accounts", "DELETE FROM pod_accounts WHERE allocated < 60000000000", "closed periods hold"),
+        ("containers", "UPDATE containers SET at_ns = at_ns - 1000000000 WHERE event = 'ended'", "closed periods hold"),
     ],
 )
 def test_the_auditors_script_finds_what_was_changed(ledger: Path, table: str, statement: str, told: str) -> None:
@@ -250,6 +286,72 @@ def test_the_auditors_script_finds_what_was_changed(ledger: Path, table: str, st
     done = verify(ledger)
     assert done.returncode == 1, done.stdout
     assert told in done.stdout
+
+
+def test_the_auditors_script_finds_a_bill_that_was_moved_to_the_platforms(ledger: Path) -> None:
+    raw = sqlite3.connect(ledger)
+    tenants = "SELECT sum(json_extract(body, '$.status.gpuNanoseconds')) FROM reports WHERE phase = 'Final'"
+    end_ns = START_NS + MINUTE_NS
+    at = f"AND service = 'big' AND period_end_ns = {end_ns}"
+    moved_ns, kept_ns = (
+        raw.execute(f"{tenants} {at} AND tenant = '{who}'").fetchone()[0] for who in ("acme", PLATFORM)
+    )
+    raw.close()
+    total = f"json_set(body, '$.status.gpuNanoseconds', '{moved_ns + kept_ns}')"
+    change(ledger, "reports", f"UPDATE reports SET body = CAST({total} AS BLOB) WHERE tenant = '{PLATFORM}' {at}")
+    redo_digests(ledger)
+    change(ledger, "reports", f"DELETE FROM reports WHERE tenant = 'acme' {at}")
+    told = verify(ledger).stdout
+    assert f"team-a/big {end_ns}: acme has no report" in told
+    assert f"team-a/big {end_ns}: _platform is billed {moved_ns + kept_ns}, not {kept_ns}" in told
+
+
+def test_the_auditors_script_finds_a_period_whose_bills_and_accounts_are_gone(ledger: Path) -> None:
+    at = f"WHERE period_end_ns = {START_NS + 2 * MINUTE_NS}"
+    change(ledger, "reports", f"DELETE FROM reports {at}")
+    change(ledger, "pod_accounts", f"DELETE FROM pod_accounts {at}")
+    told = verify(ledger).stdout
+    for service in ("big", "smollm2"):
+        for tenant in ("acme", "beta-corp", PLATFORM):
+            assert f"team-a/{service} {START_NS + 2 * MINUTE_NS}: {tenant} has no report" in told
+
+
+def test_the_auditors_script_says_how_far_each_service_is_closed(ledger: Path) -> None:
+    at = f"WHERE period_end_ns >= {START_NS + 2 * MINUTE_NS}"
+    change(ledger, "reports", f"DELETE FROM reports {at}")
+    change(ledger, "pod_accounts", f"DELETE FROM pod_accounts {at}")
+    told = verify(ledger).stdout
+    assert "team-a/big: closed until 2026-11-21 10:01:00+00:00, 1 later periods with records" in told
+
+
+def test_the_auditors_script_finds_an_amount_that_was_changed_with_its_digest(ledger: Path) -> None:
+    changed = 'replace(body, \'"amount":"0.\', \'"amount":"0.9\')'
+    change(ledger, "reports", f"UPDATE reports SET body = CAST({changed} AS BLOB) WHERE tenant = 'acme'")
+    redo_digests(ledger)
+    done = verify(ledger)
+    assert done.returncode == 1
+    assert all("amount of acme is 0.9" in line or "closed until" in line for line in done.stdout.splitlines())
+
+
+def test_gpumeters_own_check_finds_changed_money_too(ledger: Path) -> None:
+    url = f"sqlite:///{ledger}"
+    assert CliRunner().invoke(accounts, ["--check", "--ledger", url]).exit_code == 0
+    changed = 'replace(body, \'"amount":"0.\', \'"amount":"0.9\')'
+    change(ledger, "reports", f"UPDATE reports SET body = CAST({changed} AS BLOB) WHERE tenant = 'acme'")
+    redo_digests(ledger)
+    done = CliRunner().invoke(accounts, ["--check", "--ledger", url])
+    assert done.exit_code == 1
+    assert "acme's amount is 0.9" in done.output
+
+
+def redo_digests(ledger: Path) -> None:
+    """As whoever changes a report's bytes and knows of the digest beside them would."""
+    raw = sqlite3.connect(ledger)
+    raw.execute("DROP TRIGGER IF EXISTS reports_no_update")
+    raw.create_function("sha256", 1, lambda body: sha256(body).hexdigest())
+    raw.execute("UPDATE reports SET digest = sha256(body)")
+    raw.commit()
+    raw.close()
 
 
 def test_the_documents_way_to_copy_a_ledger_gives_a_whole_one(ledger: Path) -> None:

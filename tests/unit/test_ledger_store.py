@@ -2,6 +2,7 @@
 
 import sqlite3
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def fill(ledger: Ledger) -> None:
     fake = a_worker(START_NS + 59 * SECOND_NS)
     ledger.observe(POD, [started("c1", START_NS)], NOW_NS)
     ledger.keep_plan("default", 1, b"{}", NOW_NS)
+    ledger.keep_profiles(POD.worker_uid, [(sha256(b"{}").hexdigest(), b"{}")], NOW_NS)
     take(ledger, fake.page("boot-1", 0, limit=3), START_NS + MINUTE_NS)
     Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), START_NS + MINUTE_NS + 10 * SECOND_NS)
     take(ledger, fake.page("boot-1", 3), START_NS + MINUTE_NS + 11 * SECOND_NS)

@@ -26,6 +26,7 @@ from gpumeter_usage.page import (
 CONNECT_TIMEOUT_S = 3.0  # on a cluster's network a connection takes milliseconds, or the node is gone
 ANSWER_TIMEOUT_S = 20.0  # a page of 16 MB over a slow link; a hanging worker holds one of our slots no longer
 STATUS_BYTES_MAX = 2**20  # thousands of boots; a broken worker must not fill our memory
+PROFILES_BYTES_MAX = 2**18  # hundreds of profiles; a worker has one a calibration
 REFUSAL_BYTES_MAX = 2**12  # a sentence
 
 
@@ -77,6 +78,11 @@ class Workers:
         body = encode_acknowledgement(acknowledgement)
         async with self._ask("POST", target, "/acknowledge", data=body):
             return
+
+    async def profiles(self, target: Target) -> bytes:
+        """The parameters by which a worker splits steps, as it tells them. Raises WorkerSilent, WorkerRefuses."""
+        async with self._ask("GET", target, "/profile") as response:
+            return await _read(response, PROFILES_BYTES_MAX)
 
     async def close(self) -> None:
         """Close all connections."""

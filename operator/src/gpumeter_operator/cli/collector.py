@@ -29,6 +29,7 @@ from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
 from gpumeter_usage.period import SECOND_NS, rfc3339
@@ -89,7 +90,13 @@ class Process:
         self._pods = Mirror(cluster, PODS, labels={SERVICE_LABEL: None}, on_remove=self._pod_removed)
         self._services = Mirror(cluster, INFERENCE_SERVICES)
         self._plans = Mirror(cluster, PRICE_PLANS)
-        self._collector = Collector(ledger, workers, self._execute, time.time_ns)
+        self._collector = Collector(
+            ledger,
+            workers,
+            self._execute,
+            time.time_ns,
+            ProfileKeeper(ledger, workers, self._execute, time.time_ns),
+        )
         self._publisher = Publisher(cluster, ledger, self._execute)
         self._collect = CollectRound(
             ledger,

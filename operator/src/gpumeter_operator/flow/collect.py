@@ -58,6 +58,22 @@ class WorkersPort(Protocol):
         ...
 
 
+class Listener(Protocol):
+    """Who wants to know which profiles records name. Never waits and never fails in `heard`."""
+
+    def heard(self, worker: Worker, target: Target, hashes: Iterable[str] = ()) -> None:
+        """A worker answered, and its new records named these."""
+        ...
+
+    def forget(self, worker_uid: str) -> None:
+        """A worker is gone."""
+        ...
+
+    async def finish(self) -> None:
+        """Wait for what is under way."""
+        ...
+
+
 @dataclass(slots=True)
 class Counters:
     """What the collector has done since it started, for its metrics."""
@@ -77,8 +93,16 @@ class NotAllCollected(Exception):
 class Collector:
     """Pulls every worker that it is told of; at most one pull a worker at a time, MAX_PULLS in all."""
 
-    def __init__(self, ledger: Ledger, workers: WorkersPort, execute: Execute, clock_ns: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        workers: WorkersPort,
+        execute: Execute,
+        clock_ns: Callable[[], int],
+        profiles: Listener | None = None,
+    ) -> None:
         self.counters = Counters()
+        self._profiles = profiles
         self._ledger = ledger
         self._workers = workers
         self._execute = execute
@@ -98,10 +122,14 @@ class Collector:
         """Wait until no pull is under way: a page that was read is committed and acknowledged."""
         while self._pulls:
             await asyncio.wait(list(self._pulls.values()))
+        if self._profiles:
+            await self._profiles.finish()
 
     def forget(self, worker_uid: str) -> None:
         """A worker is gone; it has no lag any more."""
         self.counters.lag_ns.pop(worker_uid, None)
+        if self._profiles:
+            self._profiles.forget(worker_uid)
 
     def _forget_pull(self, worker_uid: str, _: asyncio.Task[None]) -> None:
         self._pulls.pop(worker_uid, None)
@@ -142,6 +170,8 @@ class Collector:
         now_ns = self._clock_ns()
         refuse_foreign(worker, status.worker_uid, status.service)
         refuse_future("the worker's watermark", status.watermark_ns, now_ns)
+        if self._profiles:
+            self._profiles.heard(worker, target)
         known = {boot.boot_id: boot for boot in await self._execute(partial(self._ledger.boots, worker.worker_uid))}
         refusals = []
         for boot in status.boots:
@@ -180,6 +210,8 @@ class Collector:
             if taken.seq <= seq:
                 raise PageRefused("NothingNew", f"boot {boot.boot_id:.64}: nothing after seq {seq} was sent")
             seq, head_hash = taken.seq, taken.head_hash
+            if self._profiles:
+                self._profiles.heard(worker, target, taken.profile_hashes)
             self.counters.records += taken.inserted
             self.counters.pages += 1
             await self._workers.acknowledge(target, Acknowledgement(boot.boot_id, seq, head_hash))

@@ -275,6 +275,12 @@ class Reader:
             rows = connection.execute(select(p.name, p.hash, p.spec).order_by(p.name, p.version))
             return [(row[0], row[1], row[2]) for row in rows]
 
+    def profile(self, digest: str) -> bytes | None:
+        """The parameters of a profile, in the bytes whose SHA-256 is `digest`; None where they are not kept."""
+        query = select(t.profiles.c.body).where(t.profiles.c.hash == digest)
+        with reading(self.engine) as connection:
+            return connection.scalar(query)
+
     def alarms(self) -> list[tuple[str, str, str]]:
         """(reason, worker_uid, message) of every alarm, oldest first."""
         a = t.alarms.c

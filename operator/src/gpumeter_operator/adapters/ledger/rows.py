@@ -30,11 +30,13 @@ MAX_ALARMS_PER_WORKER = 100
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What became of a page: how many records are new, and where the boot's chain stands now."""
+    """What became of a page: how many records are new, where the boot's chain stands now, and which profiles the new
+    records name."""
 
     inserted: int
     seq: int
     head_hash: str
+    profile_hashes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

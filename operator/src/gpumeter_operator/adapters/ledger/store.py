@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from gpumeter_operator.adapters.ledger import rows
@@ -27,6 +27,9 @@ from gpumeter_usage.chain import GENESIS, Link, link
 from gpumeter_usage.page import Boot, Page
 from gpumeter_usage.period import Granularity, Period
 from gpumeter_usage.record import Status
+
+MAX_PROFILES_PER_WORKER = 64
+"""A worker has one a calibration; a broken one must not fill the ledger."""
 
 ServiceName = tuple[str, str]
 """(namespace, name)."""
@@ -92,7 +95,8 @@ class Ledger(Reader):
                     continue  # another collector was faster: what was fresh may be known by now
                 rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
                 rows.advance(connection, boot, accepted)
-            return Taken(len(fresh), seq + len(fresh), accepted.head_hash)
+            named = frozenset(record.profile_hash for record in accepted.records if record.profile_hash)
+            return Taken(len(fresh), seq + len(fresh), accepted.head_hash, named)
 
     def settle(self, worker_uid: str, settled_ns: int) -> None:
         """Note that all usage of a worker up to this time is committed. Never moves back."""
@@ -161,6 +165,20 @@ class Ledger(Reader):
             connection.execute(sqlite_insert(t.price_plans).values(values).on_conflict_do_nothing())
             rows.observe_plan(connection, name, digest, now_ns)
             return digest
+
+    def keep_profiles(self, worker_uid: str, profiles: Sequence[tuple[str, bytes]], now_ns: int) -> set[str]:
+        """Keep what a worker told of its profiles (hash, canonical bytes), each once, the first of them only where it
+        tells too many; returns which of them are in the ledger now."""
+        p = t.profiles.c
+        with self._writing() as connection:
+            known = set(connection.scalars(select(p.hash).where(p.hash.in_([digest for digest, _ in profiles]))))
+            of_worker = select(func.count()).select_from(t.profiles).where(p.worker_uid == worker_uid)
+            room = max(0, MAX_PROFILES_PER_WORKER - (connection.scalar(of_worker) or 0))
+            for digest, body in [each for each in profiles if each[0] not in known][:room]:
+                values = {"hash": digest, "body": body, "worker_uid": worker_uid, "kept_ns": now_ns}
+                connection.execute(insert(t.profiles).values(values))
+                known.add(digest)
+            return known
 
     def note_plans(self, present: Collection[str], now_ns: int) -> None:
         """Note which price plans are there now: those that were and are not any more are in force no longer."""

@@ -3,8 +3,8 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms. State (follows from facts,
-may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
+price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles.
+State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
 """
 
 from sqlalchemy import (
@@ -226,6 +226,15 @@ alarms = Table(
 )
 Index("alarms_by_worker", alarms.c.worker_uid)
 
+profiles = Table(
+    "profiles",
+    metadata,
+    Column("hash", _HASH, primary_key=True),  # SHA-256 of body; records name it
+    Column("body", LargeBinary, nullable=False),  # canonical JSON of the parameters
+    Column("worker_uid", _UID, nullable=False),  # who told it first
+    Column("kept_ns", BigInteger, nullable=False),
+)
+
 FACTS = (
     records,
     workers,
@@ -238,4 +247,5 @@ FACTS = (
     pod_accounts,
     adjustments,
     alarms,
+    profiles,
 )
