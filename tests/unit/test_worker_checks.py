@@ -308,3 +308,19 @@ def test_an_error_is_quoted_without_what_may_open_something(said: str, quoted: s
     assert line.endswith(quoted)
     assert "abc" not in line
     assert "secret" not in line
+
+
+def test_a_worker_that_serves_here_is_not_taken_for_somebody_else_by_whoever_diagnoses_beside_it(
+    tmp_path: Path,
+) -> None:
+    for pid, command in (("7", b"bash\0"), ("12", b"python\0-m\0gpumeter_worker.engine.process\0005\0")):
+        assert not machine.engine_runs(tmp_path)
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_bytes(command)
+    assert machine.engine_runs(tmp_path)
+    driver = replace(GOOD.driver, others=Others(processes=1, used=60 * GB), gpus=(replace(H100, free=GB),))
+    seen = {check.name: check.verdict for check in check_machine(replace(GOOD, driver=driver, serving=True))}
+    assert seen["sharing"] is Verdict.LATER
+    assert {check.name: check.verdict for check in check_machine(replace(GOOD, driver=driver))}[
+        "sharing"
+    ] is Verdict.FAILED

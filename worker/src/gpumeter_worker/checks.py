@@ -61,6 +61,7 @@ class MachineFacts:
     memory: int
     mps_pipe: str = ""  # the directory of an MPS daemon's pipes
     billed: bool = True  # by the measured time of its steps; a worker run by hand bills nobody
+    serving: bool = False  # a worker of this container has an engine already
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,10 @@ def _device(facts: MachineFacts) -> Check:
 def _sharing(facts: MachineFacts) -> Check:
     """A GPU that containers take turns on, or share by MPS, lets a step last as long as the others' work says."""
     others = facts.driver.others if facts.driver else Others()
+    if facts.serving:
+        return Check(
+            "sharing", "a worker serves here already, and its engine is what is seen on the GPU", Verdict.LATER
+        )
     if facts.mps_pipe or others.mps_clients:
         clients = f"{others.mps_clients} MPS client{'s' if others.mps_clients != 1 else ''}"
         how = f"CUDA_MPS_PIPE_DIRECTORY is {facts.mps_pipe}" if facts.mps_pipe else clients
@@ -223,6 +228,9 @@ def _memory(model: ModelFacts, facts: MachineFacts, dtype: str, length: int) -> 
         gpus = facts.driver.gpus if facts.driver else ()
         if not gpus:
             return Check("memory", f"weights {_gb(weights)}, one sequence {_gb(sequence)}", Verdict.LATER)
+        if facts.serving:
+            needs = f"weights {_gb(weights)}, one sequence {_gb(sequence)}"
+            return Check("memory", f"{needs}; a worker serves here already and has taken its share", Verdict.LATER)
         where, free, extra = (
             f"{gpus[0].name} has {_gb(gpus[0].free)} free of {_gb(gpus[0].total)}",
             gpus[0].free,

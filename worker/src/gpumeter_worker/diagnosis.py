@@ -72,6 +72,7 @@ def machine_facts(settings: Settings) -> MachineFacts:
         memory=machine.memory_bytes(),
         mps_pipe=machine.mps_pipe() if files else "",
         billed=not settings.dev,
+        serving=machine.engine_runs() if files else False,
     )
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,15 @@ def device_files(devices: Path = Path("/dev")) -> tuple[str, ...]:
     found = [path.name for path in devices.glob("nvidia[0-9]*")]
     found += [name for name in ("nvidia-caps", "dxg") if (devices / name).exists()]
     return tuple(sorted(found))
+
+
+def engine_runs(processes: Path = Path("/proc")) -> bool:
+    """Whether an engine process of a worker is there, in this container or, outside of one, on this machine."""
+    for command in processes.glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it is gone, or somebody else's
+            if b"gpumeter_worker.engine.process" in command.read_bytes():
+                return True
+    return False
 
 
 def mps_pipe(environment: Mapping[str, str] = os.environ, default: Path = _MPS_PIPE) -> str:
