@@ -319,8 +319,6 @@ def test_a_worker_that_serves_here_is_not_taken_for_somebody_else_by_whoever_dia
         (tmp_path / pid / "cmdline").write_bytes(command)
     assert machine.engine_runs(tmp_path)
     driver = replace(GOOD.driver, others=Others(processes=1, used=60 * GB), gpus=(replace(H100, free=GB),))
-    seen = {check.name: check.verdict for check in check_machine(replace(GOOD, driver=driver, serving=True))}
-    assert seen["sharing"] is Verdict.LATER
-    assert {check.name: check.verdict for check in check_machine(replace(GOOD, driver=driver))}[
-        "sharing"
-    ] is Verdict.FAILED
+    for serving, verdict in ((True, Verdict.LATER), (False, Verdict.FAILED)):
+        checks = check_machine(replace(GOOD, driver=driver, serving=serving))
+        assert {check.name: check.verdict for check in checks}["sharing"] is verdict
