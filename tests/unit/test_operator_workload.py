@@ -180,6 +180,20 @@ def test_the_secret_holds_the_derived_credentials_and_nothing_else() -> None:
     assert data == {"usage-token": CREDENTIALS.usage_token, "hop-key": CREDENTIALS.hop_key}
 
 
+def test_workers_with_a_gpu_keep_away_from_nodes_whose_gpus_are_shared_unless_the_template_names_nodes() -> None:
+    def terms(changes: dict[str, Any]) -> Any:
+        affinity = pod(built(changes))["spec"].get("affinity", {}).get("nodeAffinity", {})
+        return affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms")
+
+    not_shared = {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]}
+    gpu = {"resources": {"gpu": {"count": 1}}}
+    assert terms(gpu) == [{"matchExpressions": [not_shared]}]
+    assert terms({"resources": {"gpu": {"count": 0}}}) is None
+    own = [{"matchExpressions": [{"key": "pool", "operator": "In", "values": ["a"]}]}]
+    chosen = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": own}}}
+    assert terms(gpu | {"template": {"spec": {"affinity": chosen}}}) == own
+
+
 def test_a_template_is_merged_and_the_worker_keeps_what_is_its_own() -> None:
     workload = built(
         {

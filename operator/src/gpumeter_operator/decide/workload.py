@@ -245,6 +245,7 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
                 "fsGroup": USER_ID,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            **({"affinity": _WHOLE_GPUS} if spec.gpu_count else {}),
             "containers": [_main_container(spec, installation)],
             "volumes": _volumes(spec),
         },
@@ -253,6 +254,16 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
     template_hash = fingerprint(merged)
     annotations = {**merged["metadata"]["annotations"], TEMPLATE_ANNOTATION: template_hash}
     return {**merged, "metadata": {**merged["metadata"], "annotations": annotations}}, template_hash
+
+
+_NOT_SHARED = {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]}
+_WHOLE_GPUS: Manifest = {
+    "nodeAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [_NOT_SHARED]}]}
+    }
+}
+"""NVIDIA's feature discovery labels nodes whose GPUs are shared: there a step lasts as long as others' work says, and a
+container often cannot see it. Nodes without the label are taken. Node terms of spec.template take this one's place."""
 
 
 def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
