@@ -149,7 +149,7 @@ class Supervisor:
         link = EngineLink(options, self._sequences_max, self._handle, self._lose, self._program)
         self._link = link
         log.info("the engine process %d starts", link.pid)
-        watching = asyncio.create_task(self._end_if_hung(link, computing=options.device == "cpu"))
+        watching = asyncio.create_task(self._end_if_hung(link, options))
         lost = asyncio.create_task(self.lost.wait())
         try:
             await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
@@ -166,11 +166,16 @@ class Supervisor:
             lost.cancel()
             watching.cancel()
 
-    async def _end_if_hung(self, link: EngineLink, *, computing: bool) -> None:
-        """`computing`: processor time is progress, because nothing here spins while it waits for a device."""
-        start, looks_s = StartWatch(self._start_timeout_ns), _LOOK_S_MAX
-        if self._start_timeout_ns:
-            looks_s = min(looks_s, self._start_timeout_ns / 8e9)
+    async def _end_if_hung(self, link: EngineLink, options: EngineOptions) -> None:
+        """On a CPU processor time is progress, because nothing here spins while it waits for a device.
+
+        On a GPU planned steps are neither read nor written, so the time that they may take comes on top.
+        """
+        computing = options.device == "cpu"
+        start_timeout_ns = self._start_timeout_ns and self._start_timeout_ns + options.calibration_ms * 10**6
+        start, looks_s = StartWatch(start_timeout_ns), _LOOK_S_MAX
+        if start_timeout_ns:
+            looks_s = min(looks_s, start_timeout_ns / 8e9)
         while True:
             await asyncio.sleep(min(looks_s, self._watch.timeout_ns / 8e9))
             now_ns, serves = time.monotonic_ns(), self.ready is not None
@@ -178,7 +183,7 @@ class Supervisor:
                 silent = f"no word for {self._watch.timeout_ns / 1e9:.0f} s with work at hand"
                 break
             if not serves and start.look(now_ns, done_pages(link.pid, computing=computing)):
-                still_s = self._start_timeout_ns // 10**9
+                still_s = start_timeout_ns // 10**9
                 silent = f"nothing read and nothing done for {still_s} s while {_DOING[self._phase]}"
                 break
         log.error("the engine process %d hangs: %s; where its threads are follows, if it can tell", link.pid, silent)
