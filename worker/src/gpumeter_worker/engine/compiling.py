@@ -112,11 +112,15 @@ def _options() -> dict[str, Any] | None:
     """
     if not hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # a torch without such filters
         return None
-    return {"guard_filter_fn": lambda guards: [_on_input(guard.name, guard.guard_type) for guard in guards]}
+    return {"guard_filter_fn": lambda guards: _kept([(guard.name, guard.guard_type) for guard in guards])}
 
 
-def _on_input(name: str, guard_type: str) -> bool:
-    return guard_type == "SHAPE_ENV" or name in {"L['tokens']", "L['positions']"}
+def _kept(guards: list[tuple[str, str]]) -> list[bool]:
+    """Those on a step's shapes and on what it is given; all of them where a torch names its inputs in another way."""
+    on_input = [name in {"tokens", "positions", "L['tokens']", "L['positions']"} for name, _ in guards]
+    if not any(on_input):
+        return [True] * len(guards)
+    return [kept or kind == "SHAPE_ENV" for kept, (_, kind) in zip(on_input, guards, strict=True)]
 
 
 def _seconds(step: Callable[[], torch.Tensor]) -> float:
