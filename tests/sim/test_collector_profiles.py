@@ -19,11 +19,12 @@ from gpumeter_operator.adapters.workers import PROFILES_BYTES_MAX, Target, Worke
 from gpumeter_operator.cli.profile import profile
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.profiles import ANSWER_TIMEOUT_S, ASK_AGAIN_NS, MAX_PROFILE_BYTES, ProfileKeeper, believed
-from gpumeter_usage.page import decode_acknowledgement, encode_page, encode_status
+from gpumeter_usage.page import encode_page
 from gpumeter_usage.period import SECOND_NS
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.profiles import Profiles, adopt
 from rigs.ledger import START_NS, TOKEN, Clock, FakeWorker, inline, open_ledger, started, worker
+from rigs.usageport import listening, told_by
 
 NOW_NS = START_NS + 50 * SECOND_NS
 PROFILE = uncalibrated(Rule.KNEE, "cuda")
@@ -67,23 +68,10 @@ async def serving(fake: FakeWorker, told: Told) -> AsyncIterator[Target]:
         if request.path.endswith("/profile"):
             told.count += 1
             return await told.answer()
-        if request.path.endswith("/status"):
-            return web.Response(body=encode_status(fake.status()))
-        if request.path.endswith("/acknowledge"):
-            fake.acknowledge(decode_acknowledgement(await request.read()))
-            return web.Response(status=204)
-        return web.Response(body=encode_page(fake.page(request.query["boot"], int(request.query["after"]))))
+        return await told_by(fake, request, lambda page: web.Response(body=encode_page(page)))
 
-    app = web.Application()
-    app.router.add_route("*", "/usage/v1/{what}", handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield Target("127.0.0.1", TOKEN, runner.addresses[0][1])
-    finally:
-        await runner.cleanup()
+    async with listening(handle, TOKEN) as target:
+        yield target
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.discover import NotAWorker, events_of, events_of_removed, worker_of
 from gpumeter_operator.flow.rounds import CollectRound
-from gpumeter_usage.page import MAX_PAGE_BYTES, Page, decode_acknowledgement, encode_page, encode_status
+from gpumeter_usage.page import MAX_PAGE_BYTES, Page, encode_page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
 from rigs.ledger import (
@@ -34,6 +34,7 @@ from rigs.ledger import (
     started,
     worker,
 )
+from rigs.usageport import listening, told_by
 
 Answer = Callable[[Page], web.StreamResponse]
 NOW_NS = START_NS + 50 * SECOND_NS
@@ -50,23 +51,10 @@ async def serving(fake: FakeWorker, answer: Answer = honest, token: str = TOKEN)
     async def handle(request: web.Request) -> web.StreamResponse:
         if request.headers.get("Authorization") != f"Bearer {token}":
             return web.Response(status=401, text="the token is not this worker's")
-        if request.path.endswith("/status"):
-            return web.Response(body=encode_status(fake.status()))
-        if request.path.endswith("/acknowledge"):
-            fake.acknowledge(decode_acknowledgement(await request.read()))
-            return web.Response(status=204)
-        return answer(fake.page(request.query["boot"], int(request.query["after"])))
+        return await told_by(fake, request, answer)
 
-    app = web.Application()
-    app.router.add_route("*", "/usage/v1/{what}", handle)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield Target("127.0.0.1", TOKEN, runner.addresses[0][1])
-    finally:
-        await runner.cleanup()
+    async with listening(handle, TOKEN) as target:
+        yield target
 
 
 async def nowhere(_namespace: str, _name: str) -> None:

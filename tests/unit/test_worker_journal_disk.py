@@ -56,8 +56,14 @@ def on_small_tmpfs(tmp_path: Path, size: str, script: str) -> dict[str, object]:
     program.write_text(FILL + dedent(script))
     disk.mkdir()
     mounted = f'mount -t tmpfs -o size={size} tmpfs "$1" && exec "$2" "$3" "$1"'
+    out = printed_by("unshare", "-m", "sh", "-c", mounted, "sh", disk, sys.executable, program)
+    printed: dict[str, object] = json.loads(out.splitlines()[-1])
+    return printed
+
+
+def printed_by(*command: str | Path) -> str:
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mounted, "sh", disk, sys.executable, program],
+        command,
         capture_output=True,
         text=True,
         timeout=120,
@@ -66,8 +72,7 @@ def on_small_tmpfs(tmp_path: Path, size: str, script: str) -> dict[str, object]:
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    printed: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return printed
+    return done.stdout
 
 
 @pytest.mark.parametrize("limit", [5000, 64])
@@ -234,17 +239,7 @@ def test_a_file_that_may_not_grow_refuses_a_flush_and_takes_it_once_it_may(tmp_p
             """
         )
     )
-    done = subprocess.run(
-        [sys.executable, program, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"PYTHONPATH": "tests"},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    collected, head = map(int, done.stdout.split())
+    collected, head = map(int, printed_by(sys.executable, program, tmp_path).split())
     assert head == collected > 1000
 
 

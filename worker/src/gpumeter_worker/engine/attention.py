@@ -24,7 +24,7 @@ class SlotCache:
     """Keys and values of every layer, [slots, kv_heads, length, head_dim] each. Pages are touched when written."""
 
     def __init__(self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> None:
-        _, self.kv_heads, self.length, self.head_dim = shape
+        _, self.kv_heads, self.length, _ = shape
         self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
 
@@ -63,9 +63,9 @@ class _Chunk:
 
 @dataclass(slots=True)
 class StepContext:
-    """One step as every attention layer sees it. `places`: where its keys and values go, row by row and head by head,
+    """One step as every attention layer sees it.
 
-    counted in vectors of head_dim from the start of a layer's cache.
+    `places`: where its keys and values go, row by row and head by head, in vectors of head_dim from the cache's start.
     """
 
     cache: SlotCache

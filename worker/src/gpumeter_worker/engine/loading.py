@@ -61,10 +61,10 @@ def load(options: EngineOptions, attention: str) -> Loaded:
     config = _config(options.model_path)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(options)
-    model = _model(options, dtype, attention)
     max_model_len = served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0))
+    _refuse_moving_angles(text, max_model_len)  # before the weights are read
+    model = _model(options, dtype, attention)
     _refuse_state(model, text)
-    _refuse_moving_angles(text, max_model_len)
     return Loaded(
         model=model,
         device=options.device,

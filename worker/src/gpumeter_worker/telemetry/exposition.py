@@ -46,21 +46,17 @@ def _sampled(sample: Sample) -> Iterable[Metric]:
         ("processes", "Processes that compute on it, as far as this container may see them", sample.processes),
         ("mps_clients", "Clients of an MPS server on it", sample.mps_clients),
     )
-    for name, text, value in gauges:
-        if value is not None:
-            family = GaugeMetricFamily(_PREFIX + name, text, labels=["gpu"])
-            family.add_metric([sample.uuid], value)
-            yield family
     counters = (
         ("energy_joules", "Energy of the whole board since its driver was loaded", _divided(sample.energy_mj, 1000)),
         ("nvlink_transmit_bytes", "Sent over all NVLinks", sample.nvlink_sent_bytes),
         ("nvlink_receive_bytes", "Received over all NVLinks", sample.nvlink_received_bytes),
     )
-    for name, text, value in counters:
-        if value is not None:
-            counter = CounterMetricFamily(_PREFIX + name, text, labels=["gpu"])
-            counter.add_metric([sample.uuid], value)
-            yield counter
+    for kind, figures in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+        for name, text, value in figures:
+            if value is not None:
+                family = kind(_PREFIX + name, text, labels=["gpu"])
+                family.add_metric([sample.uuid], value)
+                yield family
 
 
 def _joined(watch: GpuWatch) -> Iterable[Metric]:
