@@ -91,7 +91,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 
 ##@ Figures
 .PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
-bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
+bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
 	@$(PY) -m bench.engine_kill $(ARGS)

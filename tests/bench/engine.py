@@ -1,6 +1,7 @@
 """The engine against its peers, in one sitting: tokens a second, first token, gaps between tokens, and memory.
 
-    python -m bench.engine [--quick] [--engines NAME ...] [--rounds 3] [--threads 2] [--preload LIBRARY ...]
+    python -m bench.engine [--quick] [--parts PART ...] [--engines NAME ...] [--rounds 3] [--threads 2]
+                           [--preload LIBRARY ...]
 
 Owns what is asked of whom and in which order; `engines` are the programs, `pipe` keeps all but one of them still,
 `engine_report` makes tables and figures of the answers. Rounds go around all engines, each with prompts of its own that
@@ -45,14 +46,18 @@ and a half; transformers' continuous batching needs minutes for long prompts on 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked. `latency`: (prompt tokens, sequences) whose tokens are timed one by one."""
+    """What is asked. `latency`: (prompt tokens, sequences) whose tokens are timed one by one.
+
+    `every_s`: how often a 512-token prompt arrives beside running streams. Two cores compute such a prompt in a second
+    or two, so with one a second they pile up in every engine, and no way of cutting them keeps a stream's pace.
+    """
 
     counts: tuple[int, ...] = (1, 8, 32, 64)
     rounds: dict[int, int] = field(default_factory=lambda: {32: 3, 512: 1})
     new: int = 64
     latency: tuple[tuple[int, int], ...] = ((32, 1), (32, 8), (32, 64), (512, 8))
-    stream_tokens: int = 400
-    every_s: float = 1.0
+    stream_tokens: int = 300
+    every_s: float = 4.0
     requests: tuple[int, int] = (1_000, 10_000)
 
 
@@ -66,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few tokens of everything, to see that all works")
     parser.add_argument("--engines", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, help="how often the 32-token prompts go around (3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -79,15 +85,13 @@ def main() -> int:
     progress = Progress()
     if asked.preload is None:
         asked.preload = _recommended(asked.engines, progress)
-    results = Results(machine(asked.threads, asked.preload), plan.new)
+    results = Results(machine(asked.threads, asked.preload), plan.new, plan.every_s)
     children: dict[str, Child] = {}
     try:
         for name in asked.engines:
             _start(name, asked, results, children, progress)
-        _throughput(plan, children, results, progress)
-        _latency(plan, children, results, progress)
-        _streams(plan, children, results, progress)
-        _memory(plan, children, results, progress)
+        for part in asked.parts:
+            PARTS[part](plan, children, results, progress)
     finally:
         for child in children.values():
             child.end()
@@ -234,6 +238,9 @@ def _memory(plan: Plan, children: dict[str, Child], results: Results, progress: 
                 if answer := _ask(child, results, children, progress, **question):
                     resident = answer["resident_bytes"]
                     results.resident_bytes[name] = {int(done): resident[done] for done in resident}
+
+
+PARTS = {"throughput": _throughput, "latency": _latency, "streams": _streams, "memory": _memory}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ class Results:
 
     machine: dict[str, Any]
     new: int
+    every_s: float
     about: dict[str, dict[str, str]] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     rates: dict[tuple[int, int, str], list[float]] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Results:
                 {"engine": name, "prompts_arrive": arrive, "arrived": arrived, "gaps_s": gaps}
                 for (name, arrive), (arrived, gaps) in self.streams.items()
             ],
+            "prompt_every_s": self.every_s,
             "resident_bytes": self.resident_bytes,
         }
 
@@ -167,7 +169,13 @@ def _streams(results: Results) -> str | None:
     for name, ratio in _stream_ratios(results).items():
         (_, calm), (arrived, busy) = results.streams[name, False], results.streams[name, True]
         rows.append([name, _ms(calm), _ms(busy), str(arrived), f"{ratio:.2f}"])
-    head = ["gap of 8 streams, ms: p50 / p99", "undisturbed", "a 512-token prompt each second", "prompts", "p99 ratio"]
+    head = [
+        "gap of 8 streams, ms: p50 / p99",
+        "undisturbed",
+        f"a 512-token prompt each {results.every_s:g} s",
+        "prompts",
+        "p99 ratio",
+    ]
     return _table(head, rows)
 
 

@@ -77,7 +77,7 @@ def test_short_requests_are_never_more_at_once_and_memory_is_read_where_asked() 
 
 
 def test_figures_say_their_goal_and_whether_it_is_met() -> None:
-    results = Results({"processor": "p", "threads": 2, "cores": 2, "python": "3", "preload": []}, 64)
+    results = Results({"processor": "p", "threads": 2, "cores": 2, "python": "3", "preload": []}, 64, 4.0)
     results.about = {name: {"remarks": ""} for name in ("ours-eager", "vllm-eager", "one-at-a-time")}
     results.rates = {
         (32, 8, "ours-eager"): [90.0, 110.0, 100.0],

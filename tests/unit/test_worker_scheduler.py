@@ -450,15 +450,17 @@ def test_a_crowd_of_prompts_gets_more_of_a_step_than_a_single_one() -> None:
     def second_step(prompts: int) -> int:
         device = Counting()
         one = Engine(device, device, Limits(100, 2048, mixed_prefill_tokens=8), frozenset({EOS}), max_length=700)
-        one.submit(Submit("runs", [1, 2], Sampling(max_tokens=50, temperature=0, ignore_eos=True)))
+        for number in range(40):
+            one.submit(Submit(f"runs-{number}", [1, 2], Sampling(max_tokens=50, temperature=0, ignore_eos=True)))
         one.turn()
         for number in range(prompts):
             one.submit(Submit(f"p{number}", [3] * 512, Sampling(max_tokens=1, temperature=0, ignore_eos=True)))
         one.turn()
-        return sum(count for name, count in device.plans[1] if name != "runs")
+        return sum(count for name, count in device.plans[1] if name.startswith("p"))
 
     assert second_step(1) == 512 // 32
     assert second_step(40) == 40 * 512 // 32
+    assert second_step(41) == 2048 - 40, "more wait for a first token than for a next one"
 
 
 def test_prompts_that_have_no_place_yet_take_nothing_from_running_streams() -> None:

@@ -31,7 +31,8 @@ class Limits:
 
     `mixed_prefill_tokens`: how many prompt tokens may share a step with decodes, so that a running stream's next token
     does not wait for a whole prompt; 0: as many as the step has room for. Where so many prompts wait that a step with
-    more of them is worth it to all, it may hold more.
+    more of them is worth it to all, it may hold more; where more prompts wait for their first token than streams for
+    their next one, it holds what it can.
     """
 
     sequences: int
@@ -105,7 +106,7 @@ class Scheduler:
         self._make_room()
         decodes = self._ordered_decodes()
         room = self._limits.step_tokens - len(decodes)
-        if decodes and self._limits.mixed_prefill_tokens:
+        if self._limits.mixed_prefill_tokens and self._prompts() <= len(decodes):
             room = min(room, max(self._limits.mixed_prefill_tokens, self._backlog() // _BACKLOG_STEPS))
         plan = decodes + self._prefill(room)
         for work in plan:
@@ -113,10 +114,16 @@ class Scheduler:
                 self._lines.charge(work.sequence.tenant, OUTPUT_WEIGHT)
         return plan
 
+    def _prompts(self) -> int:
+        """Prompts that a step could work on: those of running sequences, and of as many others as have a place."""
+        return len(self._prefilling) + self._places()
+
+    def _places(self) -> int:
+        return min(len(self._lines), self._limits.sequences - len(self._running))
+
     def _backlog(self) -> int:
-        """Prompt tokens that are still to be computed, of those who run and of as many others as have a place."""
-        waiting = len(self._lines)
-        places = min(waiting, self._limits.sequences - len(self._running))
+        """Prompt tokens of these that are still to be computed."""
+        waiting, places = len(self._lines), self._places()
         others = self._lines.waiting_tokens * places // waiting if waiting else 0
         return sum(map(_left, self._prefilling)) + others
 
