@@ -30,7 +30,7 @@ from bench.overhead_report import Difference, Quad, difference, tables
 from devcluster.layout import REPOSITORY
 from devcluster.progress import Progress
 from gpumeter_usage.record import Status
-from gpumeter_worker.engine.channel import decode, encode
+from gpumeter_worker.engine.channel import Known, decode, encode
 from gpumeter_worker.engine.loop import Engine
 from gpumeter_worker.engine.messages import Ended, EngineOptions, Event, StepReport, Submit
 from gpumeter_worker.engine.sequence import Sampling
@@ -140,6 +140,7 @@ class Arms:
         self._writing = ThreadPoolExecutor(1, "journal-write")
         self._writes: list[Future[Head]] = []
         self._flushed_ns = time.monotonic_ns()
+        self._sender, self._receiver = Known(), Known()
         self._batch = 0
         self.delivered = 0
 
@@ -167,9 +168,13 @@ class Arms:
         if metered and time.monotonic_ns() - self._flushed_ns > CHECKPOINT_NS:
             self._flush()
         events = self._engine.turn()
-        if not metered:
-            events = [replace(one, parts=()) if isinstance(one, StepReport) else one for one in events]
-        received: list[Event] = decode(encode(events))
+        received: list[Event]
+        if metered:
+            received = self._receiver.whole(decode(encode(self._sender.short(events))))
+        else:
+            received = decode(
+                encode([replace(one, parts=()) if isinstance(one, StepReport) else one for one in events])
+            )
         for event in received:
             if isinstance(event, StepReport):
                 self.delivered += len(event.tokens)

@@ -67,7 +67,7 @@ def difference(quads: Sequence[Quad], sequences: int, parts_us: float) -> Differ
 
 def tables(where: dict[str, Any], model: str, costs: Sequence[Cost], found: Difference) -> str:
     """Markdown that a document can quote."""
-    names = ("parts", "wire", "split", "book", "journal", "total")
+    names = ("parts", "wire", "split", "book", "journal", "total", "changed")
     lines = [
         f"{where['processor']}, {where['threads']} of {where['cores']} cores, Python {where['python']}, {model}",
         "",

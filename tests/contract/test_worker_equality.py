@@ -18,7 +18,7 @@ from gpumeter_worker.engine.messages import Cancel, Ended, EngineOptions, StepRe
 from gpumeter_worker.engine.scheduler import Limits
 from gpumeter_worker.engine.sequence import Finish, Sampling, Sequence
 from gpumeter_worker.metering.clock import HostClock
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 from rigs.worker import model_path
 
 COUNT = int(os.environ.get("GPUMETER_EQUALITY_PROMPTS", "20"))

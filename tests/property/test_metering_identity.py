@@ -27,7 +27,8 @@ from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.metering.journal import Journal, Reader
-from gpumeter_worker.metering.meter import Identity, Meter, Part
+from gpumeter_worker.metering.meter import Identity, Meter
+from gpumeter_worker.metering.parts import Part
 from rigs.ledger import START_NS, TOKEN, ended, gone, inline, open_ledger, started, worker
 
 SECOND = 10**9

@@ -15,7 +15,7 @@ from gpumeter_worker.engine.channel import Channel
 from gpumeter_worker.engine.messages import *
 from gpumeter_worker.engine.sequence import Finish
 from gpumeter_worker.metering.accounts import Phase
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 
 channel = Channel(int(sys.argv[1]))
 options = channel.receive()

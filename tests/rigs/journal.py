@@ -9,7 +9,8 @@ from gpumeter_usage.record import Status
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.journal import Journal
-from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+from gpumeter_worker.metering.meter import Flush, Identity, Meter
+from gpumeter_worker.metering.parts import Part
 
 START = 10**18
 WORKER, SERVICE = "worker", "team/model"

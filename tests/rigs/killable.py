@@ -37,7 +37,8 @@ from gpumeter_usage.record import Status
 from gpumeter_worker.api.usage import usage_app
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
-from gpumeter_worker.metering.meter import Identity, Meter, Part
+from gpumeter_worker.metering.meter import Identity, Meter
+from gpumeter_worker.metering.parts import Part
 from gpumeter_worker.metering.profiles import Profiles
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.settings import Settings

@@ -29,6 +29,7 @@ def test_what_both_ways_do_for_the_meter_is_added() -> None:
 def test_every_part_of_a_step_is_timed_and_stands_in_the_table() -> None:
     cost = cost_of(4, 4)
     assert min(cost.parts, cost.split, cost.book, cost.journal) > 0
+    assert cost.changed > cost.journal
     assert cost.total == pytest.approx(cost.parts + cost.wire + cost.split + cost.book + cost.journal)
     where = {"processor": "a processor", "threads": 1, "cores": 2, "python": "3"}
     found = difference([Quad(4, 11, 10), Quad(4, 12, 10)], 4, cost.parts)

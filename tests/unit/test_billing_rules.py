@@ -22,7 +22,7 @@ from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Load, split
 from gpumeter_worker.metering.clock import HostClock, StepClock, StepTime
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 from rigs.billing import BLOCK_TOKENS, PROFILE, Billed, Books, LateClock, load_runner, part_of
 from rigs.ledger import START_NS
 

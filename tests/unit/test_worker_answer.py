@@ -15,7 +15,7 @@ from gpumeter_worker.api.sessions import Choice, End, Finished, Session
 from gpumeter_worker.api.tokenizer import Tokenizer, TokenText
 from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish, Sampling
-from gpumeter_worker.metering.meter import Totals
+from gpumeter_worker.metering.running import Totals
 from rigs.worker import model_path
 
 EOS = 0

@@ -6,7 +6,7 @@ from gpumeter_worker.engine import messages
 from gpumeter_worker.engine.channel import decode, encode
 from gpumeter_worker.engine.messages import Ended, StepReport, Token
 from gpumeter_worker.engine.sequence import Finish
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 
 PART = Part("s-1", 3, 40, True, 1, 3, 2, True)
 TOKEN = Token("s-1", 2, 17, -0.5, ((17, -0.5), (4, -1.25)))

@@ -15,7 +15,7 @@ from gpumeter_worker.engine.channel import decode, encode
 from gpumeter_worker.engine.link import EVENTS_MAX, EngineLink
 from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport, Token
 from gpumeter_worker.engine.output import EngineOutput
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 from rigs.engines import is_gone, options, program
 
 

@@ -17,7 +17,8 @@ from gpumeter_worker.metering.journal import (
     RecordsGone,
 )
 from gpumeter_worker.metering.journalfile import FILE_NAME, JournalUnusable, check_directory
-from gpumeter_worker.metering.meter import Identity, Part
+from gpumeter_worker.metering.meter import Identity
+from gpumeter_worker.metering.parts import Part
 from rigs.journal import START, Boot
 
 

@@ -8,7 +8,8 @@ from gpumeter_usage.period import MINUTE_NS
 from gpumeter_usage.record import Account, Kind, Record, Status, canonical, parse
 from gpumeter_worker.metering.accounts import Accounts, Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
-from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+from gpumeter_worker.metering.meter import Flush, Identity, Meter
+from gpumeter_worker.metering.parts import Part
 
 START = 1_000_000 * MINUTE_NS + 5
 IDENTITY = Identity("worker", "boot", "team/model", "model", "cpu", "host")

@@ -12,6 +12,7 @@ from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Su
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
 from gpumeter_worker.engine.sequence import Finish, Prompt, Sampling, Sequence
 from gpumeter_worker.metering.clock import StepClock, StepTime
+from gpumeter_worker.metering.parts import Onward
 
 EOS = 99
 
@@ -484,3 +485,36 @@ def test_what_a_failed_sequence_left_is_never_found(blocks: KvBlocks) -> None:
         one.submit(Submit(name, list(range(100, 140)), Sampling(max_tokens=1, temperature=0)))
         parts = [part for event in drive(one) if isinstance(event, StepReport) for part in event.parts]
         assert parts[0].cached_tokens == (32 if name == "once-more" else 0)
+
+
+def test_a_step_like_the_one_before_is_said_in_a_word_until_somebody_comes_or_goes() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(4, 64), frozenset({EOS}), max_length=64)
+    for name, wanted in (("short", 4), ("long", 9)):
+        one.submit(Submit(name, [1, 2], Sampling(max_tokens=wanted, temperature=0, ignore_eos=True)))
+    parts = [event.parts for event in drive(one) if isinstance(event, StepReport)]
+    assert [len(part) for part in parts] == [2] * 4 + [1] * 5
+    assert [part.further if isinstance(part, Onward) else None for part in parts] == [
+        None,  # prompts
+        None,  # their first decodes
+        1,
+        2,
+        None,  # one has gone
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert [part[-1].context_tokens for part in parts] == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_row_without_a_valid_token_is_said_like_any_row() -> None:
+    device = Counting()
+    one = Engine(device, device, Limits(4, 64), frozenset({EOS}), max_length=64)
+    for name in ("broken", "sound"):
+        one.submit(Submit(name, [1, 2], Sampling(max_tokens=9, temperature=0, ignore_eos=True)))
+    for _ in range(3):
+        one.turn()
+    device.answers = {"broken": INVALID_TOKEN}
+    (report, *_) = (event for event in one.turn() if isinstance(event, StepReport))
+    assert [(part.session_id, part.sampled) for part in report.parts] == [("broken", 0), ("sound", 1)]

@@ -10,7 +10,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker.api.sessions import LINE_ENTRIES_MAX, Choice, Session
 from gpumeter_worker.engine.messages import Ended, StepReport, Token
 from gpumeter_worker.engine.sequence import Finish, Sampling
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Part
 from gpumeter_worker.settings import from_environment
 from gpumeter_worker.worker import Worker
 

@@ -15,7 +15,8 @@ from gpumeter_usage.record import Status, canonical
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.journalfile import FILE_NAME
-from gpumeter_worker.metering.meter import Flush, Identity, Meter, Part
+from gpumeter_worker.metering.meter import Flush, Identity, Meter
+from gpumeter_worker.metering.parts import Part
 from gpumeter_worker.metering.writer import JournalWriter
 
 START = 10**18

@@ -76,7 +76,7 @@ class Observations:
         """A step was reported."""
         self._step_s.observe(step.gpu_ns / 1e9)
         self._batch.observe(len(step.parts))
-        self._prompt.inc(sum(part.prompt_tokens for part in step.parts))
+        self._prompt.inc(step.prompt_tokens)
         self._generated.inc(len(step.tokens))
         self.kv_tokens_now = step.kv_tokens
         self.kv_tokens.set(step.kv_tokens)

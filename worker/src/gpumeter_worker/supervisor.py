@@ -208,7 +208,7 @@ class Supervisor:
         match event:
             case StepReport():
                 self._stepped = True
-                self._watch.step(event.ended_ns - event.started_ns, sum(part.new_tokens for part in event.parts))
+                self._watch.step(event.ended_ns - event.started_ns, event.new_tokens)
             case PhaseEntered():
                 self._phase = event.phase
                 self._warm_up_ns = event.at_ns

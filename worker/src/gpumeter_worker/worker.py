@@ -36,8 +36,10 @@ from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import Anchor
 from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
-from gpumeter_worker.metering.meter import Identity, Meter, Totals
+from gpumeter_worker.metering.meter import Identity, Meter
+from gpumeter_worker.metering.parts import Onward
 from gpumeter_worker.metering.profiles import Adopted, Profiles, adopt
+from gpumeter_worker.metering.running import Totals
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations, exposition
 from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
@@ -272,7 +274,7 @@ class Worker:
         self.meter.step(self.anchor.utc_ns(step.started_ns), self.anchor.utc_ns(step.ended_ns), step.gpu_ns, step.parts)
         self.observed.step(step)
         now_ns = time.monotonic_ns()
-        for part in step.parts:
+        for part in () if isinstance(step.parts, Onward) else step.parts:
             if (session := self.sessions.get(part.session_id)) is not None:
                 session.stepped = True
         for token in step.tokens:

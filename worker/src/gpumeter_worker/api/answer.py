@@ -24,7 +24,7 @@ from gpumeter_worker.api.text import TextStream
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish
-from gpumeter_worker.metering.meter import Totals
+from gpumeter_worker.metering.running import Totals
 
 log = logging.getLogger(__name__)
 

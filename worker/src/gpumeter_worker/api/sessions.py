@@ -13,7 +13,7 @@ from gpumeter_usage.record import Status
 from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.engine.messages import Token
 from gpumeter_worker.engine.sequence import Finish, Sampling
-from gpumeter_worker.metering.meter import Totals
+from gpumeter_worker.metering.running import Totals
 
 _REMEMBERED = 100_000
 """Ended ids are remembered, so that a hop token that is sent twice is not metered as one session."""

@@ -15,7 +15,7 @@ from gpumeter_worker.engine.messages import Cancel, Ended, Event, StepReport, Su
 from gpumeter_worker.engine.scheduler import Limits, Scheduler, Work
 from gpumeter_worker.engine.sequence import Finish, Prompt, Sequence, finish_after
 from gpumeter_worker.metering.clock import StepClock
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Onward, Part, all_decode
 
 INVALID_TOKEN = -1
 """What a runner returns for a row whose logits are no numbers."""
@@ -46,7 +46,7 @@ class Runner(Protocol):
 class _Unreported:
     """A step whose time is not known yet, and the sessions that ended since it was launched."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] | Onward
     tokens: tuple[Token, ...]
     running: int
     kv_tokens: int
@@ -74,6 +74,7 @@ class Engine:
         self._unreported: deque[_Unreported] = deque()
         self._ended: list[Ended] = []
         self._attempted: list[Work] = []
+        self._steady: tuple[list[Work], Onward] | None = None
 
     @property
     def waiting(self) -> int:
@@ -137,6 +138,7 @@ class Engine:
             try:
                 sampled = self._runner.run(plan, self._clock)
             except Exception:
+                self._steady = None
                 if self._clock.begun > begun:
                     self._book_failed(plan)
                 raise
@@ -182,12 +184,12 @@ class Engine:
         return Prompt(settled=len(command.prompt))
 
     def _postprocess(self, plan: list[Work], sampled: list[Sampled]) -> None:
+        parts = self._parts(plan, sampled)
         next_token = iter(sampled)
-        parts, tokens, finished = [], [], []
+        tokens, finished = [], []
         for work in plan:
             sequence = work.sequence
             new = next(next_token) if work.samples else None
-            parts.append(_settle(work, sampled=new is not None and new.token != INVALID_TOKEN))
             sequence.computed += work.count
             sequence.cached = 0
             self._scheduler.computed(sequence)
@@ -204,9 +206,23 @@ class Engine:
         running, kv_tokens = self._scheduler.running, self._scheduler.cache_tokens
         for sequence, _ in finished:
             self._scheduler.leave(sequence)
-        self._unreported.append(_Unreported(tuple(parts), tuple(tokens), running, kv_tokens))
+        self._unreported.append(_Unreported(parts, tuple(tokens), running, kv_tokens))
         for sequence, finish in finished:
             self._end(sequence, finish, _NO_PROBABILITIES if finish is Finish.FAILED else "")
+
+    def _parts(self, plan: list[Work], sampled: list[Sampled]) -> tuple[Part, ...] | Onward:
+        """Who shares a step that has moved nobody on yet. A step like the one before it is said in a word."""
+        valid = all(new.token != INVALID_TOKEN for new in sampled)
+        steady, self._steady = self._steady, None
+        if steady is not None and valid and plan == steady[0]:
+            onward = Onward(steady[1].first, steady[1].further + 1)
+            self._steady = plan, onward
+            return onward
+        next_token = iter(sampled)
+        parts = tuple(_settle(work, sampled=work.samples and next(next_token).token != INVALID_TOKEN) for work in plan)
+        if valid and all_decode(parts):
+            self._steady = plan, Onward(parts, 0)
+        return parts
 
     def _book_failed(self, plan: list[Work]) -> None:
         """A step that failed after its first kernel, wherever: its time is the platform's as far as it was measured.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.calibration import Calibration
-from gpumeter_worker.metering.meter import Part
+from gpumeter_worker.metering.parts import Onward, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +112,24 @@ class StepReport:
     started_ns: int
     ended_ns: int
     gpu_ns: int
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] | Onward
     tokens: tuple["Token", ...]
     running: int
     kv_tokens: int
     """Tokens in the cache after the step."""
     drift_ppb: int | None = None
     """How much faster than the host's clock the device's runs, in parts per billion; None where nobody knows."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that the step computed."""
+        parts = self.parts
+        return len(parts) if isinstance(parts, Onward) else sum([part.new_tokens for part in parts])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that it settled."""
+        return 0 if isinstance(self.parts, Onward) else sum([part.prompt_tokens for part in self.parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,11 @@ def weights(loads: Sequence[tuple[int, int]], profile: Profile) -> list[int]:
     ]
 
 
+def of_a_context_token(sequences: int, profile: Profile) -> int:
+    """What one more token of context adds to a weight of `weights`, where each of so many sequences decodes."""
+    return 0 if profile.rule is Rule.TOKENS else max(profile.kap_ps, profile.alp_ps) * sequences * sequences
+
+
 def cost_ps(loads: Sequence[Load], costs: Costs) -> int:
     """What the knee rule takes a step to last: the sum of its weights, t0 + L + the sum of a_i."""
     linear = max(costs.lam_ps * sum(load.new_tokens for load in loads), costs.phi_ps)

@@ -5,13 +5,15 @@ was measured, how records are stored, or what a session asked for. Times are the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import TypedDict
 
 from gpumeter_usage.period import MINUTE_NS
 from gpumeter_usage.record import Account, Kind, Record, Status
 from gpumeter_worker.metering.accounts import Accounts, Phase, Segment
 from gpumeter_worker.metering.attribution import Profile, split
+from gpumeter_worker.metering.parts import Onward, Part
+from gpumeter_worker.metering.running import Session, Slice, Stretch, Totals, stretch_after, sum_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +29,6 @@ class Identity:
     gpu_uuid: str = ""
 
 
-class Part(NamedTuple):
-    """One sequence's part in a step. `sampled` counts the tokens that the step gave it.
-
-    `prompt_tokens` counts those of the prompt that are settled by this step, once for all choices of a prompt:
-    computed now, or found in the prefix cache (`cached_tokens` of them). `recompute`: the work was done once and lost
-    by the platform's own preemption, so no tenant pays for it again.
-    """
-
-    session_id: str
-    new_tokens: int
-    context_tokens: int
-    prefill: bool
-    sampled: int
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    recompute: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Flush:
     """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier.
@@ -58,54 +42,10 @@ class Flush:
 
 
 @dataclass(slots=True)
-class Totals:
-    """What a session has used so far."""
+class _Owned:
+    """How much of a step sessions own, kept true row by row."""
 
-    gpu_ns: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-
-@dataclass(slots=True)
-class _Held:
-    """A session's place in the cache: when a step last held it, and the byte-nanoseconds that no slice states yet.
-
-    `step` is the number of that step, and `gap_ns` how long before it the cache was held without one.
-    """
-
-    until_ns: int = 0
-    byte_ns: int = 0
-    step: int = 0
-    gap_ns: int = 0
-
-
-@dataclass(slots=True)
-class _Session:
-    tenant: str
-    since_ns: int
-    """Where the next slice starts: the session's begin, then the end of the slice before."""
-    totals: Totals = field(default_factory=Totals)
-    held: _Held = field(default_factory=_Held)
-    billed_step: int = 0
-    """The number of the step that last took part in a slice."""
-
-
-@dataclass(slots=True)
-class _Slice:
-    session_id: str
-    tenant: str
-    started_ns: int
-    ended_ns: int
-    held: _Held
-    status: Status = Status.OPEN
-    gpu_ns: int = 0
-    prefill_ns: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    steps: int = 0
-    batch_ns: int = 0
+    ns: int = 0
 
 
 class Meter:
@@ -116,10 +56,11 @@ class Meter:
         self.profile = profile
         self.kv_token_bytes = 0  # told by the engine when it is ready
         self.accounts = Accounts(started_ns)
-        self._sessions: dict[str, _Session] = {}
-        self._slices: dict[str, _Slice] = {}
+        self._sessions: dict[str, Session] = {}
+        self._slices: dict[str, Slice] = {}
         self._records: list[Record] = []
         self._step = 0
+        self._stretch: Stretch | None = None
         self._unmeasured_stated_ns = 0
 
     def adopt(self, profile: Profile) -> None:
@@ -138,7 +79,7 @@ class Meter:
         if session_id in self._sessions:
             raise ValueError(f"the session {session_id} is in flight already")
         self._close(self.accounts.begin(at_ns))
-        self._sessions[session_id] = _Session(tenant, at_ns)
+        self._sessions[session_id] = Session(tenant, at_ns)
 
     def step(self, started_ns: int, ended_ns: int, gpu_ns: int, parts: Sequence[Part]) -> list[int]:
         """Book a finished step to the sessions that shared it; returns their shares in nanoseconds.
@@ -146,56 +87,80 @@ class Meter:
         Where a step makes no sense this raises, and what no session was booked for is the platform's: the accounts
         cover its time either way, for the journal takes no flush that leaves some out.
         """
-        lasted_ns = max(0, ended_ns - started_ns)
         booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
-        attributed_ns = 0
+        owned = _Owned()
         try:
             self._close(closed)
-            shares_ns = split(booked_ns, [(part.new_tokens, part.context_tokens) for part in parts], self.profile)
-            self._step += 1
-            # This runs for every sequence of every step, so it calls as little as it can.
-            number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
-            sessions, slices = self._sessions, self._slices
-            for part, share_ns in zip(parts, shares_ns, strict=True):
-                session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
-                if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
-                    continue
-                held = session.held
-                if held.step != number:
-                    held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
-                    held.step, held.until_ns = number, ended_ns
-                if recompute:  # nor for this
-                    continue
-                # What it held since its step before, and then with the new tokens: the peak of this step, as long as
-                # it ran. Each sequence counts as if its cache were its own, whoever else finds a prefix in the same
-                # blocks.
-                held.byte_ns += (
-                    context_tokens * held.gap_ns + (context_tokens + new_tokens) * lasted_ns
-                ) * self.kv_token_bytes
-                running = slices.get(session_id) or self._slice(session_id, session, frontier_ns)
-                running.ended_ns = frontier_ns
-                running.gpu_ns += share_ns
-                attributed_ns += share_ns  # at once: whatever fails from here on, slices sum to what is booked
-                if prefill:
-                    running.prefill_ns += share_ns
-                running.prompt_tokens += prompt_tokens
-                running.cached_tokens += cached_tokens
-                running.completion_tokens += sampled
-                running.batch_ns += share_ns * batch
-                if session.billed_step != number:  # its choices may share a step, which is one step of the session
-                    session.billed_step = number
-                    running.steps += 1
+            if isinstance(parts, Onward) and (stretch := self._stretch_of(parts)):
+                shares_ns = stretch.split(booked_ns)
+                self._step += 1
+                stretch.take(started_ns, ended_ns, self.accounts.frontier_ns, shares_ns)
+                owned.ns = booked_ns
+            else:
+                self._book_stretch()
+                shares_ns = split(booked_ns, [(part[1], part[2]) for part in parts], self.profile)
+                self._step += 1
+                self._book_rows(started_ns, ended_ns, parts, shares_ns, owned)
         finally:
-            self.accounts.own(attributed_ns, booked_ns - attributed_ns)
+            self.accounts.own(owned.ns, booked_ns - owned.ns)
         return shares_ns
+
+    def _book_rows(
+        self, started_ns: int, ended_ns: int, parts: Sequence[Part], shares_ns: Sequence[int], owned: "_Owned"
+    ) -> None:
+        # This runs for every sequence of a step, so it calls as little as it can.
+        lasted_ns = max(0, ended_ns - started_ns)
+        number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
+        sessions, slices = self._sessions, self._slices
+        for part, share_ns in zip(parts, shares_ns, strict=True):
+            session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
+            if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
+                continue
+            held = session.held
+            if held.step != number:
+                held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
+                held.step, held.until_ns = number, ended_ns
+            if recompute:  # nor for this
+                continue
+            # What it held since its step before, and then with the new tokens: the peak of this step, as long as it
+            # ran. Each sequence counts as if its cache were its own, whoever else finds a prefix in the same blocks.
+            held.byte_ns += (
+                context_tokens * held.gap_ns + (context_tokens + new_tokens) * lasted_ns
+            ) * self.kv_token_bytes
+            running = slices.get(session_id) or self._slice(session_id, session, frontier_ns)
+            running.ended_ns = frontier_ns
+            running.gpu_ns += share_ns
+            owned.ns += share_ns  # at once: whatever fails from here on, slices sum to what is booked
+            if prefill:
+                running.prefill_ns += share_ns
+            running.prompt_tokens += prompt_tokens
+            running.cached_tokens += cached_tokens
+            running.completion_tokens += sampled
+            running.batch_ns += share_ns * batch
+            if session.billed_step != number:  # its choices may share a step, which is one step of the session
+                session.billed_step = number
+                running.steps += 1
+
+    def _stretch_of(self, onward: Onward) -> Stretch | None:
+        if self._stretch is None or not self._stretch.continues(onward):
+            self._book_stretch()
+            self._stretch = stretch_after(onward, self._sessions, self._slices, self._step, self.profile)
+        return self._stretch
+
+    def _book_stretch(self) -> None:
+        """Before anything looks at a slice or changes it."""
+        stretch, self._stretch = self._stretch, None
+        if stretch is not None:
+            stretch.book(self._step, self.kv_token_bytes)
 
     def end(self, session_id: str, status: Status, at_ns: int) -> Totals:
         """A session left the engine. Its last slice carries how it ended, with no time at all if it never ran."""
+        self._book_stretch()
         session = self._sessions.pop(session_id)
         running = self._slices.get(session_id)
         if running is not None:
             running.status = status
-            _sum_up(session.totals, running)
+            sum_up(session.totals, running)
         self._close(self.accounts.end(at_ns))
         if running is None:
             # Its time is journaled already, or there was none: a slice that only states the end, at the end, and so
@@ -232,10 +197,10 @@ class Meter:
         stated_ns, self._unmeasured_stated_ns = self._unmeasured_stated_ns, self.accounts.unmeasured_ns
         return self._unmeasured_stated_ns - stated_ns
 
-    def _slice(self, session_id: str, session: _Session, ended_ns: int) -> _Slice:
+    def _slice(self, session_id: str, session: Session, ended_ns: int) -> Slice:
         minute_start_ns = (ended_ns - 1) // MINUTE_NS * MINUTE_NS  # what ends on an edge lies in the minute before
         started_ns = min(max(session.since_ns, minute_start_ns), ended_ns)
-        running = _Slice(session_id, session.tenant, started_ns, ended_ns, session.held)
+        running = Slice(session_id, session.tenant, started_ns, ended_ns, session.held)
         self._slices[session_id] = running
         return running
 
@@ -260,7 +225,8 @@ class Meter:
             ]
 
     def _write_slices(self, until_ns: int | None = None) -> None:
-        later: dict[str, _Slice] = {}
+        self._book_stretch()
+        later: dict[str, Slice] = {}
         for name, running in self._slices.items():
             if until_ns is not None and running.ended_ns > until_ns:
                 later[name] = running
@@ -268,10 +234,10 @@ class Meter:
             self._records.append(self._record(running))
             if session := self._sessions.get(running.session_id):
                 session.since_ns = running.ended_ns
-                _sum_up(session.totals, running)
+                sum_up(session.totals, running)
         self._slices = later
 
-    def _record(self, running: _Slice) -> Record:
+    def _record(self, running: Slice) -> Record:
         kv_byte_s, running.held.byte_ns = divmod(running.held.byte_ns, 10**9)
         return Record(
             kind=Kind.SESSION,
@@ -300,14 +266,6 @@ def seal(identity: Identity, at_ns: int, status: Status) -> Record:
     return Record(
         kind=Kind.SEAL, account="", started_at=at_ns, ended_at=at_ns, gpu_ns=0, status=status, **_common(identity)
     )
-
-
-def _sum_up(totals: Totals, complete: _Slice) -> None:
-    """A step adds to the running slice alone; a session's totals grow by slices that are complete."""
-    totals.gpu_ns += complete.gpu_ns
-    totals.prompt_tokens += complete.prompt_tokens
-    totals.cached_tokens += complete.cached_tokens
-    totals.completion_tokens += complete.completion_tokens
 
 
 class _Common(TypedDict):
