@@ -219,6 +219,19 @@ async def test_an_event_that_cannot_be_handled_takes_no_other_with_it(
     assert "a defect" in caplog.text
 
 
+async def test_an_engine_that_cannot_be_taken_in_is_replaced(tmp_path: Path) -> None:
+    class Surprised(Told):
+        def take(self, event: Event) -> None:
+            super().take(event)
+            if isinstance(event, Ready) and self.starts == 1:
+                raise OSError("no space left")
+
+    told = Surprised()
+    async with supervised(program(tmp_path, SERVES), told=told) as (supervisor, _):
+        await until(lambda: told.starts == 2 and supervisor.ready, "the next one is taken in")
+    assert told.losses == [Loss(RESTARTING, "the worker could not take the engine in (OSError; see its log)")]
+
+
 async def test_an_engine_that_hangs_says_where_its_threads_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -201,8 +201,12 @@ class Supervisor:
             self._note(event)
             try:
                 self._on_event(event)
-            except Exception:  # the next event may be the end of somebody else's session
+            except Exception as surprise:  # the next event may be the end of somebody else's session
                 log.exception("a message of the engine (%s) could not be handled", type(event).__name__)
+                if isinstance(event, Ready):  # nothing would ever be sent to it
+                    what = type(surprise).__name__
+                    self._cause = Loss(RESTARTING, f"the worker could not take the engine in ({what}; see its log)")
+                    link.kill()
 
     def _note(self, event: Event) -> None:
         match event:

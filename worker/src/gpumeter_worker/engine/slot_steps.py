@@ -39,6 +39,8 @@ class SlotSteps:
     def __init__(self, forward: Forward, cache: SlotCache) -> None:
         self._forward = forward
         self.cache = cache
+        self._unproven: dict[int, tuple[EngineSequence, int]] = {}
+        """By slot, whose keys and values no logits have shown to be numbers yet, and how many they are."""
 
     def stage(self, plan: Sequence[Work]) -> Staged:
         """Lay a step out."""
@@ -47,6 +49,7 @@ class SlotSteps:
         keep: list[int] = []
         for work in order:
             start = work.sequence.computed
+            self._own(work)
             tokens += work.sequence.tokens[start : start + work.count]
             if work.samples:
                 keep.append(len(tokens) - 1)
@@ -68,6 +71,16 @@ class SlotSteps:
         """Forget what a sequence left in its slot."""
         for layer in (*self.cache.keys, *self.cache.values):
             layer[sequence.blocks[0]].zero_()
+
+    def _own(self, work: Work) -> None:
+        """What a sequence left that never came to a token may be no numbers, and padding reads it: so it goes."""
+        sequence, slot = work.sequence, work.sequence.blocks[0]
+        former, count = self._unproven.pop(slot, (sequence, 0))
+        if former is not sequence:
+            for layer in (*self.cache.keys, *self.cache.values):
+                layer[slot, :, sequence.computed : count].zero_()
+        if not work.samples:
+            self._unproven[slot] = sequence, sequence.computed + work.count
 
     def probe(self, counts: Sequence[int], context: int = 0, vocabulary: int = 2) -> list[Work]:
         """Works of sequences that nobody asked for, each of so many tokens after `context` others, a slot each."""
