@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+PROCESSES_MAX = 4  # more would only take turns at importing torch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Ring:
     name: str
     missing: Callable[[], str | None]
     prepare: tuple[str, ...] = ()
+    shared: bool = False
+    """Whether its tests need nothing but a processor, and so are shared out among the machine's."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ def _gpu_missing() -> str | None:
 
 
 RINGS = (
-    Ring("unit", _nothing),
-    Ring("property", _nothing),
-    Ring("sim", _nothing),
+    Ring("unit", _nothing, shared=True),
+    Ring("property", _nothing, shared=True),
+    Ring("sim", _nothing, shared=True),
     Ring("contract", _nothing, ("model", "tools")),
     Ring("cluster", _control_plane_missing, ("tools",)),
     Ring("e2e", _node_missing),  # brings its cluster up as a user does
@@ -121,6 +124,8 @@ def _run(ring: Ring) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"tests/{ring.name}", f"--junit-xml={report}", "--durations=5"]
+        if ring.shared:
+            command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES_MAX)), "--dist", "worksteal"]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         seconds = time.monotonic() - started
         if not report.exists():
