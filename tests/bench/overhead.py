@@ -10,8 +10,8 @@ one thread, one after the other within the same batch of sequences: two steps wi
 (ABBA), so that whatever slows the machine, and the growing context, meets both alike. What would run beside the next
 step in a worker (the API process splits while the engine computes) is in the step's time here: the difference is an
 upper bound. Only the journal has a thread of its own, as it has there, because no step ever waits for the disk; a
-flush starts with a metered step. Each sequence's part of the step is put together in both ways, because tokens are
-counted by it; its cost, as `overhead_parts` finds it, is added to the difference.
+flush starts with a metered step. Two things are added to the difference as `overhead_parts` finds them: each sequence's
+part of the step is put together in both ways, because tokens are counted by it; and a flush is in one of many steps.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def main() -> int:
             arms = Arms(path, Path(folder) / "journal", asked.sequences, threads)
         quads = list(_quads(arms, steps, progress))
         arms.close()
-    found = difference(quads, asked.sequences, next(cost.parts for cost in _with(costs, asked.sequences)))
+    found = difference(
+        quads, asked.sequences, next(cost.parts + cost.journal for cost in _with(costs, asked.sequences))
+    )
     where = machine(threads, ())
     RAW.parent.mkdir(parents=True, exist_ok=True)
     RAW.write_text(json.dumps(_raw(where, model_name, costs, found, quads), indent=1))
