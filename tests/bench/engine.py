@@ -1,7 +1,7 @@
 """The engine against its peers, in one sitting: tokens a second, first token, gaps between tokens, and memory.
 
-    python -m bench.engine [--quick] [--parts PART ...] [--engines NAME ...] [--rounds 3] [--threads 2]
-                           [--preload LIBRARY ...]
+    python -m bench.engine [--quick] [--parts PART ...] [--engines NAME ...] [--prompts 32 512] [--rounds 3]
+                           [--threads 2] [--preload LIBRARY ...]
 
 Owns what is asked of whom and in which order; `engines` are the programs, `pipe` keeps all but one of them still,
 `engine_report` makes tables and figures of the answers. Rounds go around all engines, each with prompts of its own that
@@ -13,7 +13,7 @@ import json
 import random
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few tokens of everything, to see that all works")
     parser.add_argument("--engines", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--prompts", nargs="+", type=int, choices=Plan().rounds, help="tokens of a prompt (32 and 512)")
     parser.add_argument("--rounds", type=int, help="how often the 32-token prompts go around (3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -81,6 +82,12 @@ def main() -> int:
     plan = QUICK if asked.quick else Plan()
     if asked.rounds:
         plan.rounds[32] = asked.rounds
+    if asked.prompts:
+        plan = replace(
+            plan,
+            rounds={tokens: rounds for tokens, rounds in plan.rounds.items() if tokens in asked.prompts},
+            latency=tuple(point for point in plan.latency if point[0] in asked.prompts),
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the engines are ended
     progress = Progress()
     if asked.preload is None:
