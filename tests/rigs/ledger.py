@@ -172,9 +172,9 @@ class FakeNetwork:
         self.trouble("status")
         return self._of(target).status()
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
+    async def page(self, target: Target, boot_id: str, after: int, limit: int) -> Page:
         self.trouble("page")
-        return self._of(target).page(boot_id, after, self.page_limit)
+        return self._of(target).page(boot_id, after, min(limit, self.page_limit))
 
     async def acknowledge(self, target: Target, acknowledgement: Acknowledgement) -> None:
         self.trouble("acknowledge")

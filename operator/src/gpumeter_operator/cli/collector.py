@@ -141,7 +141,7 @@ class Process:
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):
-                    await self._collector.finish()
+                    await self._collector.stop()
         finally:
             for task in (*background, stopping):
                 task.cancel()
@@ -213,8 +213,8 @@ class Process:
             alarms=dict(counters.alarms),
             reports_written=self._publisher.written,
             reports_refused=self._publisher.refused,
-            lag_ns_max=max(counters.lag_ns.values(), default=0),
-            workers=len(counters.lag_ns),
+            lag_ns_max=max(0, time.time_ns() - min(counters.settled_ns.values(), default=time.time_ns())),
+            workers=len(counters.settled_ns),
             round_age_ns={name: now_ns - ended_ns for name, ended_ns in self._round_ended_ns.items()},
             ledger_usable=not counters.ledger_problem,
         )

@@ -308,6 +308,12 @@ class Ledger(Reader):
         raise PageRefused("ChainForked", message, kept=new)
 
     @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One write transaction, for the other modules of the ledger."""
+        with self._writing() as connection:
+            yield connection
+
+    @contextmanager
     def _writing(self) -> Iterator[Connection]:
         with self._lock, writing(self.engine) as connection:
             yield connection
