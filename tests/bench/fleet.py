@@ -2,9 +2,9 @@
 
     python -m bench.fleet [--workers 10000] [--seconds 120] [--http] [--ledger sqlite:///PATH]
 
-Workers make real records in real time (a flush of 4 every 5 s), answered in this process or, with --http, by another one
-over real connections; the collector, its turns and the ledger are the product's. Every 100th worker never answers, and
-one has a backlog. Owns the load, the table and the figures; `rigs.fleet` owns what a worker is.
+Workers make real records in real time (a flush of 4 every 5 s), answered in this process or, with --http, by another
+one over real connections; the collector, its turns and the ledger are the product's. Every 100th worker never
+answers, and one has a backlog. Owns the load, the table and the figures; `rigs.fleet` owns what a worker is.
 """
 
 import argparse
@@ -114,7 +114,7 @@ async def _in_here(
     watched, cpu_s, settled = await _collect(load, port, port.targets(), ledger, tell)
     port.silent = set()
     heads = {worker.identity.worker_uid: (worker.head_seq, worker.trimmed) for worker in fleet}
-    return _figures(load, watched, cpu_s, ledger, heads, settled, port.making_s)
+    return _figures(load, watched, cpu_s, ledger, heads, settled=settled, making_s=port.making_s)
 
 
 async def _over_http(
@@ -134,7 +134,7 @@ async def _over_http(
         await workers.close()
         process.terminate()
         process.join()
-    return _figures(load, watched, cpu_s, ledger, heads, settled, 0.0)
+    return _figures(load, watched, cpu_s, ledger, heads, settled=settled, making_s=0.0)
 
 
 async def _collect(
@@ -169,8 +169,8 @@ async def _collect(
         if len(watched.records) % 10 == 0:
             p99 = _quantile(watched.lags_s[-1], 0.99)
             tell(
-                f"{spent_s:>6.0f} s  {watched.records[-1]:>9} records  {len(settled):>6} workers  lag p99 {p99:5.1f} s  "
-                f"{watched.rss_mib[-1]:6.0f} MiB"
+                f"{spent_s:>6.0f} s  {watched.records[-1]:>9} records  {len(settled):>6} workers  lag p99 {p99:5.1f} s"
+                f"  {watched.rss_mib[-1]:6.0f} MiB"
             )
     cpu_s = time.process_time() - cpu_s
     await collector.stop()
@@ -215,6 +215,7 @@ def _figures(
     cpu_s: float,
     ledger: Ledger,
     heads: dict[str, tuple[int, int]],
+    *,
     settled: dict[str, int],
     making_s: float,
 ) -> dict[str, object]:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
-from gpumeter_operator.adapters.ledger.intake import Given, settle_all, take_all
+from gpumeter_operator.adapters.ledger.intake import Given, boots_of, settle_all, take_all
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerRefuses, WorkerSilent, page_bytes_max
@@ -149,6 +149,7 @@ class Collector:
         self._turns = Turns()
         self._runners: set[asyncio.Task[None]] = set()
         self._room = Room(PAGES_BYTES)
+        self._cursors = Batch(self._boots_of, MAX_TURNS)
         self._takes = Batch(self._take_all, MAX_TOGETHER)
         self._settles = Batch(self._settle_all, MAX_TURNS)
 
@@ -232,7 +233,7 @@ class Collector:
         refuse_future("the worker's watermark", status.watermark_ns, now_ns)
         if self._profiles:
             self._profiles.heard(worker, turn.target)
-        known = {boot.boot_id: boot for boot in await self._execute(partial(self._ledger.boots, worker.worker_uid))}
+        known = {boot.boot_id: boot for boot in await self._cursors.put(worker.worker_uid)}
         refusals: list[str] = []
         whole = True
         for boot in status.boots:
@@ -270,8 +271,8 @@ class Collector:
         if boot.acknowledged_seq > seq:
             raise PageRefused(
                 "AcknowledgedAhead",
-                f"boot {boot.boot_id:.64}: records {seq + 1} to {boot.acknowledged_seq} were acknowledged and trimmed, but "
-                f"are not in this ledger; either it was restored from an older backup, or somebody else holds the "
+                f"boot {boot.boot_id:.64}: records {seq + 1} to {boot.acknowledged_seq} were acknowledged and trimmed, "
+                f"but are not in this ledger; either it was restored from an older backup, or somebody else holds the "
                 f"service's usage token",
             )
         while seq < boot.head_seq:
@@ -304,6 +305,10 @@ class Collector:
 
     async def _acknowledge(self, turn: Turn, boot: Boot, seq: int, head_hash: str) -> None:
         await turn.answer(self._workers.acknowledge(turn.target, Acknowledgement(boot.boot_id, seq, head_hash)))
+
+    async def _boots_of(self, worker_uids: Sequence[str]) -> Sequence[tuple[BootFacts, ...]]:
+        found = await self._execute(partial(boots_of, self._ledger, worker_uids))
+        return [found.get(uid, ()) for uid in worker_uids]
 
     async def _take_all(self, pages: Sequence[Given]) -> Sequence[Taken | Exception]:
         return await self._execute(partial(take_all, self._ledger, pages, self._clock_ns()))
