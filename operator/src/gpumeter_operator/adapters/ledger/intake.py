@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import IntegrityError
 
-from gpumeter_operator.adapters.ledger import rows
+from gpumeter_operator.adapters.ledger import locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import boot_of
@@ -33,10 +33,12 @@ def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken 
     if len(given) == 1:
         return [_alone(ledger, *given[0], now_ns)]
     try:
-        with ledger.writing() as connection:
+        services = {locks.of_service(worker.service_key, shared=True) for worker, _ in given}
+        workers = {locks.of_worker(worker.worker_uid) for worker, _ in given}
+        with ledger.writing(*services, *workers) as connection:
             together = _take_next(connection, given, now_ns)
     except IntegrityError:
-        together = [None] * len(given)  # another collector took one of them: nothing of this was committed
+        together = [None] * len(given)  # nothing of this was committed; alone it shows which page it is
     return [
         _alone(ledger, worker, page, now_ns) if done is None else done
         for done, (worker, page) in zip(together, given, strict=True)
@@ -52,7 +54,7 @@ def boots_of(ledger: Ledger, worker_uids: Collection[str]) -> dict[str, tuple[Bo
 def settle_all(ledger: Ledger, settled: Sequence[tuple[str, int]]) -> None:
     """Note of each of these workers (uid, time) that all its usage up to that time is committed; never moves back."""
     newest = dict(sorted(settled, key=lambda one: one[1]))
-    with ledger.writing() as connection:
+    with ledger.writing(*(locks.of_worker(uid) for uid in newest)) as connection:
         p = t.progress.c
         known = {row.worker_uid: row for row in connection.execute(select(t.progress).where(p.worker_uid.in_(newest)))}
         for uid, settled_ns in newest.items():
