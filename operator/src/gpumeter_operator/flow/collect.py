@@ -185,6 +185,11 @@ class Collector:
         if self._profiles:
             self._profiles.forget(worker_uid)
 
+    def keep_only(self, worker_uids: Collection[str]) -> None:
+        """Forget the lag of workers that are not asked any more: they ended, or are another collector's now."""
+        for uid in [uid for uid in self.counters.settled_ns if uid not in worker_uids]:
+            del self.counters.settled_ns[uid]
+
     async def pull(self, worker: Worker, target: Target) -> bool:
         """Collect everything that a worker's journal holds; returns whether that succeeded."""
         while (outcome := await self._turn(worker, target)) is Outcome.MORE:
@@ -246,8 +251,7 @@ class Collector:
                     reason, kept = refusal.reason, refusal.kept
                 await self._alarm(worker, reason, str(refusal), kept, boot.boot_id)
                 refusals.append(str(refusal))
-        listed = {boot.boot_id for boot in status.boots}
-        for lost in (boot for boot in known.values() if boot.seal is Status.NONE and boot.boot_id not in listed):
+        for lost in await self._lost(worker, turn, status, known.values()):
             # Its records so far are safe; what came after them is not in this journal any more.
             message = f"boot {lost.boot_id} has left the journal without a seal after seq {lost.committed_seq}"
             await self._alarm(worker, "BootLost", message)
@@ -259,15 +263,31 @@ class Collector:
         self.counters.settled_ns[worker.worker_uid] = status.watermark_ns
         return Outcome.DONE
 
+    async def _lost(
+        self, worker: Worker, turn: Turn, status: JournalStatus, known: Iterable[BootFacts]
+    ) -> list[BootFacts]:
+        """The boots without a seal that the journal does not hold any more."""
+        listed = {boot.boot_id for boot in status.boots}
+        if all(boot.seal is not Status.NONE or boot.boot_id in listed for boot in known):
+            return []
+        # Asked once more, in this order: another collector may have met a new boot, or the end of an old one, since.
+        listed = {boot.boot_id for boot in (await turn.answer(self._workers.status(turn.target))).boots}
+        now = await self._cursors.put(worker.worker_uid)
+        return [boot for boot in now if boot.seal is Status.NONE and boot.boot_id not in listed]
+
     async def _collect_boot(
         self, worker: Worker, turn: Turn, boot: Boot, known: BootFacts | None, watermark_ns: int
     ) -> bool:
         """Whether all of the boot is committed; where not, the turn's pages are used up."""
         seq, head_hash = (known.committed_seq, known.head_hash) if known else (0, GENESIS)
         if boot.head_seq < seq:
-            raise PageRefused(
-                "JournalRewound", f"boot {boot.boot_id:.64} ends at seq {boot.head_seq}; {seq} was committed before"
-            )
+            # The status is older than what was read of the ledger: another collector may have been here in between.
+            again = await turn.answer(self._workers.status(turn.target))
+            if any(each.boot_id == boot.boot_id and each.head_seq < seq for each in again.boots):
+                raise PageRefused(
+                    "JournalRewound", f"boot {boot.boot_id:.64} ends at seq {boot.head_seq}; {seq} was committed before"
+                )
+            return True
         if boot.acknowledged_seq > seq:
             raise PageRefused(
                 "AcknowledgedAhead",
@@ -279,15 +299,15 @@ class Collector:
             if turn.pages_left == 0:
                 return False
             turn.pages_left -= 1
-            limit = min(MAX_PAGE_RECORDS, boot.head_seq - seq)
-            async with self._room.of(page_bytes_max(limit)):
-                page = await turn.answer(self._workers.page(turn.target, boot.boot_id, seq, limit))
-                if page.boot_id != boot.boot_id:
-                    raise PageRefused("ForeignBoot", f"boot {boot.boot_id:.64} was asked, {page.boot_id:.64} was sent")
-                taken = await self._takes.put((worker, page))
-                del page
-            if taken.seq <= seq:
-                raise PageRefused("NothingNew", f"boot {boot.boot_id:.64}: nothing after seq {seq} was sent")
+            try:
+                taken = await self._take_page(worker, turn, boot, seq)
+            except (WorkerRefuses, PageInvalid, PageRefused):
+                # Where another collector was faster, the worker has trimmed what we asked for.
+                now = {each.boot_id: each for each in await self._cursors.put(worker.worker_uid)}.get(boot.boot_id)
+                if now is None or now.committed_seq <= seq:
+                    raise
+                seq, head_hash = now.committed_seq, now.head_hash
+                continue
             seq, head_hash = taken.seq, taken.head_hash
             if self._profiles:
                 self._profiles.heard(worker, turn.target, taken.profile_hashes)
@@ -303,8 +323,27 @@ class Collector:
             await self._acknowledge(turn, boot, seq, head_hash)
         return True
 
+    async def _take_page(self, worker: Worker, turn: Turn, boot: Boot, seq: int) -> Taken:
+        limit = min(MAX_PAGE_RECORDS, boot.head_seq - seq)
+        async with self._room.of(page_bytes_max(limit)):
+            page = await turn.answer(self._workers.page(turn.target, boot.boot_id, seq, limit))
+            if page.boot_id != boot.boot_id:
+                raise PageRefused("ForeignBoot", f"boot {boot.boot_id:.64} was asked, {page.boot_id:.64} was sent")
+            taken = await self._takes.put((worker, page))
+        if taken.seq <= seq:
+            raise PageRefused("NothingNew", f"boot {boot.boot_id:.64}: nothing after seq {seq} was sent")
+        return taken
+
     async def _acknowledge(self, turn: Turn, boot: Boot, seq: int, head_hash: str) -> None:
-        await turn.answer(self._workers.acknowledge(turn.target, Acknowledgement(boot.boot_id, seq, head_hash)))
+        try:
+            await turn.answer(self._workers.acknowledge(turn.target, Acknowledgement(boot.boot_id, seq, head_hash)))
+        except WorkerRefuses:
+            # A boot that is over is forgotten once it is acknowledged whole, by another collector as well as by us.
+            if not (boot.sealed and seq == boot.head_seq):
+                raise
+            status = await turn.answer(self._workers.status(turn.target))
+            if boot.boot_id in {each.boot_id for each in status.boots}:
+                raise
 
     async def _boots_of(self, worker_uids: Sequence[str]) -> Sequence[tuple[BootFacts, ...]]:
         found = await self._execute(partial(boots_of, self._ledger, worker_uids))
