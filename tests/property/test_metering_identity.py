@@ -53,8 +53,8 @@ class Port:
     async def status(self, target: Target) -> JournalStatus:
         return self._of.reader.status()
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
-        page = self._of.reader.page(boot_id, after, self._limit)
+    async def page(self, target: Target, boot_id: str, after: int, limit: int) -> Page:
+        page = self._of.reader.page(boot_id, after, min(limit, self._limit))
         assert page is not None
         return page
 

@@ -139,8 +139,8 @@ class Local:
     async def status(self, target: Target) -> JournalStatus:
         return self.reader.status()
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
-        page = self.reader.page(boot_id, after, 5000)
+    async def page(self, target: Target, boot_id: str, after: int, limit: int) -> Page:
+        page = self.reader.page(boot_id, after, limit)
         assert page is not None
         return page
 

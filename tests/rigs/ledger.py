@@ -172,9 +172,9 @@ class FakeNetwork:
         self.trouble("status")
         return self._of(target).status()
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
+    async def page(self, target: Target, boot_id: str, after: int, limit: int) -> Page:
         self.trouble("page")
-        return self._of(target).page(boot_id, after, self.page_limit)
+        return self._of(target).page(boot_id, after, min(limit, self.page_limit))
 
     async def acknowledge(self, target: Target, acknowledgement: Acknowledgement) -> None:
         self.trouble("acknowledge")
@@ -237,8 +237,9 @@ class CrashAt:
         event.listen(ledger.engine, "commit", self)
 
 
-def open_ledger(path: Path, granularity: Granularity = Granularity.MINUTE) -> Ledger:
-    ledger = Ledger(f"sqlite:///{path}")
+def open_ledger(where: Path | str, granularity: Granularity = Granularity.MINUTE) -> Ledger:
+    """The ledger in a file, or at a URL, with periods of this length from the beginning."""
+    ledger = Ledger(where if isinstance(where, str) else f"sqlite:///{where}")
     ledger.set_granularity(granularity, START_NS)
     return ledger
 

@@ -107,7 +107,7 @@ def poisoned(fake: FakeWorker) -> str:
 def trimmed(fake: FakeWorker) -> str:
     """The ledger was restored from a backup that is older than what it had acknowledged."""
     fake.boot.trimmed = fake.boot.acknowledged_seq = 2
-    return "WorkerRefuses"
+    return "AcknowledgedAhead"
 
 
 @pytest.mark.parametrize("harm", [poisoned, trimmed])

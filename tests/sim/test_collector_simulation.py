@@ -85,12 +85,12 @@ class FlakyNetwork(FakeNetwork):
         self.random = random_
         self.last: dict[tuple[str, str], Page] = {}
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
+    async def page(self, target: Target, boot_id: str, after: int, limit: int) -> Page:
         key = target.host, boot_id
         old = self.last.get(key)
         if old is not None and self.random.random() < 0.1:
             return old
-        self.last[key] = await super().page(target, boot_id, after)
+        self.last[key] = await super().page(target, boot_id, after, limit)
         return self.last[key]
 
 

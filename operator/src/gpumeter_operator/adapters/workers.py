@@ -22,12 +22,15 @@ from gpumeter_usage.page import (
     decode_status,
     encode_acknowledgement,
 )
+from gpumeter_usage.record import MAX_BODY_BYTES
 
 CONNECT_TIMEOUT_S = 3.0  # on a cluster's network a connection takes milliseconds, or the node is gone
-ANSWER_TIMEOUT_S = 20.0  # a page of 16 MB over a slow link; a hanging worker holds one of our slots no longer
+ANSWER_TIMEOUT_S = 20.0  # a page of 16 MB over a slow link; a turn of a worker may last no longer, see flow.collect
 STATUS_BYTES_MAX = 2**20  # thousands of boots; a broken worker must not fill our memory
 PROFILES_BYTES_MAX = 2**18  # hundreds of profiles; a worker has one a calibration
 REFUSAL_BYTES_MAX = 2**12  # a sentence
+HEAD_BYTES_MAX = 2**12  # a page's first line
+LINK_BYTES = 66  # a record's hash, a space and the end of its line
 
 
 class WorkerSilent(Exception):
@@ -36,6 +39,11 @@ class WorkerSilent(Exception):
 
 class WorkerRefuses(Exception):
     """The worker answered with a refusal; the message is a sentence that quotes it."""
+
+
+def page_bytes_max(records: int) -> int:
+    """The most bytes that a page of so many records can have."""
+    return min(MAX_PAGE_BYTES, HEAD_BYTES_MAX + records * (MAX_BODY_BYTES + LINK_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +75,12 @@ class Workers:
         async with self._ask("GET", target, "/status") as response:
             return decode_status(await _read(response, STATUS_BYTES_MAX))
 
-    async def page(self, target: Target, boot_id: str, after: int) -> Page:
-        """The records of a boot that follow `after`. Raises as `status` does."""
-        query = {"boot": boot_id, "after": str(after), "limit": str(MAX_PAGE_RECORDS)}
+    async def page(self, target: Target, boot_id: str, after: int, limit: int = MAX_PAGE_RECORDS) -> Page:
+        """The records of a boot that follow `after`, at most `limit`, and of the answer no more than so many can be.
+        Raises as `status` does."""
+        query = {"boot": boot_id, "after": str(after), "limit": str(limit)}
         async with self._ask("GET", target, "/records", params=query) as response:
-            return decode_page(await _read(response, MAX_PAGE_BYTES))
+            return decode_page(await _read(response, page_bytes_max(limit)))
 
     async def acknowledge(self, target: Target, acknowledgement: Acknowledgement) -> None:
         """Tell a worker what is committed; from then on it may forget it. Raises as `status` does."""

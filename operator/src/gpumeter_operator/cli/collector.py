@@ -6,6 +6,7 @@ Owns the process: its loops, how it tells that it lives, and that it stops only 
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -13,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import click
 
 from gpumeter_operator.adapters.collector_metrics import CollectorMetrics, Sample
 from gpumeter_operator.adapters.health import HealthServer
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, PODS, PRICE_PLANS, Cluster, Refused, Unreachable
-from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, has_one_writer
+from gpumeter_operator.adapters.ledger.members import Members
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.workers import Workers
@@ -27,11 +30,13 @@ from gpumeter_operator.cli.collector_settings import Settings, read_settings
 from gpumeter_operator.cli.start import settings_or_exit
 from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
+from gpumeter_operator.decide.shares import BEAT_S
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
+from gpumeter_operator.flow.share import Share
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 log = logging.getLogger(__name__)
@@ -87,6 +92,16 @@ class Process:
     ) -> None:
         self._settings = settings
         self._threads = threads
+        member_id = f"{socket.gethostname()[:50]}-{uuid4().hex[:8]}"
+        # A thread of its own: whoever waits behind long transactions must not count as dead.
+        self._beats = ThreadPoolExecutor(1, thread_name_prefix="beat")
+        self._share = Share(
+            member_id,
+            Members(ledger, member_id, socket.gethostname()),
+            partial(_executed, self._beats),
+            time.monotonic_ns,
+            one_works=has_one_writer(ledger.engine),
+        )
         self._pods = Mirror(cluster, PODS, labels={SERVICE_LABEL: None}, on_remove=self._pod_removed)
         self._services = Mirror(cluster, INFERENCE_SERVICES)
         self._plans = Mirror(cluster, PRICE_PLANS)
@@ -105,6 +120,7 @@ class Process:
             pods=lambda: self._pods.objects,
             services=lambda: self._services.objects,
             lookup=lambda namespace, name: cluster.get(PODS, name, namespace),
+            mine=self._share.mine,
         )
         self._close = CloseRound(
             ledger,
@@ -116,6 +132,7 @@ class Process:
         )
         self._mirrors = (self._pods, self._services, self._plans)
         self._synced = False
+        self._recovered = False
         self._round_ended_ns: dict[str, int] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -131,41 +148,49 @@ class Process:
             if stop.is_set():
                 synced.cancel()
                 return
-            await self._recover(stop)
             self._synced = True
             log.info("collecting: %d pods of %d services", len(self._pods.objects), len(self._services.objects))
             pull_s, publish_s = self._settings.pull_interval_ms / 1000, self._settings.publish_interval_ms / 1000
             await asyncio.gather(
+                self._loop("beat", BEAT_S, self._beat_once, stop),
                 self._loop("collect", pull_s, self._collect_once, stop),
-                self._loop("close", publish_s, lambda: self._close.run(time.time_ns()), stop),
+                self._loop("close", publish_s, self._close_once, stop),
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):
-                    await self._collector.finish()
+                    await self._collector.stop()
+                    await self._share.leave()
         finally:
             for task in (*background, stopping):
                 task.cancel()
             await asyncio.gather(*background, stopping, return_exceptions=True)
             await health.close()
+            self._beats.shutdown()
 
-    async def _recover(self, stop: asyncio.Event) -> None:
-        while not stop.is_set():
-            try:
-                await self._collect.recover(time.time_ns())
-                return
-            except LedgerUnavailable as problem:
-                self._collector.counters.ledger_problem = str(problem)
-                log.error("%s", problem)
-            except (Unreachable, Refused) as problem:
-                log.warning("Which pods went while nobody watched cannot be told yet: %s", problem)
-            await _pause(1.0, stop)
+    async def _beat_once(self) -> None:
+        await self._share.beat()
 
     def _pod_removed(self, pod: dict[str, Any]) -> None:
         self._collect.removed(pod, time.time_ns())
 
     async def _collect_once(self) -> None:
+        if not self._share.works:
+            self._recovered = False
+            return
+        if not self._recovered:
+            try:
+                await self._collect.recover(time.time_ns())
+            except (Unreachable, Refused) as problem:
+                log.warning("Which pods went while nobody watched cannot be told yet: %s", problem)
+                return
+            self._recovered = True
         token_of = partial(derive, self._settings.master_key, "usage-token")
         await self._collect.run(token_of, time.time_ns())
+
+    async def _close_once(self) -> None:
+        # Only what was recovered: a pod that went unseen would hold its periods open, or let them close too early.
+        if self._share.leads and self._recovered:
+            await self._close.run(time.time_ns())
 
     async def _loop(self, name: str, interval_s: float, once: Round, stop: asyncio.Event) -> None:
         self._round_ended_ns[name] = time.monotonic_ns()  # a first round that hangs must be seen, too
@@ -186,8 +211,7 @@ class Process:
             await _pause(max(interval_s - took_s, took_s * SHARE_OF_TIME if name == "close" else 0.0), stop)
 
     async def _execute(self, call: Callable[[], T]) -> T:
-        # A transaction that was begun is finished, whatever becomes of the one who asked for it.
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await _executed(self._threads, call)
 
     def _alive(self) -> str | None:
         for mirror in self._mirrors:
@@ -202,7 +226,11 @@ class Process:
     def _ready(self) -> str | None:
         if not self._synced:
             return "Pods, InferenceServices and PricePlans are not listed yet."
-        return self._collector.counters.ledger_problem or None
+        if self._collector.counters.ledger_problem:
+            return self._collector.counters.ledger_problem
+        if told := self._share.stands_by():
+            return told
+        return None if self._recovered else "Which pods went while nobody watched is not known yet."
 
     def _sample(self) -> Sample:
         counters, now_ns = self._collector.counters, time.monotonic_ns()
@@ -213,11 +241,16 @@ class Process:
             alarms=dict(counters.alarms),
             reports_written=self._publisher.written,
             reports_refused=self._publisher.refused,
-            lag_ns_max=max(counters.lag_ns.values(), default=0),
-            workers=len(counters.lag_ns),
+            lag_ns_max=max(0, time.time_ns() - min(counters.settled_ns.values(), default=time.time_ns())),
+            workers=len(counters.settled_ns),
             round_age_ns={name: now_ns - ended_ns for name, ended_ns in self._round_ended_ns.items()},
             ledger_usable=not counters.ledger_problem,
         )
+
+
+async def _executed(threads: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+    # A transaction that was begun is finished, whatever becomes of the one who asked for it.
+    return await asyncio.get_running_loop().run_in_executor(threads, call)
 
 
 async def _all_synced(mirrors: Iterable[Mirror]) -> None:

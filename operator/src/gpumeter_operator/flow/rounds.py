@@ -47,7 +47,9 @@ class CollectRound:
         pods: Objects,
         services: Objects,
         lookup: Lookup,
+        mine: Callable[[str], bool] = lambda _: True,
     ) -> None:
+        self._mine = mine
         self._ledger = ledger
         self._collector = collector
         self._execute = execute
@@ -101,7 +103,11 @@ class CollectRound:
         for uid, pod in (pods | self._astray).items():
             await self._apart(uid, self._look_at(uid, pod, token_of, fleet, now_ns), now_ns)
         self._alarmed = {(uid, reason) for uid, reason in self._alarmed if uid in pods or uid in self._astray}
-        self._collector.start_pulls(fleet)
+        # What pods say is kept by every collector, once; only the pulls are shared among them.
+        own = [(worker, target) for worker, target in fleet if self._mine(worker.worker_uid)]
+        ending = {uid for uid, pod in pods.items() if pod["metadata"].get("deletionTimestamp")}
+        self._collector.start_pulls(own, ending)
+        self._collector.keep_only({worker.worker_uid for worker, _ in own})
 
     async def _apart(self, uid: str, step: Awaitable[None], now_ns: int) -> None:
         try:

@@ -6,7 +6,7 @@ Owns the queries. Changes nothing; opened read-only it works beside a running co
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, exists, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, exists, func, not_, or_, select
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import open_engine, reading
@@ -298,11 +298,16 @@ def schedule(connection: Connection) -> Schedule:
 
 def last_final_ns(connection: Connection, namespace: str, service: str) -> int:
     """The end of the last Final period of a service, inside a transaction."""
-    r = t.reports.c
-    newest = select(func.max(r.period_end_ns)).where(
-        r.namespace == namespace, r.service == service, r.tenant == PLATFORM, r.phase == Phase.FINAL.value
-    )
-    return int(connection.scalar(newest) or 0)
+    return int(connection.scalar(_LAST_FINAL, {"namespace": namespace, "service": service}) or 0)
+
+
+# Asked once a service and page: to build it each time would cost more than to ask it.
+_LAST_FINAL = select(func.max(t.reports.c.period_end_ns)).where(
+    t.reports.c.namespace == bindparam("namespace"),
+    t.reports.c.service == bindparam("service"),
+    t.reports.c.tenant == PLATFORM,
+    t.reports.c.phase == Phase.FINAL.value,
+)
 
 
 def facts_version(connection: Connection, namespace: str, service: str, end_ns: int) -> FactsVersion:

@@ -11,15 +11,16 @@ from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
+from gpumeter_operator.adapters.ledger import dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
 from gpumeter_operator.billing.report import Manifest, canonical_report
+from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_usage.chain import Link
 from gpumeter_usage.period import MINUTE_NS, Period, rfc3339
 from gpumeter_usage.record import Kind, Record
@@ -64,13 +65,39 @@ def insert_records(
     connection: Connection, worker: Worker, records: Sequence[Record], links: Sequence[Link], now_ns: int
 ) -> None:
     """Insert records, each booked in the period of its end, or in the first open one where that is Final already."""
+    insert_pages(connection, [(worker, records, links)], now_ns)
+
+
+def insert_pages(
+    connection: Connection, pages: Sequence[tuple[Worker, Sequence[Record], Sequence[Link]]], now_ns: int
+) -> None:
+    """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
-    final_ns = last_final_ns(connection, worker.namespace, worker.service)
+    finals_ns: dict[str, int] = {}
+    values: list[tuple[Any, ...]] = []
+    for worker, records, links in pages:
+        final_ns = finals_ns.get(worker.service_key)
+        if final_ns is None:
+            final_ns = finals_ns[worker.service_key] = last_final_ns(connection, worker.namespace, worker.service)
+        values += _booked(connection, worker, (records, links), periods, final_ns=final_ns, now_ns=now_ns)
+    dialect.insert_rows(connection, t.records, values)
+
+
+def _booked(
+    connection: Connection,
+    worker: Worker,
+    page: tuple[Sequence[Record], Sequence[Link]],
+    periods: Schedule,
+    *,
+    final_ns: int,
+    now_ns: int,
+) -> list[tuple[Any, ...]]:
+    """The rows of a page's records, in the order of the table's columns; what is late among them is told of."""
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    values: list[tuple[Any, ...]] = []  # in the order of the table's columns
+    values: list[tuple[Any, ...]] = []
     late: list[tuple[int, Record]] = []
-    for record, link in zip(records, links, strict=True):
+    for record, link in zip(*page, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
         end_ns = booked_ns.get(minute)
         if end_ns is None:
@@ -103,8 +130,6 @@ def insert_records(
                 record.batch_ns,
             )
         )
-    # Straight to the driver: parameters by name cost as much again as the insertion itself.
-    connection.exec_driver_sql(str(insert(t.records).compile(dialect=connection.dialect)), values)
     for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
         of_period = [record for _, record in group]
         first, last = of_period[0], of_period[-1]
@@ -126,13 +151,42 @@ def insert_records(
             reason=reason,
         )
         raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
+    return values
 
 
 def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> None:
     """Move a chain's cursor to the last of these records, and note its seal and what it has claimed."""
+    advance_all(connection, [(known, accepted)])
+
+
+def advance_all(connection: Connection, moved: Sequence[tuple[BootFacts | None, Accepted]]) -> None:
+    """The same for many chains: one statement for those that are new, one for those that go on."""
+    begun = [_cursor(accepted) | {"started_ns": accepted.spent.began_ns} for known, accepted in moved if not known]
+    if begun:
+        connection.execute(insert(t.boots), begun)
+    gone_on = [_cursor(accepted) for known, accepted in moved if known]
+    if gone_on:
+        b = t.boots.c
+        where = (b.worker_uid == bindparam("of_worker"), b.boot_id == bindparam("of_boot"))
+        changes: dict[str, Any] = {
+            name: bindparam(f"to_{name}") for name in gone_on[0] if name not in ("worker_uid", "boot_id")
+        }
+        connection.execute(
+            update(t.boots).where(*where).values(changes),
+            [
+                {"of_worker": one.pop("worker_uid"), "of_boot": one.pop("boot_id")}
+                | {f"to_{name}": value for name, value in one.items()}
+                for one in gone_on
+            ],
+        )
+
+
+def _cursor(accepted: Accepted) -> dict[str, Any]:
     last = accepted.records[-1]
     sealed = last.kind is Kind.SEAL
-    values = {
+    return {
+        "worker_uid": last.worker_uid,
+        "boot_id": last.boot_id,
         "committed_seq": last.seq,
         "head_hash": accepted.head_hash,
         "accounts_ns": accepted.spent.accounts_ns,
@@ -140,20 +194,12 @@ def advance(connection: Connection, known: BootFacts | None, accepted: Accepted)
         "seal": last.status.value if sealed else "",
         "sealed_ns": last.ended_at if sealed else 0,
     }
-    key = {"worker_uid": last.worker_uid, "boot_id": last.boot_id}
-    if known is None:
-        connection.execute(insert(t.boots).values({**key, **values, "started_ns": accepted.spent.began_ns}))
-    else:
-        b = t.boots.c
-        connection.execute(
-            update(t.boots).where(b.worker_uid == last.worker_uid, b.boot_id == last.boot_id).values(values)
-        )
 
 
 def put_progress(connection: Connection, worker_uid: str, values: dict[str, Any]) -> None:
     """Insert or replace how far a worker is."""
-    statement = sqlite_insert(t.progress).values({"worker_uid": worker_uid, **values})
-    connection.execute(statement.on_conflict_do_update(index_elements=["worker_uid"], set_=values))
+    values = values | {"problem": _text(values["problem"])}
+    dialect.put(connection, t.progress, {"worker_uid": worker_uid}, values)
 
 
 def observe(connection: Connection, worker: Worker, event: ContainerEvent, final_ns: int, now_ns: int) -> int:
@@ -235,22 +281,20 @@ def raise_alarm(
     count = connection.scalar(select(func.count()).select_from(t.alarms).where(a.worker_uid == worker_uid)) or 0
     if count >= MAX_ALARMS_PER_WORKER and reason != "ChainForked":
         return False
-    connection.execute(
-        insert(t.alarms).values(
-            reason=reason,
-            worker_uid=worker_uid,
-            boot_id=boot_id,
-            seq=seq,
-            ended_at=ended_at,
-            our_hash=our_hash,
-            their_hash=their_hash,
-            their_body=their_body,
-            message=message,
-            fingerprint=fingerprint,
-            raised_ns=now_ns,
-        )
-    )
-    return True
+    values = {
+        "reason": reason,
+        "worker_uid": worker_uid,
+        "boot_id": _text(boot_id),
+        "seq": seq,
+        "ended_at": ended_at,
+        "our_hash": our_hash,
+        "their_hash": _text(their_hash),
+        "their_body": their_body,
+        "message": _text(message),
+        "fingerprint": fingerprint,
+        "raised_ns": now_ns,
+    }
+    return dialect.keep_first(connection, t.alarms, values)
 
 
 def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
@@ -268,7 +312,12 @@ def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: 
             "digest": sha256(body).hexdigest(),
             "kept_ns": now_ns,
         }
-        connection.execute(sqlite_insert(t.reports).values(values).on_conflict_do_nothing())
+        dialect.keep_first(connection, t.reports, values)
+
+
+def _text(told: str) -> str:
+    """What a worker said, as every database takes it: PostgreSQL has no NUL in a text, and neither has half a pair."""
+    return told.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _allocated_ns(worker: Worker, container_id: str, events: dict[str, int], final_ns: int) -> int:

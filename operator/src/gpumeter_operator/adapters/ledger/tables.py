@@ -4,7 +4,8 @@ Owns names, types and keys; the migrations create exactly these (a test compares
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
 price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles.
-State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
+State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
+collectors (who works on it now).
 """
 
 from sqlalchemy import (
@@ -233,6 +234,15 @@ profiles = Table(
     Column("body", LargeBinary, nullable=False),  # canonical JSON of the parameters
     Column("worker_uid", _UID, nullable=False),  # who told it first
     Column("kept_ns", BigInteger, nullable=False),
+)
+
+collectors = Table(
+    "collectors",
+    metadata,
+    Column("member_id", _UID, primary_key=True),
+    Column("name", _NAME, nullable=False),
+    Column("joined_ns", BigInteger, nullable=False),  # both by the database's clock
+    Column("seen_ns", BigInteger, nullable=False),
 )
 
 FACTS = (
