@@ -29,6 +29,7 @@ from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.digests import Digester
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -114,6 +115,7 @@ class Process:
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
         )
+        self._digester = Digester(ledger, self._execute, settings.signing_key, settings.digests_file)
         self._mirrors = (self._pods, self._services, self._plans)
         self._synced = False
         self._round_ended_ns: dict[str, int] = {}
@@ -137,7 +139,7 @@ class Process:
             pull_s, publish_s = self._settings.pull_interval_ms / 1000, self._settings.publish_interval_ms / 1000
             await asyncio.gather(
                 self._loop("collect", pull_s, self._collect_once, stop),
-                self._loop("close", publish_s, lambda: self._close.run(time.time_ns()), stop),
+                self._loop("close", publish_s, self._close_once, stop),
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):
@@ -166,6 +168,10 @@ class Process:
     async def _collect_once(self) -> None:
         token_of = partial(derive, self._settings.master_key, "usage-token")
         await self._collect.run(token_of, time.time_ns())
+
+    async def _close_once(self) -> None:
+        await self._close.run(time.time_ns())
+        await self._digester.run(time.time_ns())
 
     async def _loop(self, name: str, interval_s: float, once: Round, stop: asyncio.Event) -> None:
         self._round_ended_ns[name] = time.monotonic_ns()  # a first round that hangs must be seen, too
