@@ -4,14 +4,18 @@ Owns how it is made and with which key; the tests of digests, verify and usage c
 """
 
 import asyncio
+import json
 import sqlite3
+from hashlib import sha256
 from pathlib import Path
 from shutil import copyfile
 
-from gpumeter_operator.adapters.ledger.rows import ContainerEvent
+from click.testing import CliRunner, Result
+
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.signing import SigningKey, signing_key
 from gpumeter_operator.billing.tariff import canonical_spec
+from gpumeter_operator.cli.verify import verify
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.digests import Digester
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
@@ -39,12 +43,12 @@ def fill(ledger: Ledger) -> None:
         spec = canonical_spec({"currency": "EUR", "rates": [{"gpuClass": "h100", "perGpuHour": price}]})
         plans["default"] = ledger.keep_plan("default", version, spec, START_NS + version)
     _serve(ledger)
-    _serve_another(ledger)
+    another = _serve_another(ledger)
     closer = Closer(ledger, MINUTE_NS)
     closer.close_all(Pricing({}, plans), START_NS + 30 * SECOND_NS)  # a version of the open period
     for minutes in (3, 10):
         closer.close_all(Pricing({}, plans), START_NS + minutes * MINUTE_NS)
-    _come_late(ledger)
+    _come_late(ledger, another)
     closer.close_all(Pricing({}, plans), START_NS + 20 * MINUTE_NS)
 
 
@@ -64,6 +68,22 @@ def made(path: Path) -> Path:
     raw.execute("PRAGMA journal_mode = DELETE")
     raw.close()
     return path
+
+
+def run(ledger_path: Path, *arguments: str) -> Result:
+    """`gpumeter verify` on this ledger, with nothing of the environment."""
+    return CliRunner(env={"GPUMETER_SIGNING_KEY_FILE": None}).invoke(
+        verify, ["--ledger", f"sqlite:///{ledger_path}", *arguments]
+    )
+
+
+def found(path: Path, *arguments: str) -> list[dict[str, str]]:
+    """What it finds, as data."""
+    done = run(path, "--json", *arguments)
+    assert done.exit_code in (0, 1), done.output
+    told = json.loads(done.stdout)
+    assert told["verified"] is (done.exit_code == 0)
+    return list(told["findings"])
 
 
 def opened_up(source: Path, target: Path) -> sqlite3.Connection:
@@ -99,35 +119,26 @@ def _serve(ledger: Ledger) -> None:
     ledger.raise_alarm("PageRefused", fake.identity.worker_uid, "It sent what nobody can read.", START_NS + MINUTE_NS)
 
 
-def _serve_another(ledger: Ledger) -> None:
+def _serve_another(ledger: Ledger) -> FakeWorker:
     fake = FakeWorker(worker(2, service="other"), START_NS + 20 * SECOND_NS)
     fake.serve("s-4", "acme", START_NS + 50 * SECOND_NS)
     fake.spend(Account.IDLE, START_NS + 58 * SECOND_NS)
     ledger.observe(fake.identity, [started("c-3", START_NS + 20 * SECOND_NS)], START_NS + 21 * SECOND_NS)
     ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 59 * SECOND_NS)
     ledger.settle(fake.identity.worker_uid, START_NS + 58 * SECOND_NS)
-    _late.append(fake)
+    return fake
 
 
-_late: list[FakeWorker] = []
-
-
-def _come_late(ledger: Ledger) -> None:
+def _come_late(ledger: Ledger, fake: FakeWorker) -> None:
     """What the other service's worker did, told after its periods were closed without it."""
-    fake, now_ns = _late.pop(), START_NS + 11 * MINUTE_NS
+    now_ns = START_NS + 11 * MINUTE_NS
     sent = len(fake.boot.links)
     fake.serve("s-5", "beta-corp", START_NS + 65 * SECOND_NS)
     fake.seal()
-    ledger.observe(fake.identity, [ended("c-3", START_NS + 70 * SECOND_NS), _gone_at(now_ns)], now_ns)
+    ledger.observe(fake.identity, [ended("c-3", START_NS + 70 * SECOND_NS), gone(now_ns)], now_ns)
     ledger.take(fake.identity, fake.page("boot-1", sent), now_ns)
     ledger.settle(fake.identity.worker_uid, now_ns)
 
 
-def _gone_at(at_ns: int) -> ContainerEvent:
-    return gone(at_ns)
-
-
 def _profile_hash() -> str:
-    from hashlib import sha256
-
     return sha256(b'{"phi":1}').hexdigest()
