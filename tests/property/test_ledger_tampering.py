@@ -1,4 +1,4 @@
-"""Whoever may write the ledger's file, and has no signing key, changes one row: `gpumeter verify` finds and names it."""
+"""Whoever may write the ledger's file, and has no signing key, changes a row: `gpumeter verify` finds and names it."""
 
 from collections.abc import Iterator
 from pathlib import Path
