@@ -237,8 +237,9 @@ class CrashAt:
         event.listen(ledger.engine, "commit", self)
 
 
-def open_ledger(path: Path, granularity: Granularity = Granularity.MINUTE) -> Ledger:
-    ledger = Ledger(f"sqlite:///{path}")
+def open_ledger(where: Path | str, granularity: Granularity = Granularity.MINUTE) -> Ledger:
+    """The ledger in a file, or at a URL, with periods of this length from the beginning."""
+    ledger = Ledger(where if isinstance(where, str) else f"sqlite:///{where}")
     ledger.set_granularity(granularity, START_NS)
     return ledger
 

@@ -1,23 +1,28 @@
 """Opens the ledger's database, brings its schema up to date, and translates its failures.
 
-Owns connections, transactions and how safely SQLite writes. Knows no table.
+Owns transactions, and which database is spoken to: what differs between the two is in `sqlite` and `postgres`, and only
+here is it decided which of them it is. Knows no table.
 """
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from gpumeter_operator.adapters.ledger import postgres, sqlite
+from gpumeter_operator.adapters.ledger.locks import Lock
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-BUSY_TIMEOUT_MS = 30_000  # a reader's or another process's lock is waited for; a page takes a tenth of a second
+WRITE_ONE = "sqlite:////var/lib/gpumeter/ledger.db or postgresql://USER:PASSWORD@HOST/DATABASE"
 
 
 class LedgerUnavailable(Exception):
@@ -25,42 +30,51 @@ class LedgerUnavailable(Exception):
 
 
 def open_engine(url: str, *, read_only: bool) -> Engine:
-    """Connect to `sqlite:///PATH`. Raises LedgerUnavailable."""
+    """Connect to `sqlite:///PATH` or `postgresql://...`. Raises LedgerUnavailable; what it says names no password."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
+        raise LedgerUnavailable(f"The ledger's URL cannot be read; write {WRITE_ONE}.") from None
+    backend = parsed.get_backend_name()
+    if backend in ("postgresql", "postgres"):
+        return postgres.open_engine(parsed, read_only=read_only)
+    if backend != "sqlite" or not parsed.database:
         raise LedgerUnavailable(
-            "The ledger's URL cannot be read; write sqlite:////var/lib/gpumeter/ledger.db."
-        ) from None
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        raise LedgerUnavailable(
-            f"This version keeps the ledger in SQLite only; {parsed.get_backend_name()} cannot be used. "
-            "Write sqlite:////var/lib/gpumeter/ledger.db."
+            f"The ledger is kept in SQLite or PostgreSQL; {backend} cannot be used. Write {WRITE_ONE}."
         )
     path = Path(parsed.database).absolute()
     if read_only and not path.exists():
         raise LedgerUnavailable(f"There is no ledger at {path}.")
     if not read_only and not path.parent.is_dir():
         raise LedgerUnavailable(f"The folder of the ledger, {path.parent}, does not exist; mount a volume there.")
-    target = f"file:{path}?mode=ro&uri=true" if read_only else str(path)
-    engine = create_engine(f"sqlite:///{target}", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
-    event.listen(engine, "connect", _prepare_read_only if read_only else _prepare)
-    event.listen(engine, "begin", _begin)
-    return engine
+    return sqlite.open_engine(path, read_only=read_only)
+
+
+def has_one_writer(engine: Engine) -> bool:
+    """Whether the database lets one transaction at a time write."""
+    return engine.dialect.name == "sqlite"
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
-    """One write transaction: all of it is on disk after the block, or none of it."""
+def writing(engine: Engine, *locks: Lock) -> Iterator[Connection]:
+    """One write transaction: all of it is on disk after the block, or none of it.
+
+    Nobody else writes meanwhile; where `locks` are named, others may, but for what these keep from them (`locks`).
+    """
     with translated(), engine.connect().execution_options(writes=True) as connection, connection.begin():
+        if engine.dialect.name == "postgresql":
+            postgres.take_locks(connection, locks)
         yield connection
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """One read transaction: everything in it sees the same state of the ledger."""
-    with translated(), engine.connect() as connection, connection.begin():
-        yield connection
+    with translated(), engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection = postgres.for_reading(connection)
+        with connection.begin():
+            yield connection
 
 
 @contextmanager
@@ -71,14 +85,22 @@ def translated() -> Iterator[None]:
     """
     try:
         yield
-    except OperationalError as error:
+    except (OperationalError, InterfaceError) as error:
         if str(error.orig) == "integer overflow":
             raise
-        raise LedgerUnavailable(f"The ledger cannot be used: {error.orig}.") from error
+        raise LedgerUnavailable(_sentence(error.orig)) from error
     except DatabaseError as error:
         if isinstance(error.orig, sqlite3.DatabaseError) and not isinstance(error.orig, sqlite3.IntegrityError):
-            raise LedgerUnavailable(f"The ledger cannot be used: {error.orig}.") from error
+            raise LedgerUnavailable(_sentence(error.orig)) from error
+        if isinstance(error.orig, psycopg.Error) and postgres.is_of_the_database(error.orig):
+            raise LedgerUnavailable(_sentence(error.orig)) from error
         raise
+    except psycopg.Error as error:  # from COPY, which goes straight to the driver
+        if not postgres.is_of_the_database(error):
+            raise
+        raise LedgerUnavailable(_sentence(error)) from error
+    except PoolTimeout as error:
+        raise LedgerUnavailable("The ledger cannot be used: all connections to it are busy.") from error
 
 
 def upgrade(engine: Engine) -> None:
@@ -96,18 +118,7 @@ def upgrade(engine: Engine) -> None:
             ) from error
 
 
-def _prepare(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")  # what is acknowledged must survive a power cut
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _prepare_read_only(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None
-
-
-def _begin(connection: Connection) -> None:
-    # A write transaction takes its lock at once: between reading a cursor and advancing it nobody else may write.
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+def _sentence(error: BaseException | None) -> str:
+    if isinstance(error, psycopg.Error):
+        return postgres.sentence(error)
+    return f"The ledger cannot be used: {error}."

@@ -12,8 +12,8 @@ from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from gpumeter_operator.adapters.ledger import dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
@@ -103,8 +103,7 @@ def insert_records(
                 record.batch_ns,
             )
         )
-    # Straight to the driver: parameters by name cost as much again as the insertion itself.
-    connection.exec_driver_sql(str(insert(t.records).compile(dialect=connection.dialect)), values)
+    dialect.insert_rows(connection, t.records, values)
     for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
         of_period = [record for _, record in group]
         first, last = of_period[0], of_period[-1]
@@ -152,8 +151,8 @@ def advance(connection: Connection, known: BootFacts | None, accepted: Accepted)
 
 def put_progress(connection: Connection, worker_uid: str, values: dict[str, Any]) -> None:
     """Insert or replace how far a worker is."""
-    statement = sqlite_insert(t.progress).values({"worker_uid": worker_uid, **values})
-    connection.execute(statement.on_conflict_do_update(index_elements=["worker_uid"], set_=values))
+    values = values | {"problem": _text(values["problem"])}
+    dialect.put(connection, t.progress, {"worker_uid": worker_uid}, values)
 
 
 def observe(connection: Connection, worker: Worker, event: ContainerEvent, final_ns: int, now_ns: int) -> int:
@@ -235,22 +234,20 @@ def raise_alarm(
     count = connection.scalar(select(func.count()).select_from(t.alarms).where(a.worker_uid == worker_uid)) or 0
     if count >= MAX_ALARMS_PER_WORKER and reason != "ChainForked":
         return False
-    connection.execute(
-        insert(t.alarms).values(
-            reason=reason,
-            worker_uid=worker_uid,
-            boot_id=boot_id,
-            seq=seq,
-            ended_at=ended_at,
-            our_hash=our_hash,
-            their_hash=their_hash,
-            their_body=their_body,
-            message=message,
-            fingerprint=fingerprint,
-            raised_ns=now_ns,
-        )
-    )
-    return True
+    values = {
+        "reason": reason,
+        "worker_uid": worker_uid,
+        "boot_id": _text(boot_id),
+        "seq": seq,
+        "ended_at": ended_at,
+        "our_hash": our_hash,
+        "their_hash": _text(their_hash),
+        "their_body": their_body,
+        "message": _text(message),
+        "fingerprint": fingerprint,
+        "raised_ns": now_ns,
+    }
+    return dialect.keep_first(connection, t.alarms, values)
 
 
 def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
@@ -268,7 +265,12 @@ def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: 
             "digest": sha256(body).hexdigest(),
             "kept_ns": now_ns,
         }
-        connection.execute(sqlite_insert(t.reports).values(values).on_conflict_do_nothing())
+        dialect.keep_first(connection, t.reports, values)
+
+
+def _text(told: str) -> str:
+    """What a worker said, as every database takes it: PostgreSQL has no NUL in a text, and neither has half a pair."""
+    return told.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _allocated_ns(worker: Worker, container_id: str, events: dict[str, int], final_ns: int) -> int:

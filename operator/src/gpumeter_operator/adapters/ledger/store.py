@@ -6,16 +6,16 @@ all Final reports of a period together. Knows no HTTP and no Kubernetes.
 
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from hashlib import sha256
 
 from sqlalchemy import Connection, func, insert, select
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from gpumeter_operator.adapters.ledger import rows
+from gpumeter_operator.adapters.ledger import dialect, locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.engine import reading, upgrade, writing
+from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, upgrade, writing
+from gpumeter_operator.adapters.ledger.locks import Lock
 from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
 from gpumeter_operator.billing.accept import PageRefused, accept, refuse_foreign
@@ -40,7 +40,8 @@ class Ledger(Reader):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, read_only=False)
-        self._lock = threading.Lock()  # SQLite has one writer; to queue here is fairer than its busy-waiting
+        # Where there is one writer, to queue here is fairer than the database's busy-waiting.
+        self._queue = threading.Lock() if has_one_writer(self.engine) else nullcontext()
         upgrade(self.engine)
 
     def set_granularity(self, granularity: Granularity, now_ns: int) -> int:
@@ -67,6 +68,8 @@ class Ledger(Reader):
         continue what is there, and for two different records under one key (both are kept, the second in an alarm).
         """
         refuse_foreign(worker, page.worker_uid, page.service)  # before anything is compared under its name
+        if not page.boot_id.isprintable():
+            raise PageRefused("BootInvalid", f"it sent a boot whose id is no name: {page.boot_id!r:.80}")
         while True:
             boot = self._boot(worker.worker_uid, page.boot_id)
             seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
@@ -90,7 +93,7 @@ class Ledger(Reader):
             )
             if not fresh:
                 return Taken(0, seq, head_hash)
-            with self._writing() as connection:
+            with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
                 if rows.boot(connection, worker.worker_uid, page.boot_id) != boot:
                     continue  # another collector was faster: what was fresh may be known by now
                 rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
@@ -100,14 +103,14 @@ class Ledger(Reader):
 
     def settle(self, worker_uid: str, settled_ns: int) -> None:
         """Note that all usage of a worker up to this time is committed. Never moves back."""
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker_uid)) as connection:
             row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
             values = {"settled_ns": max(settled_ns, row.settled_ns if row else 0), "problem": ""}
             rows.put_progress(connection, worker_uid, values)
 
     def note_problem(self, worker_uid: str, problem: str) -> None:
         """Note in a sentence why a worker cannot be collected from now; it is shown where the period waits for it."""
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker_uid)) as connection:
             row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
             if row is None or row.problem != problem:
                 values = {
@@ -122,7 +125,7 @@ class Ledger(Reader):
         Where it changes the allocation of periods that are Final already, the difference is booked as an adjustment of
         the next period, in the same transaction.
         """
-        with self._writing() as connection:
+        with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
             exists = connection.scalar(
                 select(t.workers.c.worker_uid).where(t.workers.c.worker_uid == worker.worker_uid)
             )
@@ -146,7 +149,7 @@ class Ledger(Reader):
         boot_id: str = "",
     ) -> bool:
         """Keep an alarm; returns whether it is a new one. `fault` stands for the message where that changes."""
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker_uid)) as connection:
             return rows.raise_alarm(
                 connection,
                 now_ns,
@@ -159,10 +162,10 @@ class Ledger(Reader):
 
     def keep_plan(self, name: str, version: int, spec: bytes, now_ns: int) -> str:
         """Keep a version of a price plan, once, and that it is in force from now on; returns its hash."""
-        with self._writing() as connection:
+        with self._writing(locks.PLANS) as connection:
             digest = sha256(spec).hexdigest()
             values = {"name": name, "hash": digest, "version": version, "spec": spec, "observed_ns": now_ns}
-            connection.execute(sqlite_insert(t.price_plans).values(values).on_conflict_do_nothing())
+            dialect.keep_first(connection, t.price_plans, values)
             rows.observe_plan(connection, name, digest, now_ns)
             return digest
 
@@ -170,26 +173,26 @@ class Ledger(Reader):
         """Keep what a worker told of its profiles (hash, canonical bytes), each once, the first of them only where it
         tells too many; returns which of them are in the ledger now."""
         p = t.profiles.c
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker_uid)) as connection:
             known = set(connection.scalars(select(p.hash).where(p.hash.in_([digest for digest, _ in profiles]))))
             of_worker = select(func.count()).select_from(t.profiles).where(p.worker_uid == worker_uid)
             room = max(0, MAX_PROFILES_PER_WORKER - (connection.scalar(of_worker) or 0))
             for digest, body in [each for each in profiles if each[0] not in known][:room]:
                 values = {"hash": digest, "body": body, "worker_uid": worker_uid, "kept_ns": now_ns}
-                connection.execute(insert(t.profiles).values(values))
+                dialect.keep_first(connection, t.profiles, values)  # another worker may tell of the same one now
                 known.add(digest)
             return known
 
     def note_plans(self, present: Collection[str], now_ns: int) -> None:
         """Note which price plans are there now: those that were and are not any more are in force no longer."""
-        with self._writing() as connection:
+        with self._writing(locks.PLANS) as connection:
             for name in connection.scalars(select(t.price_plans.c.name).distinct()).all():
                 if name not in present:
                     rows.observe_plan(connection, name, "", now_ns)
 
     def open_period(self, service: ServiceName, period: Period, plan_name: str, plan_hash: str, now_ns: int) -> None:
         """Open a period for a service with the price plan that holds for all of it; once opened it stays so."""
-        with self._writing() as connection:
+        with self._writing(locks.of_service("/".join(service), shared=True)) as connection:
             values = {
                 "namespace": service[0],
                 "service": service[1],
@@ -200,11 +203,11 @@ class Ledger(Reader):
                 "plan_hash": plan_hash,
                 "opened_ns": now_ns,
             }
-            connection.execute(sqlite_insert(t.periods).values(values).on_conflict_do_nothing())
+            dialect.keep_first(connection, t.periods, values)
 
     def keep_reports(self, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
         """Keep the first version of a phase before Final."""
-        with self._writing() as connection:
+        with self._writing(locks.REPORTS) as connection:
             rows.keep_reports(connection, manifests, period, now_ns)
 
     def keep_final(
@@ -221,7 +224,7 @@ class Ledger(Reader):
 
         False, with nothing kept, where facts came in since the reports were folded, or the period is Final already.
         """
-        with self._writing() as connection:
+        with self._writing(locks.of_service("/".join(service), shared=False)) as connection:
             if facts_version(connection, *service, period.end_ns) != made_from:
                 return False
             if last_final_ns(connection, *service) >= period.end_ns:
@@ -245,7 +248,7 @@ class Ledger(Reader):
             f"boot {boot.boot_id:.64}: its head at seq {boot.head_seq} is {boot.head_hash:.16}…, ours is "
             f"{our_hash:.16}…"
         )
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker.worker_uid)) as connection:
             new = rows.raise_alarm(
                 connection,
                 now_ns,
@@ -291,7 +294,7 @@ class Ledger(Reader):
             f"boot {page.boot_id} seq {row.seq}: the worker sent {given.hash:.16}… where the ledger has "
             f"{row.hash:.16}…; both are kept, and the period is held until its grace ends"
         )
-        with self._writing() as connection:
+        with self._writing(locks.of_worker(worker.worker_uid)) as connection:
             new = rows.raise_alarm(
                 connection,
                 now_ns,
@@ -308,6 +311,6 @@ class Ledger(Reader):
         raise PageRefused("ChainForked", message, kept=new)
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        with self._lock, writing(self.engine) as connection:
+    def _writing(self, *held: Lock) -> Iterator[Connection]:
+        with self._queue, writing(self.engine, *held) as connection:
             yield connection

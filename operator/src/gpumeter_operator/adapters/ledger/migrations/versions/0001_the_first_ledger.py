@@ -8,6 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0001"
 down_revision = None
 
@@ -194,19 +196,15 @@ def _create_exceptions() -> None:
 
 
 def _forbid_changes() -> None:
-    # SQLite only for now: PostgreSQL gets a role without UPDATE and DELETE instead.
+    connection = op.get_bind()
     for table in FACTS:
-        for action in ("UPDATE", "DELETE"):
-            op.execute(
-                f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} BEGIN "
-                f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on {table} is refused'); END"
-            )
-    op.execute(
-        "CREATE TRIGGER boots_only_forward BEFORE UPDATE ON boots "
-        "WHEN NEW.committed_seq <= OLD.committed_seq OR OLD.seal <> '' BEGIN "
-        "SELECT RAISE(ABORT, 'a cursor only moves forward, and never beyond a seal'); END"
+        dialect.append_only(connection, table)
+    dialect.refuse(
+        connection,
+        "boots",
+        "UPDATE",
+        "a cursor only moves forward, and never beyond a seal",
+        when="NEW.committed_seq <= OLD.committed_seq OR OLD.seal <> ''",
+        name="boots_only_forward",
     )
-    op.execute(
-        "CREATE TRIGGER boots_no_delete BEFORE DELETE ON boots BEGIN "
-        "SELECT RAISE(ABORT, 'the ledger is append-only: DELETE on boots is refused'); END"
-    )
+    dialect.refuse(connection, "boots", "DELETE", "the ledger is append-only: DELETE on boots is refused")

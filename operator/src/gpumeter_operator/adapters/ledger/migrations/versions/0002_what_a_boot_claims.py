@@ -6,6 +6,8 @@ Owns the step from the first schema. A boot that was there before counts from he
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0002"
 down_revision = "0001"
 
@@ -27,8 +29,4 @@ def upgrade() -> None:
         "INSERT INTO plan_observations (name, hash, observed_ns) "
         "SELECT name, hash, observed_ns FROM price_plans ORDER BY observed_ns"
     )
-    for action in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER plan_observations_no_{action.lower()} BEFORE {action} ON plan_observations BEGIN "
-            f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on plan_observations is refused'); END"
-        )
+    dialect.append_only(op.get_bind(), "plan_observations")

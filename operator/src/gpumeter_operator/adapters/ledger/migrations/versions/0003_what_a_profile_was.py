@@ -6,6 +6,8 @@ Owns the step from the second schema. Profiles of workers that are gone already 
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0003"
 down_revision = "0002"
 
@@ -19,8 +21,4 @@ def upgrade() -> None:
         sa.Column("worker_uid", sa.String(64), nullable=False),
         sa.Column("kept_ns", sa.BigInteger, nullable=False),
     )
-    for action in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER profiles_no_{action.lower()} BEFORE {action} ON profiles BEGIN "
-            f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on profiles is refused'); END"
-        )
+    dialect.append_only(op.get_bind(), "profiles")

@@ -7,6 +7,8 @@ the newest rows only.
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0008"
 down_revision = "0003"
 
@@ -53,10 +55,5 @@ def upgrade() -> None:
     )
     for table, column in CAME.items():
         op.create_index(f"{table}_by_coming", table, [column])
-    if op.get_bind().dialect.name == "sqlite":
-        for table in ("digests", "digest_facts", "signing_keys"):
-            for action in ("UPDATE", "DELETE"):
-                op.execute(
-                    f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} BEGIN "
-                    f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on {table} is refused'); END"
-                )
+    for table in ("digests", "digest_facts", "signing_keys"):
+        dialect.append_only(op.get_bind(), table)
