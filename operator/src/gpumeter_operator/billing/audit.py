@@ -7,8 +7,8 @@ difference becomes one sentence.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from fractions import Fraction
 from hashlib import sha256
@@ -19,51 +19,83 @@ from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import AMOUNT_STEP, HOUR_NS, PricePlan
 from gpumeter_usage.period import Period, rfc3339
-from gpumeter_usage.record import ENDED
+from gpumeter_usage.record import ENDED, Record
 
 RawRow = tuple[str, int, str, bytes, int, Mapping[str, Any]]
 """(boot_id, seq, hash, body, end of the period in which it is booked, what the columns beside the body say), in the
 order of the keys."""
 
 _OF_RECORDS = ("init", "load", "warmup", "nonbillable", "host_gap")
+_FIELDS = frozenset(each.name for each in fields(Record))
 _USED = ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
 @dataclass(slots=True)
+class Hashed:
+    """How many records a report is of, and the hash over theirs so far."""
+
+    count: int = 0
+    running: Any = field(default_factory=sha256)
+
+
+HashedRecords = dict[int, dict[str, Hashed]]
+"""By end of period and owner, of one service. Its pods are counted in the order of their uids."""
+
+
+def nothing_hashed() -> HashedRecords:
+    """Before the first pod."""
+    return defaultdict(lambda: defaultdict(Hashed))
+
+
+@dataclass(slots=True)
 class Recount:
-    """What the raw records of one pod say, by end of period; filled by `recount`."""
+    """What the raw records of one pod say, by end of period; filled by `recount`. Grows with periods and tenants, not
+    with records."""
 
     problems: list[str] = field(default_factory=list)
     accounts: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     tenants: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
-    hashes: dict[int, dict[str, list[tuple[str, int, str]]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
     used: dict[int, dict[str, dict[str, int]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
     )
     gpu_class: str = ""
 
 
-def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: Iterable[Adjustment]) -> Recount:
-    """Verify every chain of a pod from its first byte and sum its records anew."""
+def recount(
+    pod: Pod,
+    rows: Iterable[RawRow],
+    schedule: Schedule,
+    adjustments: Iterable[Adjustment],
+    hashed: HashedRecords,
+    *,
+    heads: Mapping[str, tuple[int, str]] | None = None,
+) -> Recount:
+    """Verify every chain of a pod and sum its records anew.
+
+    From its first byte to its cursor; or, where `heads` says which seq and hash the rows of each boot follow, as far as
+    the rows reach.
+    """
     found = Recount(gpu_class=pod.worker.gpu_class)
+    whole = heads is None
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     moved = {
         (adjustment.closed_end_ns, adjustment.booked_end_ns)
         for adjustment in adjustments
         if adjustment.worker_uid == pod.worker.worker_uid
     }
-    heads: dict[str, tuple[int, str]] = {}
+    heads = dict(heads or {})
     for boot_id, seq, given_hash, body, booked_end_ns, columns in rows:
         where = f"{name} boot {boot_id} seq {seq}"
         last_seq, last_hash = heads.get(boot_id, (0, "0" * 64))
         if seq != last_seq + 1:
             found.problems.append(f"{where}: follows seq {last_seq}; what is between is not in the ledger")
-        elif sha256(last_hash.encode() + body).hexdigest() != given_hash:
+        elif not isinstance(body, bytes) or sha256(last_hash.encode() + body).hexdigest() != given_hash:
             found.problems.append(f"{where}: its bytes or those before it were changed; the chain breaks here")
         heads[boot_id] = (seq, given_hash)
-        record = json.loads(body)
+        record = _record_of(body)
+        if record is None:
+            found.problems.append(f"{where}: its bytes are no record")
+            continue
         if (record["worker_uid"], record["boot_id"], record["seq"]) != (pod.worker.worker_uid, boot_id, seq):
             found.problems.append(f"{where}: its bytes name another record")
         found.problems += [
@@ -74,8 +106,11 @@ def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: I
         of_end_ns = schedule.period_of(record["ended_at"]).end_ns
         if of_end_ns != booked_end_ns and (of_end_ns, booked_end_ns) not in moved:
             found.problems.append(f"{where}: is booked in the period until {rfc3339(booked_end_ns)} without a reason")
-        _count(found, record, given_hash, booked_end_ns)
-    found.problems += _heads_that_differ(name, pod.boots, heads)
+        _count(found, record, booked_end_ns)
+        of_owner = hashed[booked_end_ns][record["tenant"] or PLATFORM]
+        of_owner.count += 1
+        of_owner.running.update(given_hash.encode())
+    found.problems += _heads_that_differ(name, pod.boots, heads) if whole else []
     return found
 
 
@@ -85,9 +120,11 @@ def check_accounts(
     found: Recount,
     adjustments: Iterable[Adjustment],
     final_ns: int,
+    *,
+    whole: bool = True,
 ) -> list[str]:
     """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
-    and its container spans."""
+    and, where `frozen` is the whole of them, with its container spans."""
     problems = []
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     allocated_ns = 0
@@ -114,6 +151,8 @@ def check_accounts(
                 f"{accounts.allocated} ns"
             )
         allocated_ns += accounts.allocated
+    if not whole:
+        return problems
     spans_ns = pod.worker.devices * sum(
         max(0, min(final_ns, final_ns if span.ended_ns is None else span.ended_ns) - span.started_ns)
         for span in pod.spans
@@ -136,10 +175,12 @@ def check_reports(
     period: Period,
     reports: Mapping[str, Mapping[str, Any]],
     found: Iterable[Recount],
+    hashed: Mapping[str, Hashed],
+    *,
     allocated_ns: Mapping[str, int],
     plan: PricePlan | None,
 ) -> list[str]:
-    """Compare the Final reports of a service for a period with the raw records of all its pods.
+    """Compare the Final reports of a service for a period with the raw records of all its pods and their hashes.
 
     `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
     it. `plan` is the price plan with which the period was opened.
@@ -152,16 +193,13 @@ def check_reports(
         problems.append(f"{when}: its reports sum to {billed_ns} ns, allocated were {sum(allocated_ns.values())} ns")
     raw: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # by tenant and class of GPU
     used: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    hashes: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for each in found:
         for tenant, gpu_ns in each.tenants[end_ns].items():
             raw[tenant][each.gpu_class] += gpu_ns
-        for owner, of_owner in each.hashes[end_ns].items():
-            hashes[owner] += of_owner
         for tenant, figures in each.used[end_ns].items():
             for name, figure in figures.items():
                 used[tenant][name] += figure
-    for tenant in sorted(raw.keys() | reports.keys() | hashes.keys()):
+    for tenant in sorted(raw.keys() | reports.keys() | hashed.keys()):
         raw_ns = sum(raw[tenant].values())
         report = reports.get(tenant)
         if report is None:
@@ -170,12 +208,10 @@ def check_reports(
         status = report["status"]
         if tenant != PLATFORM and int(status["gpuNanoseconds"]) != raw_ns:
             problems.append(f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {raw_ns} ns")
-        if status["recordCount"] != len(hashes[tenant]):
-            problems.append(
-                f"{when}: {tenant}'s report counts {status['recordCount']} records of {len(hashes[tenant])}"
-            )
-        digest = sha256("".join(each for *_, each in hashes[tenant]).encode()).hexdigest()
-        if status.get("digest") != digest:
+        own = hashed.get(tenant) or Hashed()
+        if status["recordCount"] != own.count:
+            problems.append(f"{when}: {tenant}'s report counts {status['recordCount']} records of {own.count}")
+        if status.get("digest") != own.running.hexdigest():
             problems.append(f"{when}: the digest of {tenant}'s report is not that of its records")
         problems += [f"{when}: {tenant}'s {problem}" for problem in _figures_that_differ(status, used[tenant])]
         by_class = {gpu_class: raw[tenant][gpu_class] for gpu_class in allocated_ns}
@@ -237,7 +273,16 @@ def _prices_that_differ(
             yield f"{name} is {stated}, its records at the plan's rates say {float(due):.12f}"
 
 
-def _count(found: Recount, record: Mapping[str, Any], given_hash: str, booked_end_ns: int) -> None:
+def _record_of(body: bytes) -> dict[str, Any] | None:
+    """Not by the reader that the collector uses: only what is needed to sum it up."""
+    try:
+        record = json.loads(body)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= _FIELDS else None
+
+
+def _count(found: Recount, record: Mapping[str, Any], booked_end_ns: int) -> None:
     if record["kind"] == "account":
         found.accounts[booked_end_ns][record["account"]] += record["gpu_ns"]
     elif record["kind"] == "session" and record["account"] == "attributed":
@@ -246,14 +291,14 @@ def _count(found: Recount, record: Mapping[str, Any], given_hash: str, booked_en
         for name in _USED:
             used[name] += record[name]
         used["sessions"] += record["status"] in ENDED
-    owner = record["tenant"] or PLATFORM
-    found.hashes[booked_end_ns][owner].append((record["boot_id"], record["seq"], given_hash))
 
 
-def _heads_that_differ(name: str, boots: Iterable[BootFacts], heads: Mapping[str, tuple[int, str]]) -> list[str]:
-    return [
-        f"{name} boot {boot.boot_id}: its cursor stands at seq {boot.committed_seq}, its records end at "
-        f"{heads.get(boot.boot_id, (0, ''))[0]} or with another hash"
-        for boot in boots
-        if heads.get(boot.boot_id) != (boot.committed_seq, boot.head_hash)
-    ]
+def _heads_that_differ(name: str, boots: Iterable[BootFacts], heads: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+    cursors = {boot.boot_id: (boot.committed_seq, boot.head_hash) for boot in boots}
+    for boot_id in sorted(cursors.keys() | heads.keys()):
+        if heads.get(boot_id) != cursors.get(boot_id):
+            cursor, head = (found.get(boot_id, (0, ""))[0] for found in (cursors, heads))
+            yield (
+                f"{name} boot {boot_id}: its cursor stands at seq {cursor}, its records end at {head} or with another "
+                "hash"
+            )

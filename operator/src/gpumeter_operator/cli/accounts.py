@@ -7,7 +7,6 @@ Owns the table and the exit code. Reads the ledger without changing it, beside a
 
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,12 +17,14 @@ import click
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.accounts import Accounts, horizon_ns
-from gpumeter_operator.billing.audit import Recount, check_accounts, check_kept, check_reports, recount
+from gpumeter_operator.billing.audit import check_kept
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.cli.span import Moment
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
-from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
+from gpumeter_operator.flow.recount import Whole, recount_service
+from gpumeter_operator.flow.verify import Tally
+from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 
-UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 COLUMNS = ("allocated", "init", "load", "warmup", "attributed", "nonbillable", "idle", "drain", "unaccounted")
 Service = tuple[str, str]
 
@@ -46,28 +47,12 @@ class Row:
         return self.accounts.allocated == self.accounts.owned + self.accounts.unaccounted
 
 
-class Since(click.ParamType[int]):
-    """A time (2026-11-21T14:00:00Z) or how long ago (90s, 30m, 2h, 7d); nanoseconds since 1970."""
-
-    name = "time"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it, or say how to write it."""
-        text = str(value)
-        if ago := re.fullmatch(r"([0-9]{1,6})([smhd])", text):
-            return time.time_ns() - int(ago[1]) * UNITS_S[ago[2]] * SECOND_NS
-        try:
-            return from_rfc3339(text)
-        except ValueError:
-            self.fail(f"{text!r} is no time; write 2026-11-21T14:00:00Z, or 2h for two hours ago.", param, ctx)
-
-
 @click.command()
 @click.option("--namespace", "-n", help="Only services of this namespace.")
 @click.option("--service", "-s", help="Only services of this name.")
 @click.option(
     "--since",
-    type=Since(),
+    type=Moment(),
     default="1970-01-01T00:00:00Z",
     help="Only periods that end after this time, or this long ago.",
 )
@@ -115,29 +100,7 @@ def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
 
 def audit(reader: Reader, service: Service) -> list[str]:
     """Every difference between the raw records of a service, its pods' accounts and its reports."""
-    schedule, adjustments = reader.schedule(), reader.adjustments(*service)
-    final_ns = reader.last_final_ns(*service)
-    recounts: list[Recount] = []
-    problems: list[str] = []
-    allocated_ns: dict[int, dict[str, int]] = {}  # by end of period and class of GPU
-    for pod in reader.pods(*service, 0):
-        frozen = reader.pod_accounts(pod.worker.worker_uid)
-        found = recount(pod, reader.kept_records(pod.worker.worker_uid), schedule, adjustments)
-        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns)
-        recounts.append(found)
-        for end_ns, of_period in frozen:
-            of_class = allocated_ns.setdefault(end_ns, {})
-            of_class[pod.worker.gpu_class] = of_class.get(pod.worker.gpu_class, 0) + of_period.allocated
-    reports: dict[int, dict[str, dict[str, object]]] = {}
-    for end_ns, tenant, body in reader.final_reports(*service):
-        reports.setdefault(end_ns, {})[tenant] = json.loads(body)
-    told = check_kept(reader.kept_reports(*service), [])
-    for end_ns in sorted(reports.keys() | allocated_ns.keys()):
-        opened, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
-        plan = opened.plan if opened else None
-        told += check_reports(schedule.period_of(end_ns), reports.get(end_ns, {}), recounts, of_class, plan)
-    problems += [f"{service[0]}/{service[1]}: {problem}" for problem in told]
-    return problems
+    return [problem for _, problem in recount_service(reader, service, Whole, Tally(), lambda *_: None)]
 
 
 def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:

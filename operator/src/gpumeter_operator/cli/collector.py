@@ -33,6 +33,7 @@ from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.shares import BEAT_S
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.digests import Digester
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -130,6 +131,7 @@ class Process:
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
         )
+        self._digester = Digester(ledger, self._execute, settings.signing_key, settings.digests_file)
         self._mirrors = (self._pods, self._services, self._plans)
         self._synced = False
         self._recovered = False
@@ -191,6 +193,7 @@ class Process:
         # Only what was recovered: a pod that went unseen would hold its periods open, or let them close too early.
         if self._share.leads and self._recovered:
             await self._close.run(time.time_ns())
+            await self._digester.run(time.time_ns())
 
     async def _loop(self, name: str, interval_s: float, once: Round, stop: asyncio.Event) -> None:
         self._round_ended_ns[name] = time.monotonic_ns()  # a first round that hangs must be seen, too

@@ -5,7 +5,9 @@ Owns which variables there are. Does not know what the values do.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from gpumeter_operator.billing.signing import KeyInvalid, SigningKey, signing_key
 from gpumeter_operator.environment import Environment
 from gpumeter_usage.period import Granularity
 
@@ -16,11 +18,14 @@ PERIODS = {
     "1h": Granularity.HOUR,
 }
 DEFAULT_LEDGER = "sqlite:////var/lib/gpumeter/ledger.db"
+SIGNING_KEY_FILE = "GPUMETER_SIGNING_KEY_FILE"
+DIGESTS_FILE = "GPUMETER_DIGESTS_FILE"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the collector was started with. `grace_s`: how long a period waits for its workers before it is closed."""
+    """What the collector was started with. `grace_s`: how long a period waits for its workers before it is closed.
+    `signing_key` signs digests, None where none are to be made; `digests_file` is where they are exported to."""
 
     ledger_url: str
     granularity: Granularity
@@ -30,6 +35,8 @@ class Settings:
     master_key: bytes
     http_host: str
     http_port: int
+    signing_key: SigningKey | None = None
+    digests_file: Path | None = None
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -44,6 +51,22 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         master_key=read.master_key(),
         http_host=read.text("GPUMETER_HTTP_HOST", "0.0.0.0"),  # noqa: S104 - probes come from the node
         http_port=read.number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
+        signing_key=read_signing_key(read),
+        digests_file=Path(file) if (file := read.text(DIGESTS_FILE)) else None,
     )
     read.check()
     return settings
+
+
+def read_signing_key(read: Environment) -> SigningKey | None:
+    """The key of digests, from the file that GPUMETER_SIGNING_KEY_FILE names; None where it names none."""
+    path = read.text(SIGNING_KEY_FILE)
+    if not path:
+        return None
+    try:
+        return signing_key(Path(path).read_bytes())
+    except OSError as error:
+        read.problems.append(f"{SIGNING_KEY_FILE} names {path}, which cannot be read: {error.strerror}.")
+    except KeyInvalid as problem:
+        read.problems.append(f"{SIGNING_KEY_FILE} names {path}: {problem}.")
+    return None

@@ -14,6 +14,9 @@ COMMANDS = {
     "collector": ("gpumeter_operator.cli.collector:collector", "Run the collector: usage records become UsageReports."),
     "gateway": ("gpumeter_operator.cli.gateway:gateway", "Run the gateway: OpenAI's API for all services."),
     "accounts": ("gpumeter_operator.cli.accounts:accounts", "Check that accounts add up to the allocated time."),
+    "verify": ("gpumeter_operator.cli.verify:verify", "Recompute the whole ledger from its raw rows, and its digests."),
+    "digests": ("gpumeter_operator.cli.digests:digests", "Export signed digests, and the keys that signed them."),
+    "usage": ("gpumeter_operator.cli.usage:usage", "Print who used how much GPU time, and what it costs."),
     "profile": ("gpumeter_operator.cli.profile:profile", "Print the parameters behind a profile_hash."),
     "uninstall-check": (
         "gpumeter_operator.cli.uninstall_check:uninstall_check",

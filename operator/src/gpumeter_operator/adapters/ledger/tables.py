@@ -3,7 +3,8 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles.
+price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles, digests,
+digest_facts, signing_keys.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
 collectors (who works on it now).
 """
@@ -245,6 +246,52 @@ collectors = Table(
     Column("seen_ns", BigInteger, nullable=False),
 )
 
+digests = Table(
+    "digests",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("namespace", _NAME, nullable=False),  # these three as in the body; "" and 0 where it is of no period
+    Column("service", _NAME, nullable=False),
+    Column("period_end_ns", BigInteger, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # what is signed
+    Column("digest", _HASH, nullable=False),  # SHA-256 of body
+    Column("signature", String(128), nullable=False),
+)
+Index("digests_by_period", digests.c.namespace, digests.c.service, digests.c.period_end_ns)
+
+digest_facts = Table(
+    "digest_facts",
+    metadata,
+    Column("seq", BigInteger, nullable=False),  # of the digest that covers the fact
+    Column("position", BigInteger, nullable=False),  # of its leaf, from 0
+    Column("of_table", _UID, nullable=False),
+    Column("row_key", Text, nullable=False),  # the values of its primary key, with spaces between
+    Column("line", LargeBinary, nullable=False),  # what is hashed: the row as it was
+    PrimaryKeyConstraint("seq", "position"),
+    UniqueConstraint("of_table", "row_key"),
+)
+
+signing_keys = Table(
+    "signing_keys",
+    metadata,
+    Column("key_id", _HASH, primary_key=True),  # SHA-256 of public_der
+    Column("public_der", LargeBinary, nullable=False),
+    Column("first_used_ns", BigInteger, nullable=False),
+)
+
+# What no digest covers yet is looked for among the rows that came last.
+for _came in (
+    adjustments.c.made_ns,
+    alarms.c.raised_ns,
+    containers.c.observed_ns,
+    periods.c.opened_ns,
+    plan_observations.c.observed_ns,
+    pod_accounts.c.period_end_ns,
+    reports.c.kept_ns,
+    workers.c.first_seen_ns,
+):
+    Index(f"{_came.table.name}_by_coming", _came)
+
 FACTS = (
     records,
     workers,
@@ -258,4 +305,7 @@ FACTS = (
     adjustments,
     alarms,
     profiles,
+    digests,
+    digest_facts,
+    signing_keys,
 )

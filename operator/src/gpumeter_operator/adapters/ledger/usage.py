@@ -1,0 +1,149 @@
+"""Sums of usage as people ask for them: by tenant, service, model or session, over any span of whole periods.
+
+Owns the queries; the database adds up, and rows come out in the order of their keys, one by one. Changes nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, and_, case, func, select
+
+from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.engine import reading
+from gpumeter_operator.adapters.ledger.read import HALF
+from gpumeter_operator.billing.close import Phase
+from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_usage.record import ENDED, Account, Kind
+
+_READ_AT_ONCE = 5_000
+_SUMMED = ("gpu_ns", "prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
+_NAMED = {
+    "tenant": t.records.c.tenant,
+    "service": t.records.c.service,
+    "model": t.workers.c.model,
+    "session": t.records.c.session_id,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for: periods that end after `since_ns` and at `until_ns` at the latest; None for any."""
+
+    since_ns: int
+    until_ns: int
+    namespace: str | None = None
+    service: str | None = None
+    tenant: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """What one key used in one period on one class of GPU."""
+
+    key: tuple[str, ...]
+    service: str
+    end_ns: int
+    gpu_class: str
+    records: int
+    sessions: int
+    gpu_ns: int
+    prefill_ns: int
+    decode_ns: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+def sums(engine: Engine, by: Sequence[str], asked: Asked) -> Iterator[Sum]:
+    """The sums of sessions' slices, in the order of the keys; `by` are of tenant, service, model, session."""
+    r, w = t.records.c, t.workers.c
+    key = [_NAMED[name] for name in by]
+    group = [*key, r.service, r.booked_end_ns, w.gpu_class]
+    ended = case((r.status.in_([status.value for status in ENDED]), 1), else_=0)
+    # In two halves, for SQLite refuses a sum beyond 64 bits.
+    halves = [half for name in _SUMMED for half in (func.sum(r[name] // HALF), func.sum(r[name] % HALF))]
+    query = (
+        select(*group, func.count(), func.sum(ended), *halves)
+        .select_from(t.records.join(t.workers, w.worker_uid == r.worker_uid))
+        .where(*_where(asked))
+        .group_by(*group)
+        .order_by(*group)
+    )
+    width = len(by)
+    with reading(engine) as connection:
+        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+            numbers = [int(number) for number in row[width + 5 :]]
+            figures = [high * HALF + low for high, low in zip(numbers[::2], numbers[1::2], strict=True)]
+            service, end_ns, gpu_class = row[width : width + 3]
+            yield Sum(
+                tuple(row[:width]), service, end_ns, gpu_class, int(row[width + 3]), int(row[width + 4]), *figures
+            )
+
+
+def slices(engine: Engine, session_id: str) -> Iterator[tuple[bytes, int, str, str]]:
+    """(bytes, end of the period in which it is booked, pod, class of GPU) of every slice of a session, oldest first.
+
+    There is no index by session: whoever asks waits for one pass over the records.
+    """
+    r, w = t.records.c, t.workers.c
+    query = (
+        select(r.body, r.booked_end_ns, w.pod, w.gpu_class)
+        .select_from(t.records.join(t.workers, w.worker_uid == r.worker_uid))
+        .where(r.session_id == session_id, r.kind == Kind.SESSION.value)
+        .order_by(r.ended_at, r.worker_uid, r.boot_id, r.seq)
+    )
+    with reading(engine) as connection:
+        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+            yield bytes(row[0]), row[1], row[2], row[3]
+
+
+def names(engine: Engine, of: str) -> list[str]:
+    """Every tenant that has a report, or every service or model that had a worker, for whoever misspells one."""
+    column: ColumnElement[Any]
+    if of == "tenant":
+        column = t.reports.c.tenant
+    else:
+        column = {"service": t.workers.c.service, "model": t.workers.c.model, "namespace": t.workers.c.namespace}[of]
+    with reading(engine) as connection:
+        return [each for each in connection.scalars(select(column).distinct().order_by(column)) if each != PLATFORM]
+
+
+def has_tenant(engine: Engine, tenant: str) -> bool:
+    """Whether there are any records of a tenant; it may have none that is in a report yet."""
+    with reading(engine) as connection:
+        return connection.scalar(select(t.records.c.seq).where(t.records.c.tenant == tenant).limit(1)) is not None
+
+
+def platform_reports(engine: Engine, asked: Asked) -> Iterator[tuple[str, int, bytes]]:
+    """(service, end, bytes) of the platform's Final reports in the span, which say how complete a period is."""
+    r = t.reports.c
+    query = select(r.namespace, r.service, r.period_end_ns, r.body).where(
+        r.tenant == PLATFORM,
+        r.phase == Phase.FINAL.value,
+        r.period_end_ns > asked.since_ns,
+        r.period_end_ns <= asked.until_ns,
+        *([r.namespace == asked.namespace] if asked.namespace else []),
+        *([r.service == asked.service] if asked.service else []),
+    )
+    with reading(engine) as connection:
+        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+            yield f"{row[0]}/{row[1]}", row[2], bytes(row[3])
+
+
+def _where(asked: Asked) -> list[Any]:
+    r, w = t.records.c, t.workers.c
+    found = [
+        and_(r.kind == Kind.SESSION.value, r.account == Account.ATTRIBUTED.value),
+        r.booked_end_ns > asked.since_ns,
+        r.booked_end_ns <= asked.until_ns,
+    ]
+    for column, value in (
+        (w.namespace, asked.namespace),
+        (w.service, asked.service),
+        (w.model, asked.model),
+        (r.tenant, asked.tenant),
+    ):
+        found += [column == value] if value is not None else []
+    return found

@@ -1,0 +1,298 @@
+"""`gpumeter usage`: who used how much GPU time, and what it costs.
+
+Owns the options, the table, the JSON and the sentences about what was not found. Reads the ledger without changing it:
+
+    kubectl exec deploy/gpumeter-collector -- gpumeter usage --month 2026-11 --by tenant,model
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from difflib import get_close_matches
+from itertools import chain, islice
+from typing import Any
+
+import click
+
+from gpumeter_operator.adapters.ledger import usage as sums
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.usage import Asked
+from gpumeter_operator.billing.tariff import plain
+from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.cli.span import Moment, Month, span_of
+from gpumeter_operator.flow.usage import Line, Slice, lines, notes, slices
+from gpumeter_usage.period import SECOND_NS, rfc3339
+
+KEYS = ("tenant", "service", "model", "session")
+FIGURES = ("GPU-SECONDS", "GPU-NS", "SESSIONS", "PROMPT", "CACHED", "COMPLETION", "AMOUNT")
+LOOKED_AT_FOR_WIDTH = 1_000
+"""Lines that are held to find the widths of columns; of the rest, what is wider stands out, and nothing is held."""
+
+
+class By(click.ParamType[tuple[str, ...]]):
+    """Keys with commas between: tenant,model."""
+
+    name = "keys"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Read them, or say which there are."""
+        if isinstance(value, tuple):
+            return value
+        keys = tuple(str(value).split(","))
+        if wrong := [key for key in keys if key not in KEYS]:
+            self.fail(
+                f"{wrong[0]!r} is no key; write one or more of {', '.join(KEYS)}, with commas between.", param, ctx
+            )
+        if len(set(keys)) != len(keys):
+            self.fail(f"{value!r} names a key twice.", param, ctx)
+        return keys
+
+
+@click.command()
+@click.option("--by", type=By(), default="tenant", show_default=True, help="tenant, service, model, session.")
+@click.option("--since", type=Moment(), help="Only periods that end after this time, or this long ago.")
+@click.option("--until", type=Moment(), help="Only periods that end at this time at the latest.")
+@click.option("--month", type=Month(), help="Only the periods of a month of UTC, as 2026-11.")
+@click.option("--namespace", "-n", help="Only services of this namespace.")
+@click.option("--service", "-s", help="Only services of this name.")
+@click.option("--tenant", "-t", help="Only this tenant.")
+@click.option("--model", "-m", help="Only this model.")
+@click.option("--session", "session_id", help="Every slice of one session, whenever it was.")
+@click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+def usage(
+    *,
+    by: tuple[str, ...],
+    since: int | None,
+    until: int | None,
+    month: tuple[int, int] | None,
+    namespace: str | None,
+    service: str | None,
+    tenant: str | None,
+    model: str | None,
+    session_id: str | None,
+    output: str,
+    ledger: str | None,
+) -> None:
+    """Print the GPU time that tenants used, and its price, by whole billing periods.
+
+    What the platform itself used, and what was lost, is in `gpumeter accounts`. Exit code 0; 1 where something that is
+    named is not in the ledger, 2 where the ledger cannot be read.
+    """
+    asked = Asked(*span_of(since, until, month), namespace, service, tenant, model)
+    try:
+        reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
+        if session_id is not None:
+            _print(_of_session(list(slices(reader, session_id)), session_id, output))
+            return
+        _refuse_unknown(reader, asked)
+        services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
+        told = notes(reader, services, asked, time.time_ns())
+        found = lines(reader, by, asked)
+        _print(_as_json(by, found, asked, told) if output == "json" else _as_table(by, found, asked, told))
+    except LedgerUnavailable as problem:
+        click.echo(str(problem), err=True)
+        sys.exit(2)
+
+
+def _refuse_unknown(reader: Reader, asked: Asked) -> None:
+    for what, value in (
+        ("namespace", asked.namespace),
+        ("service", asked.service),
+        ("model", asked.model),
+        ("tenant", asked.tenant),
+    ):
+        if value is None or value in (known := sums.names(reader.engine, what)):
+            continue
+        if what == "tenant" and sums.has_tenant(reader.engine, value):
+            continue
+        close = get_close_matches(value, known, 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else _those(known)
+        click.echo(f"The ledger knows no {what} {value!r:.80}; {hint}", err=True)
+        sys.exit(1)
+
+
+def _those(known: list[str]) -> str:
+    if not known:
+        return "it has none at all yet."
+    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+    return f"it has {', '.join(known[:10])}{more}."
+
+
+def _as_table(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: list[str]) -> Iterator[str]:
+    """Line by line; only the first thousand are held, for the widths."""
+    total = Line(("total",))
+
+    def cells() -> Iterator[tuple[str, ...]]:
+        for line in found:
+            total.add(line)
+            yield (*line.key, *_figures(line))
+
+    yield f"usage {_span(asked)}"
+    yield from _columns((*(key.upper() for key in by), *FIGURES), cells(), len(by))
+    yield (
+        f"total: {_seconds(total.gpu_ns)} GPU-seconds ({total.gpu_ns} ns), {total.sessions} sessions ended, "
+        f"{total.prompt_tokens + total.completion_tokens} tokens, amount {_figures(total)[-1]}"
+    )
+    yield "AMOUNT as in the reports, before the rounding of an invoice."
+    if total.unpriced_ns:
+        yield f"{_seconds(total.unpriced_ns)} GPU-seconds have no price: no usable PricePlan, or no rate for the GPU."
+    yield from told
+
+
+def _columns(header: tuple[str, ...], cells: Iterator[tuple[str, ...]], left: int) -> Iterator[str]:
+    first = list(islice(cells, LOOKED_AT_FOR_WIDTH))
+    widths = [max(len(line[index]) for line in (header, *first)) for index in range(len(header))]
+    for line in chain([header], first, cells):
+        padded = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        yield "  ".join(padded).rstrip()
+
+
+def _figures(line: Line) -> tuple[str, ...]:
+    amount = " + ".join(f"{plain(amount)} {currency}" for currency, amount in sorted(line.amounts.items())) or "-"
+    counts = (line.gpu_ns, line.sessions, line.prompt_tokens, line.cached_tokens, line.completion_tokens)
+    return (_seconds(line.gpu_ns), *map(str, counts), amount)
+
+
+def _as_json(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: list[str]) -> Iterator[str]:
+    """One object, a line of usage on a line of its own, so that millions can be read as they come."""
+    total = Line(())
+    yield json.dumps({"since": _time(asked.since_ns), "until": _time(asked.until_ns), "by": by})[:-1] + ', "usage": ['
+    before = ""
+    for line in found:
+        total.add(line)
+        if before:
+            yield before + ","
+        before = json.dumps(dict(zip(by, line.key, strict=True)) | _data(line))
+    yield from [before] if before else []
+    yield f'], "total": {json.dumps(_data(total))}, "notes": {json.dumps(told)}}}'
+
+
+def _data(line: Line) -> dict[str, Any]:
+    return {
+        "gpuNanoseconds": str(line.gpu_ns),
+        "gpuSeconds": plain(Decimal(line.gpu_ns) / SECOND_NS),
+        "prefillGpuNanoseconds": str(line.prefill_ns),
+        "decodeGpuNanoseconds": str(line.decode_ns),
+        "sessions": line.sessions,
+        "records": line.records,
+        "tokens": {
+            "prompt": line.prompt_tokens,
+            "cached": line.cached_tokens,
+            "completion": line.completion_tokens,
+        },
+        "amounts": {currency: plain(amount) for currency, amount in sorted(line.amounts.items())},
+        "unpricedGpuNanoseconds": str(line.unpriced_ns),
+    }
+
+
+def _of_session(found: list[Slice], session_id: str, output: str) -> Iterator[str]:
+    """The slices of one session, which are at most one each five seconds of its life."""
+    if not found:
+        click.echo(f"The ledger has no slice of a session {session_id!r:.120}; ids are those of the answers.", err=True)
+        sys.exit(1)
+    total = Line(())
+    for each in found:
+        if each.account == "attributed":
+            total.gpu_ns += each.gpu_ns
+            for name in ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens"):
+                setattr(total, name, getattr(total, name) + getattr(each, name))
+            if each.amount:
+                total.amounts[each.amount[0]] = total.amounts.get(each.amount[0], Decimal(0)) + each.amount[1]
+        total.records += 1
+    last = found[-1]
+    about = {
+        "session": session_id,
+        "tenant": last.tenant,
+        "service": last.service,
+        "model": last.model,
+        "status": last.status,
+    }
+    if output == "json":
+        yield json.dumps(about | {"slices": [_slice_data(each) for each in found], "total": _data(total)}, indent=2)
+        return
+    yield "  ".join(f"{name}={value}" for name, value in about.items())
+    header = (
+        "STARTED",
+        "ENDED",
+        "POD",
+        "STATUS",
+        "GPU-NS",
+        "PREFILL-NS",
+        "DECODE-NS",
+        "PROMPT",
+        "CACHED",
+        "COMPLETION",
+        "STEPS",
+        "BATCH",
+        "AMOUNT",
+    )
+    yield from _columns(header, (_slice_cells(each) for each in found), 4)
+    time_used = f"{_seconds(total.gpu_ns)} GPU-seconds ({total.gpu_ns} ns)"
+    yield f"total: {time_used} in {len(found)} slices, amount {_figures(total)[-1]}"
+
+
+def _slice_cells(each: Slice) -> tuple[str, ...]:
+    counts = (
+        each.gpu_ns,
+        each.prefill_ns,
+        each.decode_ns,
+        each.prompt_tokens,
+        each.cached_tokens,
+        each.completion_tokens,
+        each.steps,
+    )
+    amount = f"{plain(each.amount[1])} {each.amount[0]}" if each.amount else "-"
+    status = each.status if each.account == "attributed" else f"{each.status} ({each.account})"
+    batch = f"{Decimal(each.batch_ns) / each.gpu_ns:.2f}" if each.gpu_ns else "-"
+    return (_exact(each.started_ns), _exact(each.ended_ns), each.pod, status, *map(str, counts), batch, amount)
+
+
+def _slice_data(each: Slice) -> dict[str, Any]:
+    return {
+        "start": _exact(each.started_ns),
+        "end": _exact(each.ended_ns),
+        "pod": each.pod,
+        "account": each.account,
+        "status": each.status,
+        "gpuNanoseconds": str(each.gpu_ns),
+        "prefillGpuNanoseconds": str(each.prefill_ns),
+        "decodeGpuNanoseconds": str(each.decode_ns),
+        "tokens": {"prompt": each.prompt_tokens, "cached": each.cached_tokens, "completion": each.completion_tokens},
+        "steps": each.steps,
+        "batchNanoseconds": str(each.batch_ns),
+        "bookedInPeriodUntil": rfc3339(each.booked_end_ns),
+        "amount": plain(each.amount[1]) if each.amount else None,
+        "currency": each.amount[0] if each.amount else None,
+    }
+
+
+def _print(text: Iterable[str]) -> None:
+    for line in text:
+        click.echo(line)
+
+
+def _seconds(gpu_ns: int) -> str:
+    return f"{gpu_ns // SECOND_NS}.{gpu_ns % SECOND_NS:09d}"
+
+
+def _exact(at_ns: int) -> str:
+    return f"{rfc3339(at_ns)[:-1]}.{at_ns % SECOND_NS:09d}Z"
+
+
+def _time(at_ns: int) -> str | None:
+    return rfc3339(at_ns) if 0 < at_ns < 2**62 else None
+
+
+def _span(asked: Asked) -> str:
+    since, until = _time(asked.since_ns), _time(asked.until_ns)
+    if since is None and until is None:
+        return "of all periods"
+    return f"of periods that ended {f'after {since} ' if since else ''}{f'until {until}' if until else ''}".rstrip()

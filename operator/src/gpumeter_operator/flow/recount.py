@@ -1,0 +1,148 @@
+"""Recomputes one service from its raw rows: chains, accounts, prices and reports.
+
+Owns what is compared with what, for `gpumeter accounts --check` and for `gpumeter verify`. The sums themselves are
+billing's. Reads, changes nothing.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpumeter_operator.adapters.ledger import audit as raw
+from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.billing.audit import (
+    RawRow,
+    Recount,
+    check_accounts,
+    check_kept,
+    check_reports,
+    nothing_hashed,
+    recount,
+)
+from gpumeter_operator.billing.facts import Pod
+from gpumeter_operator.flow.refold import known_of, platform_of, refold
+from gpumeter_usage.period import rfc3339
+
+PROGRESS_EVERY = 10_000
+
+Count = Callable[[int, int], None]
+"""(records so far, of how many)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Periods that end after `since_ns` and at `until_ns` at the latest."""
+
+    since_ns: int = -1
+    until_ns: int = 2**63 - 1
+
+    def holds(self, end_ns: int) -> bool:
+        """Whether a period that ended then is one of them."""
+        return self.since_ns < end_ns <= self.until_ns
+
+
+Whole = Span()
+"""Everything."""
+
+
+class Counts(Protocol):
+    """Where it is noted how much was looked at."""
+
+    records: int
+    periods: int
+    refolded: int
+
+
+def recount_service(
+    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, progress: Count
+) -> Iterator[tuple[str, str]]:
+    """(reason, sentence) for every difference between the raw records of a service, its pods' accounts and its reports.
+
+    In a part of the ledger, chains are followed from the record before it, and what only the whole can tell (where a
+    chain ends, all of a pod's allocation) is left out.
+    """
+    schedule, adjustments = reader.schedule(), reader.adjustments(*service)
+    final_ns = reader.last_final_ns(*service)
+    pods = reader.pods(*service, 0)
+    of_records = sum(raw.count_records(reader.engine, pod.worker.worker_uid) for pod in pods)
+    seen = 0
+    hashed = nothing_hashed()
+    recounts: list[Recount] = []
+    allocated_ns: dict[int, dict[str, int]] = {}  # by end of period and class of GPU
+    for pod in pods:
+        frozen = [each for each in reader.pod_accounts(pod.worker.worker_uid) if span.holds(each[0])]
+
+        def counted(pod: Pod = pod) -> Iterator[RawRow]:
+            nonlocal seen
+            for row in _rows(reader, pod, span):
+                seen += 1
+                if seen % PROGRESS_EVERY == 0:
+                    progress(seen, of_records)
+                yield row
+
+        uid = pod.worker.worker_uid
+        heads = None if span == Whole else raw.heads_before(reader.engine, uid, span.since_ns, span.until_ns)
+        found = recount(pod, counted(), schedule, adjustments, hashed, heads=heads)
+        for problem in found.problems:
+            yield "RecordDiffers", problem
+        for problem in check_accounts(pod, frozen, found, adjustments, final_ns, whole=span == Whole):
+            yield "AccountsDiffer", problem
+        found.problems.clear()
+        recounts.append(found)
+        for end_ns, of_period in frozen:
+            of_class = allocated_ns.setdefault(end_ns, {})
+            of_class[pod.worker.gpu_class] = of_class.get(pod.worker.gpu_class, 0) + of_period.allocated
+    counts.records += seen
+    name = "/".join(service)
+    for problem in check_kept((each for each in reader.kept_reports(*service) if span.holds(each[0])), []):
+        yield "ReportDiffers", f"{name}: {problem}"
+    known = known_of(reader, service, pods)
+    ends = {end_ns for end_ns, _ in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
+    for end_ns in sorted(ends | allocated_ns.keys()):
+        counts.periods += 1
+        period = schedule.period_of(end_ns)
+        bodies = raw.final_bodies(reader.engine, *service, end_ns)
+        reports: dict[str, dict[str, Any]] = {tenant: json.loads(body) for tenant, _, body, _ in bodies}
+        opened = reader.period_plan(*service, end_ns)
+        plan = opened.plan if opened else None
+        of_class = allocated_ns.get(end_ns, {})
+        for problem in check_reports(
+            period, reports, recounts, hashed.get(end_ns, {}), allocated_ns=of_class, plan=plan
+        ):
+            yield "ReportDiffers", f"{name}: {problem}"
+        platform = platform_of(bodies)
+        if platform is None:
+            yield "ReportBytes", f"{name}: the period that ended {rfc3339(end_ns)} has no report of the platform"
+            continue
+        again = refold(reader, service, period, known, platform)
+        kept = {tenant: body for tenant, _, body, _ in bodies}
+        counts.refolded += len(again)
+        for tenant in sorted(kept.keys() | again.keys()):
+            if kept.get(tenant) != again.get(tenant):
+                what = _first_difference(kept.get(tenant), again.get(tenant))
+                yield "ReportBytes", f"{name}: {tenant}'s report of the period that ended {rfc3339(end_ns)}: {what}"
+
+
+def _rows(reader: Reader, pod: Pod, span: Span) -> Iterator[RawRow]:
+    if span == Whole:
+        return iter(reader.kept_records(pod.worker.worker_uid))
+    return iter(raw.rows_between(reader.engine, pod.worker.worker_uid, span.since_ns, span.until_ns))
+
+
+def _first_difference(kept: bytes | None, again: bytes | None) -> str:
+    if again is None:
+        return "its facts give none"
+    if kept is None:
+        return "it is missing, and its facts give one"
+    return _differs("", json.loads(kept), json.loads(again)) or "it has the same content in other bytes"
+
+
+def _differs(path: str, kept: Any, again: Any) -> str:
+    """The first field, in the order of names, in which two reports differ."""
+    if isinstance(kept, dict) and isinstance(again, dict):
+        for name in sorted(kept.keys() | again.keys()):
+            if told := _differs(f"{path}.{name}".lstrip("."), kept.get(name), again.get(name)):
+                return told
+        return ""
+    return "" if kept == again else f"{path} is {kept!r:.120}, its facts give {again!r:.120}"

@@ -1,0 +1,144 @@
+"""A small ledger that is whole: two services, two boots, late facts, a price plan, and a signed digest of every period.
+
+Owns how it is made and with which key; the tests of digests, verify and usage change copies of it.
+"""
+
+import asyncio
+import json
+import sqlite3
+from hashlib import sha256
+from pathlib import Path
+from shutil import copyfile
+
+from click.testing import CliRunner, Result
+
+from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.billing.signing import SigningKey, signing_key
+from gpumeter_operator.billing.tariff import canonical_spec
+from gpumeter_operator.cli.verify import verify
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.digests import Digester
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.record import Account, Status
+from rigs.ledger import START_NS, FakeWorker, ended, gone, inline, open_ledger, started, worker
+
+DIGESTED_NS = START_NS + 6 * 3600 * SECOND_NS
+"""When the digests are made: hours later, so that nothing that claims to be older can still be on its way."""
+
+PRIVATE_PEM = b"""-----BEGIN PRIVATE KEY-----
+MC4CAQAwBQYDK2VwBCIEIEJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJC
+-----END PRIVATE KEY-----
+"""
+"""Thirty-two times the letter B: of tests, and of nothing else."""
+
+
+def key() -> SigningKey:
+    return signing_key(PRIVATE_PEM)
+
+
+def fill(ledger: Ledger) -> None:
+    """Three minutes of two services: a crash, a late page, a late end of a container, alarms, two plans."""
+    plans = {}
+    for version, price in enumerate(("2.39", "2.50"), start=1):
+        spec = canonical_spec({"currency": "EUR", "rates": [{"gpuClass": "h100", "perGpuHour": price}]})
+        plans["default"] = ledger.keep_plan("default", version, spec, START_NS + version)
+    _serve(ledger)
+    another = _serve_another(ledger)
+    closer = Closer(ledger, MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 30 * SECOND_NS)  # a version of the open period
+    for minutes in (3, 10):
+        closer.close_all(Pricing({}, plans), START_NS + minutes * MINUTE_NS)
+    _come_late(ledger, another)
+    closer.close_all(Pricing({}, plans), START_NS + 20 * MINUTE_NS)
+
+
+def digested(ledger: Ledger, now_ns: int = DIGESTED_NS, file: Path | None = None, by: SigningKey | None = None) -> None:
+    """Make every digest that is due, and export them where a file is named."""
+    asyncio.run(Digester(ledger, inline, by or key(), file).run(now_ns))
+
+
+def made(path: Path) -> Path:
+    """A filled and digested ledger in a file of this name, all of it in one file."""
+    ledger = open_ledger(path)
+    fill(ledger)
+    digested(ledger, file=path.with_suffix(".jsonl"))
+    ledger.close()
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    raw.execute("PRAGMA journal_mode = DELETE")
+    raw.close()
+    return path
+
+
+def run(ledger_path: Path, *arguments: str) -> Result:
+    """`gpumeter verify` on this ledger, with nothing of the environment."""
+    return CliRunner(env={"GPUMETER_SIGNING_KEY_FILE": None}).invoke(
+        verify, ["--ledger", f"sqlite:///{ledger_path}", *arguments]
+    )
+
+
+def found(path: Path, *arguments: str) -> list[dict[str, str]]:
+    """What it finds, as data."""
+    done = run(path, "--json", *arguments)
+    assert done.exit_code in (0, 1), done.output
+    told = json.loads(done.stdout)
+    assert told["verified"] is (done.exit_code == 0)
+    return list(told["findings"])
+
+
+def opened_up(source: Path, target: Path) -> sqlite3.Connection:
+    """A copy without triggers, for somebody who may write the file."""
+    copyfile(source, target)
+    raw = sqlite3.connect(target, isolation_level=None)
+    for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        raw.execute(f"DROP TRIGGER {name}")
+    return raw
+
+
+def _serve(ledger: Ledger) -> None:
+    fake = FakeWorker(worker(1), START_NS)
+    fake.spend(Account.LOAD, START_NS + 10 * SECOND_NS)
+    fake.serve("s-1", "acme", START_NS + 70 * SECOND_NS)
+    fake.serve("s-2", "beta-corp", START_NS + 80 * SECOND_NS, Status.CANCELLED)
+    fake.restart("boot-2", START_NS + 90 * SECOND_NS)
+    fake.spend(Account.WARMUP, START_NS + 100 * SECOND_NS)
+    fake.serve("s-3", "acme", START_NS + 130 * SECOND_NS, batch=3)
+    fake.seal()
+    life = [
+        started("c-1", START_NS),
+        ended("c-1", START_NS + 85 * SECOND_NS),
+        started("c-2", START_NS + 89 * SECOND_NS),
+        ended("c-2", START_NS + 140 * SECOND_NS),
+        gone(START_NS + 141 * SECOND_NS),
+    ]
+    for boot_id in ("boot-1", "boot-2"):
+        ledger.observe(fake.identity, life, START_NS + 141 * SECOND_NS)
+        ledger.take(fake.identity, fake.page(boot_id, 0), START_NS + 141 * SECOND_NS)
+    ledger.settle(fake.identity.worker_uid, START_NS + 5 * MINUTE_NS)
+    ledger.keep_profiles(fake.identity.worker_uid, [(_profile_hash(), b'{"phi":1}')], START_NS + 50 * SECOND_NS)
+    ledger.raise_alarm("PageRefused", fake.identity.worker_uid, "It sent what nobody can read.", START_NS + MINUTE_NS)
+
+
+def _serve_another(ledger: Ledger) -> FakeWorker:
+    fake = FakeWorker(worker(2, service="other"), START_NS + 20 * SECOND_NS)
+    fake.serve("s-4", "acme", START_NS + 50 * SECOND_NS)
+    fake.spend(Account.IDLE, START_NS + 58 * SECOND_NS)
+    ledger.observe(fake.identity, [started("c-3", START_NS + 20 * SECOND_NS)], START_NS + 21 * SECOND_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 59 * SECOND_NS)
+    ledger.settle(fake.identity.worker_uid, START_NS + 58 * SECOND_NS)
+    return fake
+
+
+def _come_late(ledger: Ledger, fake: FakeWorker) -> None:
+    """What the other service's worker did, told after its periods were closed without it."""
+    now_ns = START_NS + 11 * MINUTE_NS
+    sent = len(fake.boot.links)
+    fake.serve("s-5", "beta-corp", START_NS + 65 * SECOND_NS)
+    fake.seal()
+    ledger.observe(fake.identity, [ended("c-3", START_NS + 70 * SECOND_NS), gone(now_ns)], now_ns)
+    ledger.take(fake.identity, fake.page("boot-1", sent), now_ns)
+    ledger.settle(fake.identity.worker_uid, now_ns)
+
+
+def _profile_hash() -> str:
+    return sha256(b'{"phi":1}').hexdigest()
