@@ -158,7 +158,8 @@ class Reader:
     def adjustments(self, namespace: str, service: str, booked_end_ns: int | None = None) -> list[Adjustment]:
         """What is booked in a period (or in any) instead of in an earlier, closed one."""
         a = t.adjustments.c
-        query = select(a.worker_uid, a.closed_end_ns, a.booked_end_ns, a.allocated_ns, a.reason).where(
+        columns = (a.worker_uid, a.closed_end_ns, a.booked_end_ns, a.allocated_ns, a.reason)
+        query = select(*columns, a.boot_id, a.first_seq, a.last_seq).where(
             a.namespace == namespace, a.service == service
         )
         if booked_end_ns is not None:
@@ -297,12 +298,18 @@ def schedule(connection: Connection) -> Schedule:
 
 
 def last_final_ns(connection: Connection, namespace: str, service: str) -> int:
-    """The end of the last Final period of a service, inside a transaction."""
-    r = t.reports.c
+    """The end of the last Final period of a service, inside a transaction.
+
+    A Final day or month counts: what comes late for an hour of it in which nobody was known to live is booked after it.
+    """
+    r, d = t.reports.c, t.rollups.c
     newest = select(func.max(r.period_end_ns)).where(
         r.namespace == namespace, r.service == service, r.tenant == PLATFORM, r.phase == Phase.FINAL.value
     )
-    return int(connection.scalar(newest) or 0)
+    day = select(func.max(d.period_end_ns)).where(
+        d.namespace == namespace, d.service == service, d.granularity == Granularity.DAY.value
+    )
+    return max(int(connection.scalar(newest) or 0), int(connection.scalar(day) or 0))
 
 
 def facts_version(connection: Connection, namespace: str, service: str, end_ns: int) -> FactsVersion:
