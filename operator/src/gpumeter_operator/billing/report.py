@@ -28,7 +28,7 @@ from gpumeter_operator.decide.names import (
     SERVICE_LABEL,
     TENANT_LABEL,
 )
-from gpumeter_usage.period import SECOND_NS, Period, rfc3339
+from gpumeter_usage.period import SECOND_NS, Granularity, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
 from gpumeter_usage.tenant import RESERVED_TENANT
 
@@ -124,8 +124,13 @@ def envelope(service: tuple[str, str], tenant: str, period: Period, phase: Phase
                 "granularity": period.granularity.value,
             },
         },
-        "status": status,
+        "status": {**status, "period": _shown(period)},
     }
+
+
+def _shown(period: Period) -> str:
+    lengths = {Granularity.DAY: len("2026-11-21"), Granularity.MONTH: len("2026-11")}
+    return rfc3339(period.start_ns)[: lengths.get(period.granularity)]
 
 
 def mean_batch(batch_ns: int, used_ns: int) -> str:

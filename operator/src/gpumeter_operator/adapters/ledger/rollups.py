@@ -4,7 +4,7 @@ Owns the table `rollups` and the queries for closing it. Every one of them reads
 does not grow with the ledger. Decides nothing; raises LedgerUnavailable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from sqlalchemy import Connection, Engine, func, insert, select
@@ -78,6 +78,47 @@ def facts_before(engine: Engine, service: Service, end_ns: int) -> Version:
     """The state of everything that could still belong into a day or month that ended at `end_ns`."""
     with reading(engine) as connection:
         return _facts_before(connection, service, end_ns)
+
+
+def final_names(engine: Engine, since_ns: Mapping[Granularity, int]) -> set[tuple[str, str]]:
+    """(namespace, name) of the Final reports of all services whose periods ended after a time, which days, months and
+    (under HOUR) closing periods have each of their own."""
+    r, d = t.reports.c, t.rollups.c
+    of_periods = select(r.namespace, r.name).where(
+        r.phase == Phase.FINAL.value, r.period_end_ns > since_ns[Granularity.HOUR]
+    )
+    found: set[tuple[str, str]] = set()
+    with reading(engine) as connection:
+        found |= {(row[0], row[1]) for row in connection.execute(of_periods)}
+        for granularity in (Granularity.DAY, Granularity.MONTH):
+            of_sums = select(d.namespace, d.name).where(
+                d.granularity == granularity.value, d.period_end_ns > since_ns[granularity]
+            )
+            found |= {(row[0], row[1]) for row in connection.execute(of_sums)}
+    return found
+
+
+def final_body(engine: Engine, namespace: str, name: str) -> bytes | None:
+    """The bytes of a Final report of any length, as it was published and will be again; None where there is none."""
+    r, d = t.reports.c, t.rollups.c
+    of_period = select(r.body).where(r.phase == Phase.FINAL.value, r.namespace == namespace, r.name == name)
+    of_sum = select(d.body).where(d.namespace == namespace, d.name == name)
+    with reading(engine) as connection:
+        found = connection.scalar(of_period)
+        return connection.scalar(of_sum) if found is None else found
+
+
+def is_final(engine: Engine, service: Service, period: Period) -> bool:
+    """Whether a day or month of a service is Final."""
+    d = t.rollups.c
+    query = select(d.tenant).where(
+        d.namespace == service[0],
+        d.service == service[1],
+        d.granularity == period.granularity.value,
+        d.period_end_ns == period.end_ns,
+    )
+    with reading(engine) as connection:
+        return connection.scalar(query.limit(1)) is not None
 
 
 def keep_rollup(
