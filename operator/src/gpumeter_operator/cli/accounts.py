@@ -21,6 +21,7 @@ from gpumeter_operator.billing.accounts import Accounts, horizon_ns
 from gpumeter_operator.billing.audit import Recount, check_accounts, check_kept, check_reports, recount
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
+from gpumeter_operator.flow.rollup import check_sums
 from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
 
 UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -136,6 +137,7 @@ def audit(reader: Reader, service: Service) -> list[str]:
         opened, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
         plan = opened.plan if opened else None
         told += check_reports(schedule.period_of(end_ns), reports.get(end_ns, {}), recounts, of_class, plan)
+    told += check_sums(reader, service)
     problems += [f"{service[0]}/{service[1]}: {problem}" for problem in told]
     return problems
 

@@ -8,7 +8,7 @@ API is over. Decides no figure, watches nothing.
 import asyncio
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
@@ -64,11 +64,20 @@ class ReportsPort(Protocol):
 class Publisher:
     """Writes what changed since it was written last."""
 
-    def __init__(self, cluster: ReportsPort, ledger: Reader, execute: Execute, keep: Keep = DEFAULT_KEEP) -> None:
+    def __init__(
+        self,
+        cluster: ReportsPort,
+        ledger: Reader,
+        execute: Execute,
+        keep: Keep = DEFAULT_KEEP,
+        *,
+        restored_max: int = MAX_RESTORED,
+    ) -> None:
         self.refused = 0
         self.written = 0
         self.removed = 0
         self._keep = keep
+        self._restored_max = restored_max
         self._cluster = cluster
         self._ledger = ledger
         self._execute = execute
@@ -83,10 +92,7 @@ class Publisher:
 
         Every write has ended by then: one that went on into the next round could put an older state over a newer one.
         """
-        ended = await asyncio.gather(*(self._publish(one, now_ns) for one in manifests), return_exceptions=True)
-        for problem in ended:
-            if problem is not None:
-                raise problem
+        await _all(self._publish(one, now_ns) for one in manifests)
 
     async def restore(self, now_ns: int) -> bool:
         """Compare with the cluster: write Final reports that are missing there again, remove those whose time is over.
@@ -104,9 +110,9 @@ class Publisher:
         missing = sorted(key for key in names - final if not self._is_gone(key[0], now_ns))
         over = [(period_of(present[key]), key) for key in final - names]
         over = sorted(each for each in over if leaves_ns(each[0], self._keep) <= now_ns)
-        await asyncio.gather(*(self._write_again(key, now_ns) for key in missing[:MAX_RESTORED]))
-        await asyncio.gather(*(self._remove(period, present[key]) for period, key in over[:MAX_REMOVED]))
-        return len(missing) <= MAX_RESTORED and len(over) <= MAX_REMOVED
+        await _all(self._write_again(key, now_ns) for key in missing[: self._restored_max])
+        await _all(self._remove(period, present[key]) for period, key in over[:MAX_REMOVED])
+        return len(missing) <= self._restored_max and len(over) <= MAX_REMOVED
 
     async def _write_again(self, key: Key, now_ns: int) -> None:
         body = await self._execute(partial(rollups.final_body, self._ledger.engine, *key))
@@ -192,3 +198,10 @@ def period_of(report: Manifest) -> Period:
     period = report["spec"]["period"]
     start_ns, end_ns = from_rfc3339(period["start"]), from_rfc3339(period["end"])
     return Period(start_ns, end_ns, Granularity(period["granularity"]))
+
+
+async def _all(calls: Iterable[Awaitable[None]]) -> None:
+    """All of them to their end, then what went wrong first."""
+    for problem in await asyncio.gather(*calls, return_exceptions=True):
+        if problem is not None:
+            raise problem

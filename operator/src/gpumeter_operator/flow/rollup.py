@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from gpumeter_operator.adapters.ledger import rollups
+from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
-from gpumeter_operator.billing.report import Manifest
+from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_operator.billing.rollup import Part, RollUp, add, decide_rollup, part_of, rolled_up
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.flow.periods import open_periods
@@ -124,22 +125,48 @@ class Roller:
         waiting = open_periods(self._ledger, service, schedule, now_ns)
         if any(each.end_ns <= period.end_ns for each in waiting):
             return []  # a fact came in meanwhile: its period comes first
-        if period.granularity is Granularity.DAY:
-            bodies = rollups.final_bodies(self._engine, service, period.start_ns, period.end_ns)
-        else:
-            bodies = rollups.rollup_bodies(self._engine, service, Granularity.DAY, period.start_ns, period.end_ns)
-        parts = _parts(json.loads(body) for _, _, body in bodies)
-        pods = rollups.pod_sums(self._engine, service, period)
-        manifests = [
-            rolled_up(service, tenant, period, parts[tenant], parts[PLATFORM], verdict=verdict, pods=pods)
-            for tenant in sorted(parts)
-        ]
+        manifests = folded(self._ledger, service, period, verdict)
         if not rollups.keep_rollup(self._engine, service, period, manifests, made_from=made_from, now_ns=now_ns):
             self._services.pop(service, None)  # a fact came in, or another collector was faster: read it anew
             return []
         what = period.granularity.value.lower()
         log.info("%s/%s: the %s that ended %s is Final.", *service, what, rfc3339(period.end_ns))
         return manifests
+
+
+def folded(reader: Reader, service: ServiceName, period: Period, verdict: RollUp) -> list[Manifest]:
+    """The reports of a day or month, from what the ledger keeps of its periods."""
+    engine, after_ns, until_ns = reader.engine, period.start_ns, period.end_ns
+    if period.granularity is Granularity.DAY:
+        bodies = rollups.final_bodies(engine, service, after_ns, until_ns)
+    else:
+        bodies = rollups.rollup_bodies(engine, service, Granularity.DAY, after_ns, until_ns)
+    parts = _parts(json.loads(body) for _, _, body in bodies)
+    pods = rollups.pod_sums(engine, service, period)
+    return [
+        rolled_up(service, tenant, period, parts[tenant], parts[PLATFORM], verdict=verdict, pods=pods)
+        for tenant in sorted(parts)
+    ]
+
+
+def check_sums(reader: Reader, service: ServiceName) -> list[str]:
+    """Every Final day and month of a service that is not, to the byte, the sum of what it is made of."""
+    problems = []
+    for granularity, period_of in ((Granularity.DAY, day_of), (Granularity.MONTH, month_of)):
+        kept: dict[int, dict[str, bytes]] = {}
+        for end_ns, tenant, body in rollups.rollup_bodies(reader.engine, service, granularity, 0):
+            kept.setdefault(end_ns, {})[tenant] = body
+        for end_ns, reports in sorted(kept.items()):
+            period = period_of(end_ns)
+            again = folded(reader, service, period, decide_rollup(period, (), now_ns=2**62))
+            expected = {each["spec"]["tenant"]: canonical_report(each) for each in again}
+            problems += [
+                f"the {granularity.value.lower()} that ended {rfc3339(end_ns)}: {tenant}'s report is not the sum of "
+                "its periods' reports"
+                for tenant in sorted(expected.keys() | reports.keys())
+                if expected.get(tenant) != reports.get(tenant)
+            ]
+    return problems
 
 
 def added(of: Iterable[Parts]) -> Parts:
