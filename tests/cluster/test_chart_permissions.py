@@ -30,7 +30,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("", "pods"): READ,
         (GPUMETER, "inferenceservices"): READ,
         (GPUMETER, "priceplans"): READ,
-        (GPUMETER, "usagereports"): ("get", "list", *WRITE),
+        (GPUMETER, "usagereports"): ("get", "list", *WRITE, "delete"),
         (GPUMETER, "usagereports/status"): ("patch",),
     },
     "gpumeter-gateway": {
@@ -44,6 +44,7 @@ MAY = [
     ("gpumeter-operator", "patch", "deployments.apps", ELSEWHERE),
     ("gpumeter-operator", "create", "secrets", ELSEWHERE),
     ("gpumeter-collector", "create", "usagereports.gpumeter.io", ELSEWHERE),
+    ("gpumeter-collector", "delete", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-gateway", "list", "secrets", NAMESPACE),
     ("gpumeter-gateway", "watch", "endpointslices.discovery.k8s.io", ELSEWHERE),
 ]
@@ -58,7 +59,7 @@ MAY_NOT = [
     ("gpumeter-collector", "patch", "inferenceservices.gpumeter.io", ELSEWHERE),
     ("gpumeter-collector", "patch", "priceplans.gpumeter.io", ELSEWHERE),
     ("gpumeter-collector", "delete", "pods", ELSEWHERE),
-    ("gpumeter-collector", "delete", "usagereports.gpumeter.io", ELSEWHERE),
+    ("gpumeter-collector", "deletecollection", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-gateway", "get", "secrets", ELSEWHERE),
     ("gpumeter-gateway", "create", "secrets", NAMESPACE),
     ("gpumeter-gateway", "get", "usagereports.gpumeter.io", ELSEWHERE),

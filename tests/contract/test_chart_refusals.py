@@ -37,6 +37,10 @@ REFUSALS = {
         ("billing.closeGrace=5 minutes",),
         'billing.closeGrace is "5 minutes"; write a duration from 10s to 24h, for example 10m.',
     ),
+    "hours that leave at once": (
+        ("billing.keepDays.hours=0",),
+        "billing.keepDays.hours is 0; write a number of days from 1 to 366.",
+    ),
     "collecting too seldom": (
         ("collector.pullInterval=1m",),
         'collector.pullInterval is "1m"; write a duration from 100ms to 4s, for example 2s, because a worker whose '
@@ -171,6 +175,7 @@ def test_names_and_types_are_checked_by_the_schema(setting: str, words: str) -> 
     ("value", "accepted", "refused"),
     [
         ("billing.closeGrace", ("10s", "24h"), ("9s", "25h")),
+        ("billing.keepDays.days", ("1", "1100"), ("0", "1101")),
         ("collector.pullInterval", ("100ms", "4s"), ("99ms", "4001ms")),
         ("gateway.terminationGracePeriod", ("20s", "1h"), ("19s", "61m")),
         ("gateway.podDisruptionBudget.maxUnavailable", ("1", "1%", "100%"), ("0%", "101%", "one")),

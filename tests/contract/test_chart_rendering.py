@@ -55,6 +55,7 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_LEDGER_URL": "sqlite:////var/lib/gpumeter/ledger.db",
         "GPUMETER_PERIOD": "5m",
         "GPUMETER_CLOSE_GRACE_S": "90",
+        "GPUMETER_KEEP_DAYS": "hours=3,days=31,months=400",
         "GPUMETER_PULL_INTERVAL_MS": "500",
     }
     assert environment(pods["gpumeter-gateway"]) == {**shared, "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "110"}

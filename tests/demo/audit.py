@@ -69,7 +69,8 @@ def lines_of(reports: Sequence[dict[str, Any]], runs: Sequence[Run], service: st
     periods: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for report in reports:
         spec = report["spec"]
-        if spec["serviceRef"]["name"] == service:
+        sums = spec["period"].get("granularity") in ("Day", "Month")  # of the others
+        if spec["serviceRef"]["name"] == service and not sums:
             periods.setdefault((ns(spec["period"]["start"]), ns(spec["period"]["end"])), []).append(report)
     return [
         _line(start_ns, end_ns, own, runs)

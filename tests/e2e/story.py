@@ -136,7 +136,8 @@ def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
     last_end_ns = max(life.ended_ns for life in lives_of(watch.seen))
     with demo.progress.step("the last period becomes Final"):
         until(lambda: _final_until_ns(kube) >= last_end_ns, 150)
-    evidence.reports = kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
+    listed = kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
+    evidence.reports = [one for one in listed if one["spec"]["period"]["granularity"] not in ("Day", "Month")]
     collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
     evidence.accounts = kube.run(*collector, "gpumeter", "accounts", "--check", "--namespace", TEAM, "-o", "json")
     evidence.ledger = copy_out(

@@ -1,4 +1,5 @@
-"""Pages repeated, cut and shuffled change nothing: the ledger replayed from journals gives byte-identical reports."""
+"""Pages repeated, cut and shuffled change nothing: the ledger replayed from journals gives byte-identical reports, of
+closing periods, days and months alike."""
 
 import random
 import sqlite3
@@ -8,6 +9,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.accept import PageRefused
@@ -15,11 +17,12 @@ from gpumeter_operator.billing.facts import Worker
 from gpumeter_operator.cli.accounts import audit
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.page import Page
-from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, day_of, month_of
 from gpumeter_usage.record import Account
 from rigs.ledger import START_NS, FakeWorker, ended, gone, live, open_ledger, started, worker
 
 SERVICE = ("team-a", "smollm2")
+HOUR_NS = 60 * MINUTE_NS
 END_NS = START_NS + 200 * SECOND_NS
 SPEC = b'{"currency":"USD","idlePayer":"platform","rates":[{"gpuClass":"h100","perGpuHour":"1.234567"}]}'
 
@@ -65,10 +68,18 @@ def bill(path: Path, pods: list[tuple[Worker, FakeWorker]], deliveries: random.R
         deliveries.shuffle(waiting)
     _deliver(ledger, waiting)
     plan_hash = ledger.keep_plan("default", 1, SPEC, START_NS)
-    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {"default": plan_hash}), END_NS + 2 * MINUTE_NS)
+    pricing = Pricing({}, {"default": plan_hash})
+    Closer(ledger, MINUTE_NS).close_all(pricing, END_NS + 2 * MINUTE_NS)
+    rounds = [day_of(END_NS).end_ns + HOUR_NS, month_of(END_NS).end_ns + HOUR_NS]
+    for now_ns in rounds[deliveries.randrange(2) :] if deliveries else rounds:
+        Closer(ledger, MINUTE_NS).close_all(pricing, now_ns)
     assert audit(ledger, SERVICE) == []
     assert ledger.alarms() == []
     found: list[object] = list(ledger.final_reports(*SERVICE))
+    for granularity in (Granularity.DAY, Granularity.MONTH):
+        sums = rollups.rollup_bodies(ledger.engine, SERVICE, granularity, 0)
+        assert len(sums) == 3, "two tenants and the platform"
+        found += sums
     found += [row for identity, _ in pods for row in ledger.bodies(identity.worker_uid)]
     ledger.close()
     return found
@@ -109,15 +120,15 @@ def test_a_change_of_any_single_raw_row_is_found(data: st.DataObject) -> None:
         raw = sqlite3.connect(path)
         for (trigger,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
             raw.execute(f"DROP TRIGGER {trigger}")  # whoever has the file has this power
-        table = data.draw(st.sampled_from(["records", "pod_accounts", "reports"]))
+        table = data.draw(st.sampled_from(["records", "pod_accounts", "reports", "rollups"]))
         rowid = data.draw(st.sampled_from([row[0] for row in raw.execute(f"SELECT rowid FROM {table}")]))
         if table == "pod_accounts":
             figure = data.draw(st.sampled_from(FIGURES))
             raw.execute(f"UPDATE pod_accounts SET {figure} = {figure} + 1 WHERE rowid = ?", (rowid,))
-        elif table == "reports":
-            (body,) = raw.execute("SELECT body FROM reports WHERE rowid = ?", (rowid,)).fetchone()
+        elif table in ("reports", "rollups"):
+            (body,) = raw.execute(f"SELECT body FROM {table} WHERE rowid = ?", (rowid,)).fetchone()
             changed = body.replace(b'"gpuNanoseconds":"', b'"gpuNanoseconds":"1')
-            raw.execute("UPDATE reports SET body = ? WHERE rowid = ?", (changed, rowid))
+            raw.execute(f"UPDATE {table} SET body = ? WHERE rowid = ?", (changed, rowid))
         elif data.draw(st.booleans()):
             raw.execute("DELETE FROM records WHERE rowid = ?", (rowid,))
         else:

@@ -11,6 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
+from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
@@ -20,7 +21,7 @@ from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.chain import Link, link
 from gpumeter_usage.page import Page
-from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, day_of
 from gpumeter_usage.record import Account, Status, canonical, parse
 from rigs.databases import Database
 from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, started, worker
@@ -105,8 +106,13 @@ def fill(ledger: Ledger) -> None:
     ledger.keep_plan("default", 1, b"{}", NOW_NS)
     ledger.keep_profiles(POD.worker_uid, [(sha256(b"{}").hexdigest(), b"{}")], NOW_NS)
     take(ledger, fake.page("boot-1", 0, limit=3), START_NS + MINUTE_NS)
-    Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), START_NS + MINUTE_NS + 10 * SECOND_NS)
+    made = Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), START_NS + MINUTE_NS + 10 * SECOND_NS)
     take(ledger, fake.page("boot-1", 3), START_NS + MINUTE_NS + 11 * SECOND_NS)
+    day, before = day_of(START_NS + 1), rollups.facts_before(ledger.engine, SERVICE, START_NS)
+    of_day = [each for each in made if each["spec"]["period"]["granularity"] == "Day"]
+    assert rollups.keep_rollup(
+        ledger.engine, SERVICE, replace(day, end_ns=START_NS), of_day, made_from=before, now_ns=NOW_NS
+    )
 
 
 def test_a_duplicate_page_changes_nothing(ledger: Ledger) -> None:

@@ -10,15 +10,18 @@ from enum import StrEnum
 
 SECOND_NS = 1_000_000_000
 MINUTE_NS = 60 * SECOND_NS
+DAY_NS = 1440 * MINUTE_NS
 
 
 class Granularity(StrEnum):
-    """How long a closing period is, as a UsageReport names it."""
+    """How long a period is, as a UsageReport names it. Days and months are made of the shorter ones."""
 
     MINUTE = "Minute"
     FIVE_MINUTES = "FiveMinutes"
     FIFTEEN_MINUTES = "FifteenMinutes"
     HOUR = "Hour"
+    DAY = "Day"
+    MONTH = "Month"
 
 
 LENGTH_NS = {
@@ -27,6 +30,9 @@ LENGTH_NS = {
     Granularity.FIFTEEN_MINUTES: 15 * MINUTE_NS,
     Granularity.HOUR: 60 * MINUTE_NS,
 }
+
+
+_LABELS = {Granularity.HOUR: "%Y%m%dt%H", Granularity.DAY: "%Y%m%d", Granularity.MONTH: "%Y%m"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -39,8 +45,8 @@ class Period:
 
     @property
     def label(self) -> str:
-        """The period as resource names write it: 20261121t14 for an hour, 20261121t1405 for a shorter one."""
-        shape = "%Y%m%dt%H" if self.granularity is Granularity.HOUR else "%Y%m%dt%H%M"
+        """The period as resource names write it: 202611, 20261121, 20261121t14 for an hour, 20261121t1405 for less."""
+        shape = _LABELS.get(self.granularity, "%Y%m%dt%H%M")
         return datetime.fromtimestamp(self.start_ns // SECOND_NS, UTC).strftime(shape)
 
     def overlap_ns(self, start_ns: int, end_ns: int) -> int:
@@ -53,6 +59,19 @@ def period_of(ended_at_ns: int, granularity: Granularity) -> Period:
     length_ns = LENGTH_NS[granularity]
     end_ns = -(-ended_at_ns // length_ns) * length_ns
     return Period(end_ns - length_ns, end_ns, granularity)
+
+
+def day_of(ended_at_ns: int) -> Period:
+    """The UTC day to which something that ended at this time belongs."""
+    end_ns = -(-ended_at_ns // DAY_NS) * DAY_NS
+    return Period(end_ns - DAY_NS, end_ns, Granularity.DAY)
+
+
+def month_of(ended_at_ns: int) -> Period:
+    """The UTC month to which something that ended at this time belongs: what ends with a month's last day is its."""
+    first = datetime.fromtimestamp((ended_at_ns - 1) // SECOND_NS, UTC).replace(day=1, hour=0, minute=0, second=0)
+    after = first.replace(year=first.year + first.month // 12, month=first.month % 12 + 1)
+    return Period(int(first.timestamp()) * SECOND_NS, int(after.timestamp()) * SECOND_NS, Granularity.MONTH)
 
 
 def next_minute_edge_ns(at_ns: int) -> int:

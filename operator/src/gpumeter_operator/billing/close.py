@@ -28,13 +28,18 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A worker whose records up to the period's end are not all in the ledger, and why."""
+    """A worker whose records up to the period's end are not all in the ledger, and why.
+
+    `since_ns` is up to when they are (0 where that is not known), `first_seq` the first of a boot that is not.
+    """
 
     worker_uid: str
     pod: str
     reason: str
     message: str
     boot_id: str = ""
+    since_ns: int = 0
+    first_seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +123,11 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
         message = pod.problem or (
             f"its records reach to {rfc3339(pod.settled_ns)}" if pod.settled_ns else "it has not answered yet"
         )
-        return Missing(worker.worker_uid, worker.pod, "WorkerBehind", f"{message}.".replace("..", "."))
+        message = f"{message}.".replace("..", ".")
+        return Missing(worker.worker_uid, worker.pod, "WorkerBehind", message, since_ns=_known_until_ns(pod))
     if not pod.boots:
-        return Missing(worker.worker_uid, worker.pod, "WorkerLost", "it is gone and never sent a record.")
+        told = "it is gone and never sent a record."
+        return Missing(worker.worker_uid, worker.pod, "WorkerLost", told, since_ns=_known_until_ns(pod))
     return _lost_at_the_end(pod, period)
 
 
@@ -148,7 +155,14 @@ def _seal_missing(pod: Pod, boot: BootFacts, what: str) -> Missing:
         "SealMissing",
         f"{what}, and its records after seq {boot.committed_seq} of boot {boot.boot_id} are lost.",
         boot.boot_id,
+        since_ns=_known_until_ns(pod) if boot is pod.boots[-1] else 0,
+        first_seq=boot.committed_seq + 1 if boot.seal is Status.NONE else 0,
     )
+
+
+def _known_until_ns(pod: Pod) -> int:
+    """Up to when something is known of a pod: what it did until then, or when its first container started."""
+    return pod.settled_ns or min((span.started_ns for span in pod.spans), default=0)
 
 
 def _workers(count: int) -> str:

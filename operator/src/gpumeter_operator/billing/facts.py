@@ -108,7 +108,8 @@ class Adjustment:
     """Something of a closed period that became known after it was Final, and is booked in a later one instead.
 
     Late records are booked as themselves (`allocated_ns` is 0); `allocated_ns` is by how much the allocation of closed
-    periods was too small (negative: too large), because a container's start or end became known late.
+    periods was too small (negative: too large), because a container's start or end became known late. `first_seq` to
+    `last_seq` of `boot_id` are the late records, 0 where it is about none; `reason` is a sentence.
     """
 
     worker_uid: str
@@ -116,6 +117,15 @@ class Adjustment:
     booked_end_ns: int
     allocated_ns: int
     reason: str
+    boot_id: str = ""
+    first_seq: int = 0
+    last_seq: int = 0
+    actor: str = "gpumeter-collector"
+
+    @property
+    def word(self) -> str:
+        """The reason in one word."""
+        return "LateRecords" if self.first_seq else "LateContainer"
 
 
 @dataclass(frozen=True, slots=True)

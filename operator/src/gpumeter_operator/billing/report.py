@@ -17,7 +17,7 @@ from typing import Any
 
 from gpumeter_operator.billing.accounts import Accounts, PodAccounts
 from gpumeter_operator.billing.close import Phase, Verdict
-from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Line, Worker
 from gpumeter_operator.billing.tariff import PeriodPlan, Priced, per_thousand, plain, price
 from gpumeter_operator.decide.names import (
     API_VERSION,
@@ -28,7 +28,7 @@ from gpumeter_operator.decide.names import (
     SERVICE_LABEL,
     TENANT_LABEL,
 )
-from gpumeter_usage.period import SECOND_NS, Period, rfc3339
+from gpumeter_usage.period import SECOND_NS, Granularity, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
 from gpumeter_usage.tenant import RESERVED_TENANT
 
@@ -39,7 +39,8 @@ MAX_MISSING = 1024
 RECONCILED_PER_MILLE = 1
 """|unaccounted| may be up to one thousandth of what was allocated."""
 
-_ACCOUNT_FIELDS = {name: name for name in Accounts.__dataclass_fields__} | {"host_gap": "hostGap"}
+MAX_ADJUSTMENTS = 256
+ACCOUNT_FIELDS = {name: name for name in Accounts.__dataclass_fields__} | {"host_gap": "hostGap"}
 
 Manifest = dict[str, Any]
 
@@ -57,8 +58,8 @@ class PodPeriod:
 class ServicePeriod:
     """All that the reports of a service for a period are made of.
 
-    `digests` holds, by owner, the digest of its records (see `digest_of`); empty while the period runs. `late` says in
-    sentences what of earlier, closed periods is booked here.
+    `digests` holds, by owner, the digest of its records (see `digest_of`); empty while the period runs. `adjustments`
+    are what of earlier, closed periods is booked here.
     """
 
     namespace: str
@@ -68,7 +69,7 @@ class ServicePeriod:
     pods: tuple[PodPeriod, ...]
     plan: PeriodPlan
     digests: Mapping[str, str]
-    late: tuple[str, ...] = ()
+    adjustments: tuple[Adjustment, ...] = ()
 
 
 def reports(of: ServicePeriod) -> tuple[Manifest, ...]:
@@ -97,37 +98,51 @@ def canonical_report(manifest: Manifest) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _report(of: ServicePeriod, tenant: str) -> Manifest:
-    period = of.period
-    spec: Manifest = {
-        "tenant": tenant,
-        "serviceRef": {"name": of.service},
-        "period": {
-            "start": rfc3339(period.start_ns),
-            "end": rfc3339(period.end_ns),
-            "granularity": period.granularity.value,
-        },
-    }
-    if (plan := of.plan.plan) is not None:
-        spec["pricePlanRef"] = {"name": plan.name, "version": plan.version}
-        spec["pricePlanHash"] = plan.hash
+def envelope(service: tuple[str, str], tenant: str, period: Period, phase: Phase, status: Manifest) -> Manifest:
+    """A report of a service (namespace, name) with this status: its name, labels and spec."""
+    namespace, name = service
     return {
         "apiVersion": API_VERSION,
         "kind": "UsageReport",
         "metadata": {
-            "name": report_name(of.service, tenant, period),
-            "namespace": of.namespace,
+            "name": report_name(name, tenant, period),
+            "namespace": namespace,
             "labels": {
                 MANAGED_BY_LABEL: MANAGED_BY,
-                SERVICE_LABEL: of.service,
+                SERVICE_LABEL: name,
                 TENANT_LABEL: RESERVED_TENANT if tenant == PLATFORM else tenant,
                 GRANULARITY_LABEL: period.granularity.value,
-                PHASE_LABEL: of.verdict.phase.value,
+                PHASE_LABEL: phase.value,
             },
         },
-        "spec": spec,
-        "status": _status(of, tenant),
+        "spec": {
+            "tenant": tenant,
+            "serviceRef": {"name": name},
+            "period": {
+                "start": rfc3339(period.start_ns),
+                "end": rfc3339(period.end_ns),
+                "granularity": period.granularity.value,
+            },
+        },
+        "status": {**status, "period": _shown(period)},
     }
+
+
+def _shown(period: Period) -> str:
+    lengths = {Granularity.DAY: len("2026-11-21"), Granularity.MONTH: len("2026-11")}
+    return rfc3339(period.start_ns)[: lengths.get(period.granularity)]
+
+
+def mean_batch(batch_ns: int, used_ns: int) -> str:
+    """The mean number of sequences in the steps of which these nanoseconds are shares, to three decimals."""
+    return plain((Decimal(batch_ns) / Decimal(used_ns)).quantize(Decimal("0.001"), ROUND_HALF_EVEN))
+
+
+def _report(of: ServicePeriod, tenant: str) -> Manifest:
+    found = envelope((of.namespace, of.service), tenant, of.period, of.verdict.phase, _status(of, tenant))
+    if (plan := of.plan.plan) is not None:
+        found["spec"] |= {"pricePlanRef": {"name": plan.name, "version": plan.version}, "pricePlanHash": plan.hash}
+    return found
 
 
 def _status(of: ServicePeriod, tenant: str) -> Manifest:
@@ -145,12 +160,14 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
     prompt = sum(line.prompt_tokens for line in used)
     completion = sum(line.completion_tokens for line in used)
     priced = price(of.plan, by_class, of.period.start_ns)
+    batch_ns = sum(line.batch_ns for line in used)
     status: Manifest = {
         "phase": of.verdict.phase.value,
         "gpuNanoseconds": str(gpu_ns),
         "gpuSeconds": plain(Decimal(gpu_ns) / SECOND_NS),
         "prefillGpuNanoseconds": str(sum(line.prefill_ns for line in used)),
         "decodeGpuNanoseconds": str(sum(line.decode_ns for line in used)),
+        "batchNanoseconds": str(batch_ns),
         "sessions": sum(line.sessions for line in used),
         "tokens": {
             "prompt": prompt,
@@ -161,14 +178,15 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
         "recordCount": sum(line.records for line in own),
         "seqRanges": _ranges(own),
         "completeness": _completeness(of.verdict),
-        "conditions": _conditions(of, total, priced),
+        "conditions": _conditions(of, priced),
     }
     used_ns = sum(line.gpu_ns for line in used)
     if used_ns:
-        mean = Decimal(sum(line.batch_ns for line in used)) / Decimal(used_ns)
-        status["meanBatchSize"] = plain(mean.quantize(Decimal("0.001"), ROUND_HALF_EVEN))
+        status["meanBatchSize"] = mean_batch(batch_ns, used_ns)
+    if of.adjustments:
+        status["adjustments"] = [_adjustment(each) for each in of.adjustments[:MAX_ADJUSTMENTS]]
     if tenant == PLATFORM:
-        status["accounts"] = {field: str(getattr(total, name)) for name, field in _ACCOUNT_FIELDS.items()}
+        status["accounts"] = {field: str(getattr(total, name)) for name, field in ACCOUNT_FIELDS.items()}
     if priced.amount is not None and of.plan.plan is not None:
         status["amount"] = status["amountDue"] = plain(priced.amount)
         status["currency"] = of.plan.plan.currency
@@ -201,7 +219,7 @@ def _completeness(verdict: Verdict) -> Manifest:
         return {"expectedWorkers": verdict.expected}
     missing = []
     for each in verdict.missing[:MAX_MISSING]:
-        entry = {
+        entry: Manifest = {
             "workerUid": each.worker_uid,
             "pod": each.pod,
             "reason": each.reason,
@@ -209,6 +227,10 @@ def _completeness(verdict: Verdict) -> Manifest:
         }
         if each.boot_id:
             entry["bootId"] = each.boot_id
+        if each.since_ns:
+            entry["since"] = rfc3339(each.since_ns)
+        if each.first_seq:
+            entry["first"] = each.first_seq
         missing.append(entry)
     return {
         "expectedWorkers": verdict.expected,
@@ -217,7 +239,7 @@ def _completeness(verdict: Verdict) -> Manifest:
     }
 
 
-def _conditions(of: ServicePeriod, total: Accounts, priced: Priced) -> list[Any]:
+def _conditions(of: ServicePeriod, priced: Priced) -> list[Any]:
     # A transition time must be a fact, or the same ledger would give two reports: it is the edge of the period.
     at = rfc3339(of.period.start_ns if of.verdict.phase is Phase.OPEN else of.period.end_ns)
 
@@ -226,7 +248,7 @@ def _conditions(of: ServicePeriod, total: Accounts, priced: Priced) -> list[Any]
 
     return [
         _complete(of, condition),
-        _reconciled(of, total, condition),
+        _reconciled(of, condition),
         _measured(of, condition),
         condition("Priced", "False" if priced.amount is None else "True", priced.reason, priced.message),
     ]
@@ -235,30 +257,50 @@ def _conditions(of: ServicePeriod, total: Accounts, priced: Priced) -> list[Any]
 def _complete(of: ServicePeriod, condition: Any) -> Any:
     verdict = of.verdict
     status = "Unknown" if verdict.phase is not Phase.FINAL else "True" if verdict.complete else "False"
-    message = " ".join((verdict.message, *of.late))
+    message = " ".join((verdict.message, *(each.reason for each in of.adjustments)))
     return condition("Complete", status, verdict.reason, message[:32_768])
 
 
-def _reconciled(of: ServicePeriod, total: Accounts, condition: Any) -> Any:
+def _reconciled(of: ServicePeriod, condition: Any) -> Any:
     problems = [problem for pod in of.pods for problem in pod.booked.problems]
     if problems and of.verdict.phase is not Phase.OPEN:  # in a running period a flush may be half here
         return condition("Reconciled", "False", "SlicesDisagree", "; ".join(problems)[:32_000] + ".")
-    residual_ns = sum(abs(pod.booked.accounts.unaccounted) for pod in of.pods)
+    return condition("Reconciled", *reconciled([pod.booked.accounts for pod in of.pods]))
+
+
+def reconciled(of_pods: Iterable[Accounts]) -> tuple[str, str, str]:
+    """Status, reason and message of Reconciled, from the accounts of each pod: too much must not hide too little."""
+    accounts = list(of_pods)
+    total = sum(accounts, Accounts())
+    residual_ns = sum(abs(pod.unaccounted) for pod in accounts)
     bound_ns = total.allocated * RECONCILED_PER_MILLE // 1000
     signed_ns = total.unaccounted
     in_sum = "" if signed_ns == residual_ns else f" without regard to sign, {signed_ns} ns in sum"
     bound = f"up to {bound_ns} ns (0.1 % of {total.allocated} ns allocated) may be."
     message = f"{residual_ns} ns are unaccounted{in_sum}; {bound}"
     if residual_ns <= bound_ns:
-        return condition("Reconciled", "True", "WithinBound", message)
-    return condition(
-        "Reconciled",
+        return "True", "WithinBound", message
+    return (
         "False",
         "UnaccountedTime",
         message + " Kubernetes states container times in whole seconds, so a start or an end leaves up to a second. "
         "A step that crosses the period's edge belongs to the period in which it ends: what it leaves in one, the "
         "next gives back.",
     )
+
+
+def _adjustment(each: Adjustment) -> Manifest:
+    entry: Manifest = {
+        "originalPeriodEnd": rfc3339(each.closed_end_ns),
+        "workerUid": each.worker_uid,
+        "reason": each.word,
+        "message": each.reason[:1024],
+        "actor": each.actor,
+        "allocatedNanoseconds": str(each.allocated_ns),
+    }
+    if each.first_seq:
+        entry |= {"bootId": each.boot_id, "first": each.first_seq, "last": each.last_seq}
+    return entry
 
 
 def _measured(of: ServicePeriod, condition: Any) -> Any:

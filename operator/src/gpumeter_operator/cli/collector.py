@@ -113,7 +113,7 @@ class Process:
             time.time_ns,
             ProfileKeeper(ledger, workers, self._execute, time.time_ns),
         )
-        self._publisher = Publisher(cluster, ledger, self._execute)
+        self._publisher = Publisher(cluster, ledger, self._execute, settings.keep)
         self._collect = CollectRound(
             ledger,
             self._collector,

@@ -16,6 +16,7 @@ from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
+from gpumeter_operator.flow.rollup import Roller
 from gpumeter_usage.period import Period, rfc3339
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Closer:
     def __init__(self, ledger: Ledger, grace_ns: int) -> None:
         self._ledger = ledger
         self._grace_ns = grace_ns
+        self._roller = Roller(ledger)
         self._kept: dict[ServiceName, set[tuple[int, Phase]]] = {}
         self._failing: set[ServiceName] = set()
 
@@ -67,10 +69,11 @@ class Closer:
         self._ledger.raise_alarm("CloseFailed", name, message, now_ns)
 
     def close_service(self, service: ServiceName, schedule: Schedule, pricing: Pricing, now_ns: int) -> list[Manifest]:
-        """The same for one service."""
+        """The same for one service: its closing periods, then the days and months that they belong to."""
         manifests: list[Manifest] = []
         waiting: Period | None = None
-        for period in open_periods(self._ledger, service, schedule, now_ns):
+        unclosed = open_periods(self._ledger, service, schedule, now_ns)
+        for period in tuple(unclosed):
             made_from = self._ledger.facts_version(*service, period.end_ns)  # read before anything that it counts
             plan = self._plan(service, period, pricing, now_ns)
             pods, _, adjustments = facts = facts_of(self._ledger, service, period)
@@ -91,7 +94,7 @@ class Closer:
                     pods=of_pods,
                     plan=plan,
                     digests=self._ledger.digests(*service, period.end_ns) if final else {},
-                    late=tuple(adjustment.reason for adjustment in adjustments),
+                    adjustments=tuple(adjustments),
                 )
             )
             if final:
@@ -102,6 +105,7 @@ class Closer:
                 if not kept:
                     break  # a fact came in meanwhile: the next round folds it too
                 self._kept.pop(service, None)
+                unclosed.remove(period)
                 log.info(
                     "%s/%s: the period that ended %s is Final: %s", *service, rfc3339(period.end_ns), verdict.message
                 )
@@ -109,7 +113,7 @@ class Closer:
                 waiting = waiting or period
                 self._keep_phase(service, period, verdict, found, now_ns)
             manifests += found
-        return manifests
+        return manifests + self._roller.roll(service, schedule, unclosed, now_ns)
 
     def _plan(self, service: ServiceName, period: Period, pricing: Pricing, now_ns: int) -> PeriodPlan:
         opened = self._ledger.period_plan(*service, period.end_ns)

@@ -22,6 +22,7 @@ from gpumeter_operator.billing.audit import (
 )
 from gpumeter_operator.billing.facts import Pod
 from gpumeter_operator.flow.refold import known_of, platform_of, refold
+from gpumeter_operator.flow.rollup import check_sums
 from gpumeter_usage.period import rfc3339
 
 PROGRESS_EVERY = 10_000
@@ -122,6 +123,9 @@ def recount_service(
             if kept.get(tenant) != again.get(tenant):
                 what = _first_difference(kept.get(tenant), again.get(tenant))
                 yield "ReportBytes", f"{name}: {tenant}'s report of the period that ended {rfc3339(end_ns)}: {what}"
+    for end_ns, problem in check_sums(reader, service):
+        if span.holds(end_ns):
+            yield "ReportBytes", f"{name}: {problem}"
 
 
 def _rows(reader: Reader, pod: Pod, span: Span) -> Iterator[RawRow]:

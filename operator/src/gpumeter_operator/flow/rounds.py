@@ -221,8 +221,7 @@ class CloseRound:
         pricing = await self._pricing(now_ns)
         manifests = await self._execute(partial(self._closer.close_all, pricing, now_ns))
         try:
-            if now_ns >= self._restore_at_ns:
-                await self._publisher.restore(now_ns)
+            if now_ns >= self._restore_at_ns and await self._publisher.restore(now_ns):
                 self._restore_at_ns = now_ns + self._restore_every_ns
             await self._publisher.publish(manifests, now_ns)
         except (Unreachable, Refused) as problem:

@@ -158,7 +158,8 @@ class Reader:
     def adjustments(self, namespace: str, service: str, booked_end_ns: int | None = None) -> list[Adjustment]:
         """What is booked in a period (or in any) instead of in an earlier, closed one."""
         a = t.adjustments.c
-        query = select(a.worker_uid, a.closed_end_ns, a.booked_end_ns, a.allocated_ns, a.reason).where(
+        columns = (a.worker_uid, a.closed_end_ns, a.booked_end_ns, a.allocated_ns, a.reason)
+        query = select(*columns, a.boot_id, a.first_seq, a.last_seq).where(
             a.namespace == namespace, a.service == service
         )
         if booked_end_ns is not None:
@@ -297,16 +298,25 @@ def schedule(connection: Connection) -> Schedule:
 
 
 def last_final_ns(connection: Connection, namespace: str, service: str) -> int:
-    """The end of the last Final period of a service, inside a transaction."""
-    return int(connection.scalar(_LAST_FINAL, {"namespace": namespace, "service": service}) or 0)
+    """The end of the last Final period of a service, inside a transaction.
+
+    A Final day or month counts: what comes late for an hour of it in which nobody was known to live is booked after it.
+    """
+    of_service = {"namespace": namespace, "service": service}
+    return max(int(connection.scalar(newest, of_service) or 0) for newest in (_LAST_FINAL, _LAST_FINAL_DAY))
 
 
-# Asked once a service and page: to build it each time would cost more than to ask it.
+# Asked once a service and page: to build them each time would cost more than to ask them.
 _LAST_FINAL = select(func.max(t.reports.c.period_end_ns)).where(
     t.reports.c.namespace == bindparam("namespace"),
     t.reports.c.service == bindparam("service"),
     t.reports.c.tenant == PLATFORM,
     t.reports.c.phase == Phase.FINAL.value,
+)
+_LAST_FINAL_DAY = select(func.max(t.rollups.c.period_end_ns)).where(
+    t.rollups.c.namespace == bindparam("namespace"),
+    t.rollups.c.service == bindparam("service"),
+    t.rollups.c.granularity == Granularity.DAY.value,
 )
 
 

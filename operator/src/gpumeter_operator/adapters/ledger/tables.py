@@ -3,7 +3,7 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles, digests,
+price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms, profiles, digests,
 digest_facts, signing_keys.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
 collectors (who works on it now).
@@ -167,6 +167,23 @@ reports = Table(
 Index("reports_by_end", reports.c.phase, reports.c.period_end_ns)
 Index("reports_by_name", reports.c.namespace, reports.c.name)
 
+rollups = Table(
+    "rollups",
+    metadata,
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("granularity", String(16), nullable=False),  # Day or Month; these are Final, others are not kept
+    Column("period_end_ns", BigInteger, nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("name", _NAME, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("digest", _HASH, nullable=False),  # SHA-256 of body
+    Column("kept_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "service", "granularity", "period_end_ns", "tenant"),
+)
+Index("rollups_by_end", rollups.c.period_end_ns)
+Index("rollups_by_name", rollups.c.namespace, rollups.c.name)
+
 pod_accounts = Table(
     "pod_accounts",
     metadata,
@@ -301,6 +318,7 @@ FACTS = (
     plan_observations,
     periods,
     reports,
+    rollups,
     pod_accounts,
     adjustments,
     alarms,
