@@ -3,7 +3,7 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles.
+period_terms, price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
 """
 
@@ -148,6 +148,17 @@ periods = Table(
     PrimaryKeyConstraint("namespace", "service", "end_ns"),
 )
 
+period_terms = Table(
+    "period_terms",
+    metadata,
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("end_ns", BigInteger, nullable=False),
+    Column("billing_mode", String(16), nullable=False),
+    Column("owner", String(64), nullable=False),  # the tenant to whom the service was dedicated; "" for none
+    PrimaryKeyConstraint("namespace", "service", "end_ns"),
+)
+
 reports = Table(
     "reports",
     metadata,
@@ -243,6 +254,7 @@ FACTS = (
     price_plans,
     plan_observations,
     periods,
+    period_terms,
     reports,
     pod_accounts,
     adjustments,
