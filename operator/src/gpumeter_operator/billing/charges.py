@@ -166,7 +166,7 @@ def price(bill: Bill, plan: PeriodPlan, period: Period) -> Priced:
     Where one of them has no price the whole has none: a bill is left unpriced rather than mispriced.
     """
     counted = [charge for charge in bill.charges if charge.counted]
-    versions = [charge.stretch.version for charge in counted] or [stretches(plan, period)[-1].version]
+    versions = [stretch.version for stretch in stretches(plan, period)]
     if all(version.plan is None for version in versions):
         return Priced(None, *_no_plan(plan.name, versions[0].problem))
     for charge in counted:

@@ -133,9 +133,10 @@ def audit(reader: Reader, service: Service) -> list[str]:
         reports.setdefault(end_ns, {})[tenant] = json.loads(body)
     told = check_kept(reader.kept_reports(*service), [])
     for end_ns in sorted(reports.keys() | allocated_ns.keys()):
-        opened, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
-        plan = opened.plan if opened else None
-        told += check_reports(schedule.period_of(end_ns), reports.get(end_ns, {}), recounts, of_class, plan)
+        plan, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
+        period = schedule.period_of(end_ns)
+        of_period = reports.get(end_ns, {})
+        told += check_reports(period, of_period, recounts, of_class, plan=plan, adjustments=adjustments)
     problems += [f"{service[0]}/{service[1]}: {problem}" for problem in told]
     return problems
 
