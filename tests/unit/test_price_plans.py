@@ -12,7 +12,7 @@ import pytest
 
 from gpumeter_operator.adapters.ledger.engine import writing
 from gpumeter_operator.billing.facts import PLATFORM
-from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plan_from, plain, sum_of_amounts
+from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plain, plan_from, sum_of_amounts
 from gpumeter_usage.period import SECOND_NS, Granularity
 from gpumeter_usage.record import Account
 from rigs.ledger import FakeWorker, finals
@@ -180,7 +180,9 @@ def test_late_records_are_priced_by_when_they_were_used(tmp_path: Path) -> None:
     hour.run(62)
     late = finals(hour.ledger)[at(30), "acme"]["status"]
     assert late["gpuNanoseconds"] == seconds(720)
-    assert late["amount"] == "0.84", "600 s at 0.001 and 120 s at 0.002, none at the rate of the quarter it is booked in"
+    assert late["amount"] == "0.84", (
+        "600 s at 0.001 and 120 s at 0.002, none at the rate of the quarter it is booked in"
+    )
     assert "what became known late is priced by when it was used" in priced(late)["message"]
     hour.close()
 

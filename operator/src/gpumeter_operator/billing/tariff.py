@@ -191,7 +191,9 @@ def plan_from(name: str, version: int, spec_bytes: bytes) -> PricePlan:
 
 def rounded(exact: Fraction) -> Decimal:
     """The one rounding: to 12 decimals, half to even."""
-    return Decimal(round(exact * STEPS_PER_UNIT)).scaleb(-12)
+    with localcontext() as context:
+        context.prec = PRECISION  # the default of 28 digits would round a second time
+        return Decimal(round(exact * STEPS_PER_UNIT)).scaleb(-12)
 
 
 def sum_of_amounts(amounts: Iterable[Decimal]) -> Decimal:
