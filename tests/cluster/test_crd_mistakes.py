@@ -1,7 +1,5 @@
 """What a person reads after a natural mistake in a manifest: the whole answer of kubectl apply, word for word."""
 
-import textwrap
-
 import pytest
 
 from apiserver import Run, Server
@@ -18,6 +16,14 @@ UNCHECKED = (
     "the existing errors to complete validation"
 )
 """What the API server adds when a type is wrong, because it runs rules on sound objects alone."""
+
+
+
+def plan(rates: str) -> str:
+    """A PricePlan with these rates."""
+    head = "apiVersion: gpumeter.io/v1alpha1\nkind: PricePlan\nmetadata: {name: mistaken}\n"
+    return f"{head}spec: {{currency: USD, rates: {rates}}}\n"
+
 
 MISTAKES = {
     "a field with a typing error": (
@@ -86,14 +92,26 @@ MISTAKES = {
         "Deployment, Services and usage reports; choose a shorter metadata.name.",
     ),
     "a price as a number": (
-        textwrap.dedent("""
-        apiVersion: gpumeter.io/v1alpha1
-        kind: PricePlan
-        metadata: {name: mistaken}
-        spec: {currency: USD, rates: [{gpuClass: h100, perGpuHour: 2.5}]}
-        """),
+        plan("[{gpuClass: h100, perGpuHour: 2.5}]"),
         'The PricePlan "mistaken" is invalid: \n* spec.rates[0].perGpuHour: Invalid value: "number": '
         'spec.rates[0].perGpuHour in body must be of type string: "number"' + UNCHECKED,
+    ),
+    "two prices at once": (
+        plan('[{gpuClass: h100, perGpuHour: "2.50"}, {gpuClass: h100, perGpuHour: "2.20"}]'),
+        'The PricePlan "mistaken" is invalid: spec.rates: Forbidden: Two rates of one gpuClass begin at the same time, '
+        "so the price would be in doubt; give each rate of a gpuClass its own effectiveFrom.",
+    ),
+    "a slice of a GPU that the plan does not price": (
+        plan('[{gpuClass: a100, perGpuHour: "2"}, {gpuClass: h100.1g.10gb, of: h100, fraction: "1/7"}]'),
+        'The PricePlan "mistaken" is invalid: spec.rates: Forbidden: A rate names in of a gpuClass that has no '
+        "perGpuHour of its own in this plan; add a rate with perGpuHour for the whole GPU, or give the slice a "
+        "perGpuHour.",
+    ),
+    "a price that changes within a minute": (
+        plan('[{gpuClass: h100, perGpuHour: "2", effectiveFrom: "2027-01-01T00:00:30Z"}]'),
+        'The PricePlan "mistaken" is invalid: spec.rates[0].effectiveFrom: Invalid value: "2027-01-01T00:00:30Z": '
+        "Let a price change on a whole minute, for example 2027-01-01T00:00:00Z; usage records are cut there, so none "
+        "of them has two prices.",
     ),
 }
 

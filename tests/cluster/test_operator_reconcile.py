@@ -305,9 +305,10 @@ async def test_conditions_follow_a_pod_from_no_capacity_over_failures_to_serving
 async def test_a_spec_that_this_version_cannot_run_is_a_condition_and_makes_nothing(
     cluster: Cluster, namespace: str, show: Show
 ) -> None:
-    await show(metering={"billingMode": "standardRate"}, engine={"type": "vllm"})
+    shared = {"gpu": {"resourceName": "nvidia.com/gpu.shared"}}
+    await show(resources=shared, engine={"type": "vllm"})
     ready = condition(await becomes(cluster, namespace, "NotSupported"))
-    assert "bills measured GPU time only" in ready["message"]
+    assert "the time of its steps cannot be measured" in ready["message"]
     assert "only the engine transformers" in ready["message"], "all problems at once"
     for resource, name in OWNED:
         assert await cluster.get(resource, name, namespace) is None, f"{resource.kind} {name}"

@@ -111,15 +111,20 @@ REFUSALS = {
         ),
         'pricePlan.currency is "$"; write three capital letters (ISO 4217), for example USD.',
     ),
-    "idle time for the tenant, which this version cannot charge": (
+    "a rate without a price": (
+        ("pricePlan.create=true", "pricePlan.rates[0].gpuClass=h100.1g.10gb", "pricePlan.rates[0].of=h100"),
+        "pricePlan.rates[0] has no price; give it perGpuHour, or of and fraction for a slice of a GPU, for example "
+        '{gpuClass: h100.1g.10gb, of: h100, fraction: "1/7"}.',
+    ),
+    "idle time for somebody": (
         (
             "pricePlan.create=true",
             "pricePlan.rates[0].gpuClass=a",
             "pricePlan.rates[0].perGpuHour=2.50",
-            "pricePlan.idlePayer=tenant",
+            "pricePlan.idlePayer=acme",
         ),
-        'pricePlan.idlePayer is "tenant"; this version charges idle time to nobody but the platform, so leave it at '
-        "platform.",
+        'pricePlan.idlePayer is "acme"; write platform, tenant (those who use a service share its idle time) or owner '
+        "(the tenant that spec.pricing.owner of a service names).",
     ),
     "a name that is too long": (
         ("fullnameOverride=the-metered-inference-platform-of-the-company",),

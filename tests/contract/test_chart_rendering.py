@@ -183,6 +183,10 @@ def test_a_price_plan_is_made_only_when_asked_for() -> None:
         "published": False,
         "rates": [{"gpuClass": "h100", "perGpuHour": "2.50"}],
     }
+    part = tuple(f"pricePlan.rates[1].{each}" for each in ("gpuClass=h100.1g.10gb", "of=h100", "fraction=1/7"))
+    plan = one(rendered("pricePlan.create=true", "pricePlan.idlePayer=owner", *rate, *part), "PricePlan", "default")
+    assert plan["spec"]["rates"][1] == {"gpuClass": "h100.1g.10gb", "of": "h100", "fraction": "1/7"}
+    assert plan["spec"]["idlePayer"] == "owner"
 
 
 def test_scheduling_reaches_the_pod_that_it_is_for() -> None:

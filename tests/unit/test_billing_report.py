@@ -17,7 +17,7 @@ from gpumeter_operator.billing.report import (
     report_name,
     reports,
 )
-from gpumeter_operator.billing.tariff import PeriodPlan, PlanInvalid, canonical_spec, plain, plan_from, price
+from gpumeter_operator.billing.tariff import PeriodPlan, PlanInvalid, canonical_spec, plain, plan_from
 from gpumeter_usage.period import SECOND_NS, Granularity, from_rfc3339, period_of
 from gpumeter_usage.record import Account, Kind
 
@@ -114,7 +114,11 @@ def test_without_a_price_plan_there_is_usage_and_no_amount_and_a_condition_says_
 
 
 def test_a_class_of_gpu_without_a_rate_is_not_billed_at_another_ones() -> None:
-    assert price(IN_FORCE, {"a100": SECOND_NS}, PERIOD.start_ns).reason == "NoRate"
+    pods = (replace(hour(slices("acme", SECOND_NS)).pods[0], worker=replace(WORKER, gpu_class="a100")),)
+    report = by_tenant(hour(pods=pods))["acme"]
+    assert "amount" not in report["status"]
+    assert condition(report, "Priced")["reason"] == "NoRate"
+    assert "no rate for gpuClass a100" in condition(report, "Priced")["message"]
 
 
 def test_an_incomplete_period_names_who_is_missing() -> None:

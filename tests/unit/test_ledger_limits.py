@@ -121,8 +121,8 @@ def test_after_an_outage_periods_are_priced_by_the_plan_that_was_in_force_when_t
     newest = ledger.keep_plan("default", 1, plan("240"), START_NS + 290 * SECOND_NS)
     Closer(ledger, SECOND_NS).close_all(Pricing({}, {"default": newest}), START_NS + 310 * SECOND_NS)
     amounts = [priced(ledger, minute)[0] for minute in range(1, 6)]
-    assert amounts == ["4", "1", "2", "1", ""]
-    assert "as it stood at 2026-11-21T10:05:10Z" in priced(ledger, 1)[1], "nothing was known when it began"
+    assert amounts == ["1", "1", "2", "1", ""]
+    assert "as it stood at 2026-11-21T10:00:00Z" in priced(ledger, 1)[1], "nothing was known when it began"
     assert "(version 1) when the period began" in priced(ledger, 2)[1]
 
 

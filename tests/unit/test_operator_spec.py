@@ -57,7 +57,6 @@ def test_only_true_stops(value: str, stopped: bool) -> None:
             "spec.resources.gpu.count is 2, but in this version a worker runs on one GPU",
         ),
         ({"resources": {"gpu": {"resourceName": "nvidia.com/gpu.shared"}}}, "the time of its steps cannot be measured"),
-        ({"metering": {"billingMode": "standardRate"}}, "this version bills measured GPU time only"),
     ],
 )
 def test_what_this_version_cannot_do_is_said_with_what_to_do(spec: dict[str, Any], sentence: str) -> None:
@@ -77,11 +76,26 @@ def test_a_model_of_every_source_can_be_run_compiled_or_not(uri: str) -> None:
         assert (spec.model_uri, spec.compile, spec.cuda_graphs) == (uri, compiled, not compiled)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ({"class": "h100"}, "h100"),
+        ({}, "gpu"),
+        ({"count": 0, "class": "h100"}, "cpu"),
+        ({"class": "h100", "resourceName": "nvidia.com/mig-1g.10gb"}, "h100.1g.10gb"),
+        ({"class": "h100.1g.10gb", "resourceName": "nvidia.com/mig-1g.10gb"}, "h100.1g.10gb"),
+        ({"resourceName": "nvidia.com/mig-3g.40gb"}, "gpu.3g.40gb"),
+    ],
+)
+def test_a_slice_of_a_gpu_never_has_the_class_of_the_whole(gpu: dict[str, Any], expected: str) -> None:
+    assert read(service({"resources": {"gpu": gpu}}))[0].gpu_class == expected
+
+
 def test_all_problems_are_told_at_once() -> None:
     _, problems = read(
         service(
             {
-                "metering": {"billingMode": "standardRate"},
+                "resources": {"gpu": {"resourceName": "nvidia.com/gpu.shared"}},
                 "engine": {"type": "vllm"},
                 "template": {"spec": {"restartPolicy": "Never"}},
             }

@@ -15,9 +15,10 @@ from hashlib import sha256
 from typing import Any
 
 from gpumeter_operator.billing.accounts import Accounts
+from gpumeter_operator.billing.audit_prices import Due, RawMinute, allocated_in, bills_due, minute_end_ns
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
 from gpumeter_operator.billing.schedule import Schedule
-from gpumeter_operator.billing.tariff import AMOUNT_STEP, HOUR_NS, PricePlan
+from gpumeter_operator.billing.tariff import AMOUNT_STEP, PeriodPlan
 from gpumeter_usage.period import Period, rfc3339
 from gpumeter_usage.record import ENDED, Record
 
@@ -58,7 +59,19 @@ class Recount:
     used: dict[int, dict[str, dict[str, int]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
     )
-    gpu_class: str = ""
+    minutes: dict[int, dict[int, dict[str, list[int]]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0])))
+    )
+    pod: Pod | None = None
+
+    def raw_minutes(self, end_ns: int) -> Iterable[RawMinute]:
+        """What is booked in a period, by the minute in which it ended."""
+        if self.pod is None:
+            return
+        worker = self.pod.worker
+        for at_ns, of_minute in self.minutes[end_ns].items():
+            used = {name: (one[0], one[1], one[2], one[3]) for name, one in of_minute.items() if name}
+            yield RawMinute(at_ns, worker.gpu_class, worker.model, used, of_minute[""][0] if "" in of_minute else 0)
 
 
 def recount(
@@ -75,7 +88,7 @@ def recount(
     From its first byte to its cursor; or, where `heads` says which seq and hash the rows of each boot follow, as far as
     the rows reach.
     """
-    found = Recount(gpu_class=pod.worker.gpu_class)
+    found = Recount(pod=pod)
     whole = heads is None
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     moved = {
@@ -178,12 +191,13 @@ def check_reports(
     hashed: Mapping[str, Hashed],
     *,
     allocated_ns: Mapping[str, int],
-    plan: PricePlan | None,
+    plan: PeriodPlan | None,
+    adjustments: Iterable[Adjustment] = (),
 ) -> list[str]:
     """Compare the Final reports of a service for a period with the raw records of all its pods and their hashes.
 
     `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
-    it. `plan` is the price plan with which the period was opened.
+    it. `plan` is the price plan of the period, with all of its versions.
     """
     found, end_ns = list(found), period.end_ns
     problems = []
@@ -191,34 +205,41 @@ def check_reports(
     billed_ns = sum(int(report["status"]["gpuNanoseconds"]) for report in reports.values())
     if billed_ns != sum(allocated_ns.values()):
         problems.append(f"{when}: its reports sum to {billed_ns} ns, allocated were {sum(allocated_ns.values())} ns")
-    raw: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))  # by tenant and class of GPU
+    raw: dict[str, int] = defaultdict(int)  # by tenant
     used: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for each in found:
         for tenant, gpu_ns in each.tenants[end_ns].items():
-            raw[tenant][each.gpu_class] += gpu_ns
+            raw[tenant] += gpu_ns
         for tenant, figures in each.used[end_ns].items():
             for name, figure in figures.items():
                 used[tenant][name] += figure
-    for tenant in sorted(raw.keys() | reports.keys() | hashed.keys()):
-        raw_ns = sum(raw[tenant].values())
+    plan = plan or PeriodPlan("", None)
+    by_stretch = allocated_in([each.pod for each in found if each.pod], adjustments, plan, period)
+    of_classes: dict[str, int] = defaultdict(int)
+    for (_, gpu_class), gpu_ns in by_stretch.items():
+        of_classes[gpu_class] += gpu_ns
+    if of_classes != {gpu_class: gpu_ns for gpu_class, gpu_ns in allocated_ns.items() if gpu_ns}:
+        problems.append(f"{when}: its pods' accounts hold {dict(allocated_ns)} ns, their containers ran {of_classes}")
+    due = bills_due(plan, period, (minute for each in found for minute in each.raw_minutes(end_ns)), by_stretch)
+    for tenant in sorted(raw.keys() | reports.keys() | hashed.keys() | due.keys()):
         report = reports.get(tenant)
         if report is None:
-            problems.append(f"{when}: {tenant} used {raw_ns} ns and has no report")
+            problems.append(f"{when}: {tenant} used {raw[tenant]} ns and has no report")
             continue
-        status = report["status"]
-        if tenant != PLATFORM and int(status["gpuNanoseconds"]) != raw_ns:
-            problems.append(f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {raw_ns} ns")
+        status, expected = report["status"], due.get(tenant, Due())
+        if tenant != PLATFORM and int(status["gpuNanoseconds"]) != expected.gpu_ns:
+            problems.append(
+                f"{when}: {tenant} is billed {status['gpuNanoseconds']} ns, its records say {expected.gpu_ns} ns"
+            )
+        if int(status.get("idleGpuNanoseconds", 0)) != expected.idle_ns:
+            problems.append(f"{when}: {tenant} is billed another part of idle time than {expected.idle_ns} ns")
         own = hashed.get(tenant) or Hashed()
         if status["recordCount"] != own.count:
             problems.append(f"{when}: {tenant}'s report counts {status['recordCount']} records of {own.count}")
         if status.get("digest") != own.running.hexdigest():
             problems.append(f"{when}: the digest of {tenant}'s report is not that of its records")
         problems += [f"{when}: {tenant}'s {problem}" for problem in _figures_that_differ(status, used[tenant])]
-        by_class = {gpu_class: raw[tenant][gpu_class] for gpu_class in allocated_ns}
-        if tenant == PLATFORM:
-            of_tenants = [of_tenant for name, of_tenant in raw.items() if name != PLATFORM]
-            by_class = {each: ns - sum(of[each] for of in of_tenants) for each, ns in allocated_ns.items()}
-        problems += [f"{when}: {tenant}'s {told}" for told in _prices_that_differ(report, plan, by_class, period)]
+        problems += [f"{when}: {tenant}'s {told}" for told in _prices_that_differ(report, plan, expected)]
     return problems
 
 
@@ -255,22 +276,22 @@ def _figures_that_differ(status: Mapping[str, Any], used: Mapping[str, int]) -> 
             yield f"{name} is {figure}, its records say {raw}"
 
 
-def _prices_that_differ(
-    report: Mapping[str, Any], plan: PricePlan | None, by_class: Mapping[str, int], period: Period
-) -> Iterable[str]:
-    """In fractions and not as the bill was priced, so that a fault of its decimals shows."""
+def _prices_that_differ(report: Mapping[str, Any], plan: PeriodPlan, due: Due) -> Iterable[str]:
     given_hash = report["spec"].get("pricePlanHash")
-    if given_hash != (plan.hash if plan else None):
+    if given_hash != (plan.plan.hash if plan.plan else None):
         yield "price plan is not the one with which the period was opened"
-    rates = [(gpu_ns, plan.rate(each, period.start_ns) if plan else None) for each, gpu_ns in by_class.items()]
-    priced = plan is not None and all(rate is not None for _, rate in rates)
-    due = sum((gpu_ns * Fraction(rate.per_gpu_hour) / Fraction(HOUR_NS) for gpu_ns, rate in rates if rate), Fraction(0))
+    plans = [version.plan for version in plan.versions if version.plan]
+    if report["status"].get("currency", "") not in {"", *(each.currency for each in plans)}:
+        yield f"currency is {report['status']['currency']}, that of the plan {plans[0].currency if plans else 'none'}"
     for name in ("amount", "amountDue"):
         stated = report["status"].get(name)
-        if (stated is not None) != priced:
-            yield f"{name} is {stated}, where there is {'a' if priced else 'no'} price"
-        elif stated is not None and abs(Fraction(Decimal(stated)) - due) > Fraction(AMOUNT_STEP) / 2:
-            yield f"{name} is {stated}, its records at the plan's rates say {float(due):.12f}"
+        if stated is not None and due.amount is None:
+            yield f"{name} is {stated}, where there is no price"
+        elif stated is not None and due.amount is not None:
+            if abs(Fraction(Decimal(stated)) - due.amount) > Fraction(AMOUNT_STEP) / 2:
+                yield f"{name} is {stated}, its records at the plan's rates say {float(due.amount):.12f}"
+        elif stated is None and due.amount is not None and plans and len(due.currencies) <= 1:
+            yield f"{name} is None, where there is a price"
 
 
 def _record_of(body: bytes) -> dict[str, Any] | None:
@@ -291,6 +312,12 @@ def _count(found: Recount, record: Mapping[str, Any], booked_end_ns: int) -> Non
         for name in _USED:
             used[name] += record[name]
         used["sessions"] += record["status"] in ENDED
+    minute = found.minutes[booked_end_ns][minute_end_ns(record["ended_at"])]
+    if record["kind"] == "account" and record["account"] in ("idle", "host_gap"):
+        minute[""][0] += record["gpu_ns"]
+    elif record["kind"] == "session" and record["account"] == "attributed":
+        for index, name in enumerate(("gpu_ns", "prompt_tokens", "cached_tokens", "completion_tokens")):
+            minute[record["tenant"]][index] += record[name]
 
 
 def _heads_that_differ(name: str, boots: Iterable[BootFacts], heads: Mapping[str, tuple[int, str]]) -> Iterator[str]:

@@ -16,9 +16,11 @@ from hashlib import sha256
 from typing import Any
 
 from gpumeter_operator.billing.accounts import Accounts, PodAccounts
+from gpumeter_operator.billing.charges import Bill, PodStretch, Priced, bills, price, whole_parts
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Line, Worker
-from gpumeter_operator.billing.tariff import PeriodPlan, Priced, per_thousand, plain, price
+from gpumeter_operator.billing.statement import statement
+from gpumeter_operator.billing.tariff import PeriodPlan, plain
 from gpumeter_operator.decide.names import (
     API_VERSION,
     GRANULARITY_LABEL,
@@ -59,7 +61,8 @@ class ServicePeriod:
     """All that the reports of a service for a period are made of.
 
     `digests` holds, by owner, the digest of its records (see `digest_of`); empty while the period runs. `adjustments`
-    are what of earlier, closed periods is booked here.
+    are what of earlier, closed periods is booked here. `parts` are the pods by stretch of one price; None where the
+    whole period is one.
     """
 
     namespace: str
@@ -70,12 +73,18 @@ class ServicePeriod:
     plan: PeriodPlan
     digests: Mapping[str, str]
     adjustments: tuple[Adjustment, ...] = ()
+    parts: tuple[PodStretch, ...] | None = None
 
 
 def reports(of: ServicePeriod) -> tuple[Manifest, ...]:
-    """One report a tenant that used anything, and the platform's; ordered by tenant."""
-    tenants = {line.owner for pod in of.pods for line in pod.lines} | {PLATFORM}
-    return tuple(_report(of, tenant) for tenant in sorted(tenants))
+    """One report a tenant that used anything or pays for idle time, and the platform's; ordered by tenant."""
+    parts = of.parts
+    if parts is None:
+        whole = ((pod.worker, pod.booked.accounts.allocated, pod.lines) for pod in of.pods)
+        parts = whole_parts(whole, of.plan, of.period)
+    found = bills(parts, of.plan, of.period)
+    tenants = {line.owner for pod in of.pods for line in pod.lines} | found.keys()
+    return tuple(_report(of, tenant, found.get(tenant, Bill())) for tenant in sorted(tenants))
 
 
 def report_name(service: str, tenant: str, period: Period) -> str:
@@ -138,28 +147,21 @@ def mean_batch(batch_ns: int, used_ns: int) -> str:
     return plain((Decimal(batch_ns) / Decimal(used_ns)).quantize(Decimal("0.001"), ROUND_HALF_EVEN))
 
 
-def _report(of: ServicePeriod, tenant: str) -> Manifest:
-    found = envelope((of.namespace, of.service), tenant, of.period, of.verdict.phase, _status(of, tenant))
+def _report(of: ServicePeriod, tenant: str, bill: Bill) -> Manifest:
+    found = envelope((of.namespace, of.service), tenant, of.period, of.verdict.phase, _status(of, tenant, bill))
     if (plan := of.plan.plan) is not None:
         found["spec"] |= {"pricePlanRef": {"name": plan.name, "version": plan.version}, "pricePlanHash": plan.hash}
     return found
 
 
-def _status(of: ServicePeriod, tenant: str) -> Manifest:
+def _status(of: ServicePeriod, tenant: str, bill: Bill) -> Manifest:
     own = [line for pod in of.pods for line in pod.lines if line.owner == tenant]
     used = [line for line in own if line.kind is Kind.SESSION and line.account == Account.ATTRIBUTED]
     total = sum((pod.booked.accounts for pod in of.pods), Accounts())
-    by_class: dict[str, int] = {}
-    for pod in of.pods:
-        share_ns = sum(line.gpu_ns for line in pod.lines if _is_used_by(line, tenant))
-        if tenant == PLATFORM:
-            # What a session of the platform itself used stays the platform's: its own share is what tenants left.
-            share_ns += pod.booked.accounts.platform
-        by_class[pod.worker.gpu_class] = by_class.get(pod.worker.gpu_class, 0) + share_ns
-    gpu_ns = sum(by_class.values())
+    gpu_ns = bill.gpu_ns
     prompt = sum(line.prompt_tokens for line in used)
     completion = sum(line.completion_tokens for line in used)
-    priced = price(of.plan, by_class, of.period.start_ns)
+    priced = price(bill, of.plan, of.period)
     batch_ns = sum(line.batch_ns for line in used)
     status: Manifest = {
         "phase": of.verdict.phase.value,
@@ -187,18 +189,10 @@ def _status(of: ServicePeriod, tenant: str) -> Manifest:
         status["adjustments"] = [_adjustment(each) for each in of.adjustments[:MAX_ADJUSTMENTS]]
     if tenant == PLATFORM:
         status["accounts"] = {field: str(getattr(total, name)) for name, field in ACCOUNT_FIELDS.items()}
-    if priced.amount is not None and of.plan.plan is not None:
-        status["amount"] = status["amountDue"] = plain(priced.amount)
-        status["currency"] = of.plan.plan.currency
-        if prompt + completion:
-            status["pricePerThousandTokens"] = plain(per_thousand(priced.amount, prompt + completion))
+    status |= statement(of.plan, bill, priced, prompt + completion)
     if of.verdict.phase is Phase.FINAL:
         status["digest"] = of.digests.get(tenant, digest_of(()))
     return status
-
-
-def _is_used_by(line: Line, tenant: str) -> bool:
-    return line.kind is Kind.SESSION and line.account == Account.ATTRIBUTED and line.owner == tenant
 
 
 def _ranges(lines: Iterable[Line]) -> list[Manifest]:

@@ -30,7 +30,9 @@ from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
 
 MAX_PLANS = 64
 _COUNTS = ("gpuNanoseconds", "prefillGpuNanoseconds", "decodeGpuNanoseconds", "batchNanoseconds")
-_AMOUNTS = ("amount", "packageDeduction", "amountDue")
+_AMOUNTS = ("amount", "packageDeduction", "amountDue", "standardRateDifference")
+_IDLE = "idleGpuNanoseconds"
+_MEASURED = "measuredAmount"
 
 Keyed = tuple[str, str, Manifest]
 """An entry of a list, behind what orders it: the period that it is about, and all that it says."""
@@ -48,6 +50,7 @@ class Part:
     records: int = 0
     accounts: Mapping[str, int] = field(default_factory=dict)
     amounts: Mapping[str, Decimal] = field(default_factory=dict)
+    standard: bool = False  # whether a period was billed by standard rates, so that its measured amount is another
     currencies: frozenset[str] = frozenset()
     unpriced: int = 0
     unpriced_first: tuple[int, str, str] | None = None  # start, reason and message of the first without an amount
@@ -94,18 +97,21 @@ def part_of(report: Manifest) -> Part:
     free = "amount" not in status and status["gpuNanoseconds"] == "0"
     unpriced = "amount" not in status and not free
     plans = {(each["name"], each.get("version", 0), each.get("hash", "")) for each in status.get("pricePlans") or ()}
+    versions = status.get("pricePlanVersions") or ()
+    plans |= {(each["name"], each.get("version", 0), each.get("hash", "")) for each in versions}
     if (plan := spec.get("pricePlanRef")) is not None:
         plans.add((plan["name"], plan.get("version", 0), spec.get("pricePlanHash", "")))
     reconciled_, measured = conditions["Reconciled"], conditions["Measured"]
     return Part(
         periods=periods,
         complete=completeness.get("completePeriods", int(conditions["Complete"]["status"] == "True")),
-        counts={name: int(status.get(name, "0")) for name in _COUNTS},
+        counts={name: int(status.get(name, "0")) for name in (*_COUNTS, _IDLE)},
         tokens=status["tokens"],
         sessions=status["sessions"],
         records=status["recordCount"],
         accounts={name: int(text) for name, text in (status.get("accounts") or {}).items()},
-        amounts={name: Decimal(status[name]) for name in _AMOUNTS if name in status},
+        amounts=_amounts(status),
+        standard=_MEASURED in status,
         currencies=frozenset({status["currency"]} if "amount" in status else ()),
         unpriced=int(unpriced),
         unpriced_first=(start_ns, priced["reason"], priced["message"]) if unpriced else None,
@@ -130,6 +136,7 @@ def add(one: Part, other: Part) -> Part:
         records=one.records + other.records,
         accounts=_added(one.accounts, other.accounts),
         amounts=_added(one.amounts, other.amounts),
+        standard=one.standard or other.standard,
         currencies=one.currencies | other.currencies,
         unpriced=one.unpriced + other.unpriced,
         unpriced_first=_first(one.unpriced_first, other.unpriced_first),
@@ -187,14 +194,25 @@ def rolled_up(
         status["meanBatchSize"] = mean_batch(counts["batchNanoseconds"], used_ns)
     if tenant == PLATFORM:
         status["accounts"] = {name: str(of.accounts.get(name, 0)) for name in ACCOUNT_FIELDS.values()}
+    if idle_ns := counts.get(_IDLE, 0):
+        status[_IDLE] = str(idle_ns)
     if _priced(of)[0]:
-        status |= {name: plain(amount) for name, amount in of.amounts.items()}
+        shown = {name: amount for name, amount in of.amounts.items() if of.standard or name != _MEASURED}
+        status |= {name: plain(amount) for name, amount in shown.items()}
         status["currency"] = min(of.currencies)
         if prompt_and_completion:
-            status["pricePerThousandTokens"] = plain(per_thousand(of.amounts["amount"], prompt_and_completion))
+            status["pricePerThousandTokens"] = plain(per_thousand(of.amounts[_MEASURED], prompt_and_completion))
     if verdict.phase is Phase.FINAL:
         status["digest"] = digest_of(digest for _, digest in of.digests)
     return envelope(service, tenant, period, verdict.phase, status)
+
+
+def _amounts(status: Manifest) -> dict[str, Decimal]:
+    """What was measured is the amount wherever standard rates did not make it another."""
+    found = {name: Decimal(status[name]) for name in _AMOUNTS if name in status}
+    if "amount" in found:
+        found[_MEASURED] = Decimal(status.get(_MEASURED, status["amount"]))
+    return found
 
 
 def _completeness(whole: Part, verdict: RollUp, pods: Mapping[str, Accounts] | None) -> Manifest:

@@ -104,7 +104,7 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         compile=bool(engine.get("compile", False)),
         gpu_count=gpu_count,
         gpu_resource_name=gpu.get("resourceName", "nvidia.com/gpu"),
-        gpu_class=gpu.get("class") or "gpu" if gpu_count else "cpu",
+        gpu_class=_gpu_class(gpu) if gpu_count else "cpu",
         cpu=str(resources.get("cpu", "1")),
         memory=str(resources.get("memory", "4Gi")),
         shared_memory=str(resources.get("sharedMemory", "1Gi")),
@@ -120,6 +120,15 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         template=spec.get("template") or {},
     )
     return read_spec, _problems(read_spec, spec)
+
+
+def _gpu_class(gpu: Mapping[str, Any]) -> str:
+    """The class by which the time is priced. A MIG instance's names its profile: it is never priced as its whole GPU."""
+    named = str(gpu.get("class") or "gpu")
+    profile = re.fullmatch(r"[^/]+/mig-(.+)", str(gpu.get("resourceName", "")))
+    if profile is None or named.endswith(profile[1].lower()):
+        return named
+    return f"{named}.{profile[1].lower()}"
 
 
 def is_stopped(service: Mapping[str, Any]) -> bool:
@@ -158,11 +167,6 @@ def _problems(spec: ServiceSpec, raw: Mapping[str, Any]) -> tuple[Problem, ...]:
         not_supported(
             f"spec.resources.gpu.resourceName is {spec.gpu_resource_name}, a GPU that several pods share in turns, so "
             "the time of its steps cannot be measured; name a whole GPU or a MIG instance, for example nvidia.com/gpu."
-        )
-    if _part(raw, "metering").get("billingMode", "measured") != "measured":
-        not_supported(
-            "spec.metering.billingMode is standardRate, but this version bills measured GPU time only; "
-            "set spec.metering.billingMode to measured."
         )
     found += (
         Problem("TemplateInvalid", sentence) for sentence in template_problems(spec.template, spec.termination_grace_s)

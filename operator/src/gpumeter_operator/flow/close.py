@@ -6,7 +6,7 @@ the ledger; the caller keeps it off the event loop. Does not publish.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
@@ -14,8 +14,9 @@ from gpumeter_operator.billing.accounts import horizon_ns
 from gpumeter_operator.billing.close import Phase, Verdict, after_earlier, decide
 from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.schedule import Schedule
-from gpumeter_operator.billing.tariff import PeriodPlan
+from gpumeter_operator.billing.tariff import PeriodPlan, Terms
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
+from gpumeter_operator.flow.pricing import open_with_plan, parts_of
 from gpumeter_operator.flow.rollup import Roller
 from gpumeter_usage.period import Period, rfc3339
 
@@ -26,10 +27,11 @@ DEFAULT_PLAN = "default"
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """Which price plan each service names now, and the hash of each plan as it stands now."""
+    """Which price plan each service names now, the hash of each plan as it stands now, and how services are billed."""
 
     plan_names: Mapping[ServiceName, str]
     plan_hashes: Mapping[str, str]
+    terms: Mapping[ServiceName, Terms] = field(default_factory=dict)
 
 
 class Closer:
@@ -82,9 +84,9 @@ class Closer:
             if waiting is not None:
                 verdict = after_earlier(verdict, waiting)
             final = verdict.phase is Phase.FINAL
-            of_pods = tuple(
-                pod_period(pod, period, facts, horizon_ns(pod, period, now_ns, final=final)) for pod in pods
-            )
+            horizons = [horizon_ns(pod, period, now_ns, final=final) for pod in pods]
+            of_pods = tuple(pod_period(pod, period, facts, horizons[index]) for index, pod in enumerate(pods))
+            by_uid = {pod.worker.worker_uid: (pod, horizons[index]) for index, pod in enumerate(of_pods)}
             found = reports(
                 ServicePeriod(
                     namespace=service[0],
@@ -95,6 +97,7 @@ class Closer:
                     plan=plan,
                     digests=self._ledger.digests(*service, period.end_ns) if final else {},
                     adjustments=tuple(adjustments),
+                    parts=parts_of(self._ledger, service, period, plan, facts=facts, pods=by_uid),
                 )
             )
             if final:
@@ -116,15 +119,12 @@ class Closer:
         return manifests + self._roller.roll(service, schedule, unclosed, now_ns)
 
     def _plan(self, service: ServiceName, period: Period, pricing: Pricing, now_ns: int) -> PeriodPlan:
-        opened = self._ledger.period_plan(*service, period.end_ns)
-        if opened is None:
-            # A deleted service keeps the plan of its last period: its last usage is priced as the rest was.
-            name = pricing.plan_names.get(service) or self._ledger.last_plan_name(*service) or DEFAULT_PLAN
-            # After an outage a period is opened long after it began, and the plan may have changed since.
-            in_force = self._ledger.plan_in_force(name, period.start_ns)
-            plan_hash = pricing.plan_hashes.get(name, "") if in_force is None else in_force
-            self._ledger.open_period(service, period, name, plan_hash, now_ns)
-            opened = self._ledger.period_plan(*service, period.end_ns)
+        # A deleted service keeps the plan of its last period: its last usage is priced as the rest was.
+        name = pricing.plan_names.get(service) or self._ledger.last_plan_name(*service) or DEFAULT_PLAN
+        plan_hash, terms = pricing.plan_hashes.get(name, ""), pricing.terms.get(service, Terms())
+        opened = open_with_plan(
+            self._ledger, service, period, name=name, now_hash=plan_hash, terms=terms, now_ns=now_ns
+        )
         return opened or PeriodPlan(DEFAULT_PLAN, None)
 
     def _keep_phase(

@@ -105,12 +105,16 @@ def recount_service(
         period = schedule.period_of(end_ns)
         bodies = raw.final_bodies(reader.engine, *service, end_ns)
         reports: dict[str, dict[str, Any]] = {tenant: json.loads(body) for tenant, _, body, _ in bodies}
-        opened = reader.period_plan(*service, end_ns)
-        plan = opened.plan if opened else None
-        of_class = allocated_ns.get(end_ns, {})
-        for problem in check_reports(
-            period, reports, recounts, hashed.get(end_ns, {}), allocated_ns=of_class, plan=plan
-        ):
+        told = check_reports(
+            period,
+            reports,
+            recounts,
+            hashed.get(end_ns, {}),
+            allocated_ns=allocated_ns.get(end_ns, {}),
+            plan=reader.period_plan(*service, end_ns),
+            adjustments=adjustments,
+        )
+        for problem in told:
             yield "ReportDiffers", f"{name}: {problem}"
         platform = platform_of(bodies)
         if platform is None:

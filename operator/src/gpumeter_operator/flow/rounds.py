@@ -18,6 +18,7 @@ from gpumeter_operator.billing.tariff import canonical_spec
 from gpumeter_operator.flow.close import DEFAULT_PLAN, Closer, Pricing
 from gpumeter_operator.flow.collect import Collector, Execute
 from gpumeter_operator.flow.discover import Manifest, NotAWorker, events_of, events_of_removed, worker_of
+from gpumeter_operator.flow.pricing import terms_of
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_usage.period import SECOND_NS
 
@@ -244,7 +245,7 @@ class CloseRound:
             key: ((service.get("spec", {}).get("pricing") or {}).get("planRef") or {}).get("name") or DEFAULT_PLAN
             for key, service in self._services().items()
         }
-        return Pricing(names, hashes)
+        return Pricing(names, hashes, {key: terms_of(service) for key, service in self._services().items()})
 
 
 def _runs(events: tuple[ContainerEvent, ...]) -> bool:

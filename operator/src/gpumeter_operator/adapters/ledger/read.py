@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, exists, func, not_, or_, select
 
+from gpumeter_operator.adapters.ledger import prices
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import open_engine, reading
 from gpumeter_operator.billing.accounts import NAMES, Accounts
@@ -15,7 +16,7 @@ from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import digest_of
 from gpumeter_operator.billing.schedule import Schedule
-from gpumeter_operator.billing.tariff import PeriodPlan, PlanInvalid, plan_from
+from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_usage.period import Granularity
 from gpumeter_usage.record import ENDED, Account, Kind, Status
 
@@ -118,9 +119,13 @@ class Reader:
         with reading(self.engine) as connection:
             return list(connection.scalars(query.order_by(p.end_ns)))
 
-    def lines(self, namespace: str, service: str, end_ns: int) -> tuple[Line, ...]:
-        """The sums of the records that are booked in a period."""
+    def lines(
+        self, namespace: str, service: str, end_ns: int, *, after_ns: int | None = None, until_ns: int | None = None
+    ) -> tuple[Line, ...]:
+        """The sums of the records that are booked in a period; of those only that ended after, and until, a time."""
         r = t.records.c
+        in_time = [r.ended_at > after_ns] if after_ns is not None else []
+        in_time += [r.ended_at <= until_ns] if until_ns is not None else []
         key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
         ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
         sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
@@ -130,7 +135,7 @@ class Reader:
         counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
         query = (
             select(*key, *counts, *halves)
-            .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns)
+            .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns, *in_time)
             .group_by(*key)
             .order_by(*key)
         )
@@ -179,34 +184,16 @@ class Reader:
         with reading(self.engine) as connection:
             return {row[0]: row[1] for row in connection.execute(query.order_by(a.id.desc()))}
 
-    def plan_in_force(self, name: str, at_ns: int) -> str | None:
-        """The hash of the version of a price plan that was in force at a time, as far as anyone saw; "" where the plan
-        was deleted then, None where nothing had been seen of it yet."""
-        o = t.plan_observations.c
-        query = select(o.hash).where(o.name == name, o.observed_ns <= at_ns)
+    def plan_in_force(self, name: str, at_ns: int, until_ns: int | None = None) -> str | None:
+        """The hash of the version of a price plan that was in force at a time, as far as anyone saw; see prices."""
         with reading(self.engine) as connection:
-            return connection.scalar(query.order_by(o.observed_ns.desc(), o.id.desc()).limit(1))
+            found = prices.in_force(connection, name, at_ns, until_ns)
+            return None if found is None else found[0]
 
     def period_plan(self, namespace: str, service: str, end_ns: int) -> PeriodPlan | None:
-        """The price plan with which a period was opened; None where it was not opened."""
-        p, plan = t.periods.c, t.price_plans.c
-        query = (
-            select(p.plan_name, p.start_ns, p.opened_ns, p.plan_hash, plan.version, plan.spec)
-            .select_from(t.periods.outerjoin(t.price_plans, and_(plan.name == p.plan_name, plan.hash == p.plan_hash)))
-            .where(p.namespace == namespace, p.service == service, p.end_ns == end_ns)
-        )
+        """The price plan of a period; None where it was not opened."""
         with reading(self.engine) as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
-            return None
-        seen_ns = row.start_ns
-        if self.plan_in_force(row.plan_name, row.start_ns) != row.plan_hash:
-            seen_ns = row.opened_ns
-        try:
-            found = None if row.spec is None else plan_from(row.plan_name, row.version, row.spec)
-        except PlanInvalid:
-            found = None
-        return PeriodPlan(row.plan_name, found, seen_ns)
+            return prices.period_plan(connection, namespace, service, end_ns)
 
     def final_names(self, since_end_ns: int) -> set[tuple[str, str]]:
         """(namespace, name) of the Final reports whose periods ended after `since_end_ns`."""

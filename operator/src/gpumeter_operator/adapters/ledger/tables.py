@@ -3,8 +3,8 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms, profiles, digests,
-digest_facts, signing_keys.
+period_terms, price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms,
+profiles, digests, digest_facts, signing_keys.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
 collectors (who works on it now).
 """
@@ -147,6 +147,17 @@ periods = Table(
     Column("plan_name", _NAME, nullable=False),
     Column("plan_hash", _HASH, nullable=False),  # "" where no plan was there when the period was opened
     Column("opened_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "service", "end_ns"),
+)
+
+period_terms = Table(
+    "period_terms",
+    metadata,
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("end_ns", BigInteger, nullable=False),
+    Column("billing_mode", String(16), nullable=False),
+    Column("owner", String(64), nullable=False),  # the tenant to whom the service was dedicated; "" for none
     PrimaryKeyConstraint("namespace", "service", "end_ns"),
 )
 
@@ -317,6 +328,7 @@ FACTS = (
     price_plans,
     plan_observations,
     periods,
+    period_terms,
     reports,
     rollups,
     pod_accounts,

@@ -1,0 +1,147 @@
+"""What every bill of a period must come to, reckoned from raw records by the minute.
+
+Owns a second way to an amount: no charge, sum or share of the collector's is used, only the stretches and the plan's
+own rates. Records end in one minute, and prices change at its edges, so a minute has one price.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Pod
+from gpumeter_operator.billing.stretches import Stretch, stretch_at, stretches
+from gpumeter_operator.billing.tariff import HOUR_NS, BillingMode, IdlePayer, PeriodPlan
+from gpumeter_usage.period import MINUTE_NS, Period
+
+Used = tuple[int, int, int, int]
+"""GPU-nanoseconds, and prompt, cached and completion tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawMinute:
+    """What one pod's raw records of one minute say: whom it worked for, and how long it was idle."""
+
+    end_ns: int
+    gpu_class: str
+    model: str
+    used: Mapping[str, Used]  # by tenant
+    idle_ns: int
+
+
+@dataclass(slots=True)
+class Due:
+    """What a report must say. `amount` is None where something on the bill has no price."""
+
+    gpu_ns: int = 0
+    idle_ns: int = 0
+    amount: Fraction | None = Fraction(0)
+    currencies: set[str] = field(default_factory=set)
+
+    def add(self, exact: Fraction | None, stretch: Stretch) -> None:
+        """One more piece of the amount."""
+        self.amount = None if self.amount is None or exact is None else self.amount + exact
+        if exact and stretch.version.plan is not None:
+            self.currencies.add(stretch.version.plan.currency)
+
+
+def bills_due(
+    plan: PeriodPlan, period: Period, minutes: Iterable[RawMinute], allocated_ns: Mapping[tuple[int, str], int]
+) -> dict[str, Due]:
+    """By tenant, what is due. `allocated_ns` is by the start of a stretch and the class of GPU."""
+    due: dict[str, Due] = defaultdict(Due)
+    cut = stretches(plan, period)
+    at = {stretch.start_ns: stretch for stretch in cut}
+    used: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    idle: dict[tuple[int, str], int] = defaultdict(int)
+    by_tokens = plan.terms.billing_mode is BillingMode.STANDARD_RATE
+    for minute in minutes:
+        stretch = stretch_at(cut, minute.end_ns)
+        key = stretch.start_ns, minute.gpu_class
+        idle[key] += minute.idle_ns
+        for tenant, (gpu_ns, *tokens) in minute.used.items():
+            if tenant == PLATFORM:
+                continue
+            used[key][tenant] += gpu_ns
+            due[tenant].gpu_ns += gpu_ns
+            of_time = _of_time(stretch, minute.gpu_class, gpu_ns)
+            paid = _of_tokens(stretch, minute.model, *tokens) if by_tokens else of_time
+            due[tenant].add(paid, stretch)
+            if by_tokens:
+                gap = None if of_time is None or paid is None else of_time - paid
+                due[PLATFORM].add(gap, stretch)
+    for key in sorted(allocated_ns.keys() | used.keys() | idle.keys()):
+        stretch, gpu_class = at[key[0]], key[1]
+        shares = {} if by_tokens else _idle_due(stretch, idle[key], used[key], plan.terms.owner, period)
+        for tenant, gpu_ns in shares.items():
+            due[tenant].gpu_ns += gpu_ns
+            due[tenant].idle_ns += gpu_ns
+            due[tenant].add(_of_time(stretch, gpu_class, gpu_ns), stretch)
+        rest_ns = allocated_ns.get(key, 0) - sum(used[key].values()) - sum(shares.values())
+        due[PLATFORM].gpu_ns += rest_ns
+        due[PLATFORM].add(_of_time(stretch, gpu_class, rest_ns), stretch)
+    return due
+
+
+def allocated_in(
+    pods: Iterable[Pod], adjustments: Iterable[Adjustment], plan: PeriodPlan, period: Period
+) -> dict[tuple[int, str], int]:
+    """GPU-nanoseconds allocated in a closed period, by the start of the stretch and the class of GPU."""
+    cut = stretches(plan, period)
+    found: dict[tuple[int, str], int] = defaultdict(int)
+    of_class = {}
+    for pod in pods:
+        of_class[pod.worker.worker_uid] = pod.worker.gpu_class
+        for stretch in cut:
+            start_ns = max(stretch.start_ns, period.start_ns)
+            for span in pod.spans:
+                end_ns = stretch.end_ns if span.ended_ns is None else min(stretch.end_ns, span.ended_ns)
+                lived_ns = max(0, end_ns - max(start_ns, span.started_ns))
+                found[stretch.start_ns, pod.worker.gpu_class] += pod.worker.devices * lived_ns
+    for each in adjustments:
+        if each.booked_end_ns == period.end_ns and each.worker_uid in of_class:
+            start_ns = stretch_at(cut, each.closed_end_ns).start_ns
+            found[start_ns, of_class[each.worker_uid]] += each.allocated_ns
+    return {key: gpu_ns for key, gpu_ns in found.items() if gpu_ns}
+
+
+def minute_end_ns(ended_ns: int) -> int:
+    """The end of the minute in which something ended."""
+    return -(-ended_ns // MINUTE_NS) * MINUTE_NS
+
+
+def _of_time(stretch: Stretch, gpu_class: str, gpu_ns: int) -> Fraction | None:
+    """In fractions of whole numbers, so that a fault of decimals shows."""
+    plan = stretch.version.plan
+    rate = None if plan is None else plan.rate(gpu_class, stretch.start_ns)
+    if not gpu_ns or plan is None or rate is None:
+        return None if gpu_ns else Fraction(0)
+    whole = plan.rate(rate.of, stretch.start_ns) if rate.of else rate
+    if whole is None:
+        return None
+    return Fraction(gpu_ns, int(HOUR_NS)) * Fraction(str(whole.per_gpu_hour)) * rate.fraction
+
+
+def _of_tokens(stretch: Stretch, model: str, prompt: int, cached: int, completion: int) -> Fraction | None:
+    plan = stretch.version.plan
+    rate = None if plan is None else plan.standard_rate(model, stretch.start_ns)
+    if rate is None:
+        return None if prompt or cached or completion else Fraction(0)
+    prices = (Fraction(str(price)) for price in (rate.prompt, rate.cached, rate.completion))
+    counts = (prompt - cached, cached, completion)
+    return sum((count * price / 1000 for count, price in zip(counts, prices, strict=True)), Fraction(0))
+
+
+def _idle_due(stretch: Stretch, idle_ns: int, used: Mapping[str, int], owner: str, period: Period) -> dict[str, int]:
+    payer = IdlePayer.PLATFORM if stretch.version.plan is None else stretch.version.plan.idle_payer
+    if payer is IdlePayer.OWNER:
+        return {owner: idle_ns} if owner and idle_ns else {}
+    total_ns = sum(gpu_ns for gpu_ns in used.values() if gpu_ns > 0)
+    if payer is IdlePayer.PLATFORM or stretch.end_ns <= period.start_ns or idle_ns <= 0 or not total_ns:
+        return {}
+    exact = {tenant: Fraction(idle_ns * used[tenant], total_ns) for tenant in sorted(used) if used[tenant] > 0}
+    shares = {tenant: share.numerator // share.denominator for tenant, share in exact.items()}
+    left = idle_ns - sum(shares.values())
+    for tenant in sorted(exact, key=lambda each: shares[each] - exact[each])[:left]:  # a sort is stable
+        shares[tenant] += 1
+    return {tenant: share_ns for tenant, share_ns in shares.items() if share_ns}

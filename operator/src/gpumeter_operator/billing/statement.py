@@ -1,0 +1,83 @@
+"""The money of a report's status: its amounts, and the charges that they are the sum of.
+
+Owns how charges are written. Reckons nothing that billing.charges did not.
+"""
+
+from decimal import Decimal
+from typing import Any
+
+from gpumeter_operator.billing.charges import Bill, Charge, ChargeKind, Priced
+from gpumeter_operator.billing.tariff import BillingMode, PeriodPlan, PricePlan, per_thousand, plain, rounded
+from gpumeter_usage.period import rfc3339
+
+MAX_CHARGES = 1024
+MAX_VERSIONS = 64
+"""What the UsageReport's schema holds; the ledger holds the rest."""
+
+
+def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict[str, Any]:
+    """The fields of a report's status that are about money; `tokens` is what its price per 1,000 is reckoned over."""
+    found: dict[str, Any] = {}
+    if bill.idle_ns:
+        found["idleGpuNanoseconds"] = str(bill.idle_ns)
+    if plan.terms.billing_mode is not BillingMode.MEASURED:
+        found["billingMode"] = plan.terms.billing_mode.value
+    charges = [_charge(charge) for charge in bill.charges if charge.gpu_ns or charge.kind not in _OF_TIME]
+    if charges and any(charge.stretch.version.plan for charge in bill.charges):
+        found["charges"] = charges[:MAX_CHARGES]
+    if versions := _versions(bill, plan):
+        found["pricePlanVersions"] = versions[:MAX_VERSIONS]
+    if priced.amount is None:
+        return found
+    found["amount"] = found["amountDue"] = plain(priced.amount)
+    found["currency"] = priced.currency
+    if priced.measured is not None:
+        found["measuredAmount"] = plain(priced.measured)
+    if priced.difference is not None:
+        found["standardRateDifference"] = plain(priced.difference)
+    as_measured = _as_measured(priced, plan)
+    if tokens and as_measured is not None:
+        found["pricePerThousandTokens"] = plain(per_thousand(as_measured, tokens))
+    return found
+
+
+_OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM)
+
+
+def _as_measured(priced: Priced, plan: PeriodPlan) -> Decimal | None:
+    return priced.amount if plan.terms.billing_mode is BillingMode.MEASURED else priced.measured
+
+
+def _charge(charge: Charge) -> dict[str, Any]:
+    version = charge.stretch.version.plan
+    found: dict[str, Any] = {"kind": charge.kind.value, "from": rfc3339(charge.stretch.start_ns)}
+    if version is not None:
+        found["planVersion"] = version.version
+    if charge.kind in _OF_TIME:
+        found |= {"gpuClass": charge.of, "gpuNanoseconds": str(charge.gpu_ns)}
+        if charge.price is not None:
+            found["perGpuHour"] = plain(charge.price.whole)
+            if charge.price.fraction != 1:
+                found["fraction"] = str(charge.price.fraction)
+    elif charge.kind is ChargeKind.TOKENS:
+        count = charge.tokens
+        found |= {"model": charge.of, "tokens": {"prompt": count.prompt, "cached": count.cached}}
+        found["tokens"] |= {"completion": count.completion, "total": count.prompt + count.completion}
+    if charge.exact is not None:
+        found["amount"] = plain(rounded(charge.exact))
+    return found
+
+
+def _versions(bill: Bill, plan: PeriodPlan) -> list[dict[str, Any]]:
+    """Which versions of which plans priced the bill, in the order of time; nothing where it is the one of the spec."""
+    seen: dict[str, tuple[int, PricePlan]] = {}
+    for charge in bill.charges:
+        version = charge.stretch.version.plan
+        if version is not None and version.hash not in seen:
+            seen[version.hash] = (charge.stretch.start_ns, version)
+    if not seen or (plan.plan is not None and seen.keys() == {plan.plan.hash}):
+        return []
+    return [
+        {"name": version.name, "version": version.version, "hash": version.hash, "from": rfc3339(from_ns)}
+        for from_ns, version in seen.values()
+    ]
