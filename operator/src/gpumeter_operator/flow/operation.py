@@ -5,6 +5,7 @@ Owns start, stop and what alive and ready mean. Does not know kopf, which calls 
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 
@@ -19,7 +20,7 @@ from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
-from gpumeter_operator.flow.scale import NO_DOORS, Doors, Scaler
+from gpumeter_operator.flow.scale import NoDoors, OpenDoors, Scaler
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Operation:
         interval_s: float,
         deletion_margin: timedelta,
         http: tuple[str, int],
-        doors: Doors = NO_DOORS,
+        open_doors: OpenDoors = NoDoors,
         worker_port: int = HTTP_PORT,
     ) -> None:
         self._cluster = cluster
@@ -49,11 +50,12 @@ class Operation:
         self._starting = StartingWorkers()
         self._services = Mirror(cluster, INFERENCE_SERVICES)
         self._signals = Signals(worker_port)
+        self._doors = open_doors(self._wake)
         self._scaler = Scaler(
             self._services,
             self._fleet,
             self._signals,
-            doors,
+            self._doors,
             cluster,
             reconcile=self._bring,
             tell=partial(tell_event, cluster),
@@ -78,6 +80,7 @@ class Operation:
         self._tasks = [
             asyncio.create_task(self._services.run(), name="mirror of services"),
             asyncio.create_task(self._scale(), name="autoscaler"),
+            asyncio.create_task(self._doors.run(), name="gateways"),
         ]
 
     async def stop(self) -> None:
@@ -112,6 +115,9 @@ class Operation:
 
     async def _bring(self, service: Manifest) -> None:
         await self._reconciler.reconcile(service)
+
+    def _wake(self, references: Iterable[str]) -> None:
+        self._scaler.wake(references)
 
     async def _scale(self) -> None:
         await self._services.synced()

@@ -9,8 +9,8 @@ changes. Does not know how loads and waiting rooms are read, and decides nothing
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -60,22 +60,58 @@ class Loads(Protocol):
         ...
 
 
-class Doors(Protocol):
-    """The gateways' waiting rooms. An implementation also calls `Scaler.wake` with what changed, as soon as it does."""
+class AtTheDoor(Protocol):
+    """What all gateways together hold for a service."""
 
-    def at(self, reference: str) -> Door:
-        """What all gateways together hold for the service NAMESPACE/NAME now."""
+    @property
+    def waiting(self) -> int:
+        """Requests that no worker has yet."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that a worker has."""
         ...
 
 
-class _NoDoors:
-    """An installation whose gateway does not tell: what waits at it is not known, so nothing goes to zero."""
+class Doors(Protocol):
+    """The gateways' waiting rooms, as adapters.gateways keeps them."""
 
-    def at(self, reference: str) -> Door:
-        return Door(known=False)
+    def asked(self) -> Mapping[str, AtTheDoor]:
+        """By service (NAMESPACE/NAME); one of which nothing is asked is absent."""
+        ...
+
+    def silent(self) -> Sequence[str]:
+        """A sentence for each gateway that does not tell, so that what waits at it is unknown."""
+        ...
+
+    async def run(self) -> None:
+        """Keep it up to date until cancelled."""
+        ...
 
 
-NO_DOORS = _NoDoors()
+OnChange = Callable[[Iterable[str]], None]
+"""Takes the services (NAMESPACE/NAME) whose figures have changed, as soon as they have: `Scaler.wake`."""
+
+OpenDoors = Callable[[OnChange], Doors]
+
+
+class NoDoors:
+    """An installation whose gateway tells nothing: what waits at it is unknown, so nothing goes to zero."""
+
+    def __init__(self, on_change: OnChange) -> None:
+        self._on_change = on_change
+
+    def asked(self) -> Mapping[str, AtTheDoor]:
+        """Nothing that is known."""
+        return {}
+
+    def silent(self) -> Sequence[str]:
+        """The one reason that there is."""
+        return ("The operator was not told where the gateways are.",)
+
+    async def run(self) -> None:
+        """There is nothing to keep up to date."""
 
 
 class Services(Protocol):
@@ -107,6 +143,8 @@ class _Held:
     history: tuple[Mapping[str, Any], ...] = ()
     figures: Figures | None = None
     figures_ms: int = 0
+    news: list[tuple[Problem, bool, datetime]] = field(default_factory=list)  # to be told; bounded by scaling's pace
+    behind: bool = False  # the reconciler has still to write `deployed`
     acting: asyncio.Task[None] | None = None
 
 
@@ -201,7 +239,9 @@ class Scaler:
     def figures(self, service: Manifest) -> Figures | None:
         """For the reconciler: what the status shows; at most every ten seconds something else."""
         held = self._held.get(service["metadata"]["uid"])
-        return held.figures if held is not None else None
+        if held is None or held.figures is None:
+            return None
+        return replace(held.figures, history=held.history)
 
     async def release(self, service: Manifest) -> None:
         """Never touch this service again: it is being deleted."""
@@ -287,10 +327,14 @@ class Scaler:
         return Sight(
             replicas=held.wanted or 0,
             workers=tuple(Worker(one.ready, one.placed, loads.get(one.uid)) for one in serving),
-            door=self._doors.at(spec.reference),
+            door=self._door(spec),
             batch=spec.max_batch_size,
             blocked=blocked,
         )
+
+    def _door(self, spec: ServiceSpec) -> Door:
+        one, known = self._doors.asked().get(spec.reference), not self._doors.silent()
+        return Door(known=known) if one is None else Door(one.waiting, one.in_flight, known)
 
     def _unplaced(self, service: Manifest, spec: ServiceSpec) -> Problem | None:
         """The scheduler's words about a pod that has no node."""
@@ -316,19 +360,19 @@ class Scaler:
         now, now_ms = self._clock(), self._clock_ms()
         sight = self._sight(held, service, crew, loads)
         decision, held.memory = decide(held.spec.scaling, sight, held.memory, now_ms)
-        news = _note(held, decision, now, now_ms)
+        if (news := _note(held, decision, now, now_ms)) is not None:
+            held.news.append((news, decision.able, now))
         to_do = plan(
             held.wanted, held.deployed, crew, loads, timeout_ms=held.spec.drain_timeout_ms, now=now, now_ms=now_ms
         )
-        if news is not None or to_do.patches or to_do.replicas != held.deployed:
-            held.acting = asyncio.create_task(self._act(service, held, to_do, news, now))
+        if held.news or held.behind or to_do.patches or to_do.replicas != held.deployed:
+            held.acting = asyncio.create_task(self._act(service, held, to_do, now))
 
     def _measure(self, held: _Held, crew: list[Replica], loads: Mapping[str, Load]) -> None:
         now_ms = self._clock_ms()
-        history_same = held.figures is not None and held.figures.history == held.history
-        if history_same and now_ms - held.figures_ms < FIGURES_EVERY_MS:
+        if held.figures is not None and now_ms - held.figures_ms < FIGURES_EVERY_MS:
             return
-        door = self._doors.at(held.spec.reference)
+        door = self._door(held.spec)
         told = [loads[one.uid] for one in crew if one.ready and one.uid in loads]
         silent = not told and any(one.ready for one in crew)
         gpus = [load.gpu_percent for load in told if load.gpu_percent is not None]
@@ -341,7 +385,7 @@ class Scaler:
 
     # Act.
 
-    async def _act(self, service: Manifest, held: _Held, to_do: Plan, news: Problem | None, now: datetime) -> None:
+    async def _act(self, service: Manifest, held: _Held, to_do: Plan, now: datetime) -> None:
         spec = held.spec
         try:
             for name in to_do.unmark:
@@ -351,10 +395,13 @@ class Scaler:
                 await self._mark(spec, name, "true", COST_DRAINING, timestamp(now))
             for name in to_do.leave:
                 await self._mark(spec, name, "true", COST_LEAVING, ...)
-            held.deployed = to_do.replicas
+            held.deployed, held.behind = to_do.replicas, True
             await self._reconcile(service)
-            if news is not None:
-                await self._tell(service, news, held.able, now)
+            held.behind = False
+            while held.news:
+                news, normal, at = held.news[0]
+                await self._tell(service, news, normal, at)
+                held.news.pop(0)
         except (Refused, Unreachable) as problem:
             log.warning("%s: what the autoscaler decided is tried again: %s", spec.reference, problem)
 
@@ -379,7 +426,10 @@ def _recall(held: _Held, status: Mapping[str, Any]) -> None:
 
 
 def _note(held: _Held, decision: Decision, now: datetime, now_ms: int) -> Problem | None:
-    """Take a decision over; what of it is news, to be told in log, event and condition."""
+    """Take a decision over; what of it is news: a change, or that something keeps the autoscaler from one.
+
+    The other reasons that change nothing stand in the condition alone.
+    """
     said = Problem(decision.reason, decision.message)
     if decision.changes:
         held.wanted = decision.replicas
@@ -400,6 +450,5 @@ def _note(held: _Held, decision: Decision, now: datetime, now_ms: int) -> Proble
         said = held.words
     if said == held.told or (held.told is not None and now_ms - held.holding[1] < HOLDS_MS):
         return None
-    first = held.told is None
     held.told, held.able = said, decision.able
-    return None if calm or (first and decision.able) else said
+    return None if decision.able else said
