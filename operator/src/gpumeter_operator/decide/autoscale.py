@@ -17,6 +17,8 @@ from gpumeter_operator.decide.spec import Problem
 # A request waits in a worker until the next step takes it in, so one look in ten may see one that merely passes. What
 # is seen at every look for this long really waits.
 WAITS_MS = 10_000
+# Those that stay keep a fifth of their places free: arrivals come in bunches, and a worker that is missed is a start late.
+ROOM_PERCENT = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def _recommend(scaling: Scaling, sight: Sight, counts: _Counts, memory: Memory, 
         )
     # A worker that tells nothing may be full.
     taken = counts.running + counts.queue + counts.silent * sight.batch
-    needed = min(current, -(-taken // sight.batch))
+    needed = min(current, -(-taken * 100 // (sight.batch * ROOM_PERCENT)))
     if needed > by_queue:
         full = Problem(
             "BatchesFull",
