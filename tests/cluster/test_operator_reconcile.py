@@ -316,11 +316,13 @@ async def test_a_spec_that_this_version_cannot_run_is_a_condition_and_makes_noth
     await becomes(cluster, namespace, "PodsStarting")
 
 
-async def test_scaling_starts_a_fixed_number_and_says_so(cluster: Cluster, namespace: str, show: Show) -> None:
+async def test_scaling_starts_at_its_minimum_and_says_what_it_follows(
+    cluster: Cluster, namespace: str, show: Show
+) -> None:
     await show(scaling={"minReplicas": 2, "maxReplicas": 4})
     scaling = condition(await status_of(cluster, namespace), "ScalingReady")
-    assert (scaling["status"], scaling["reason"]) == ("False", "NotSupported")
-    assert "it runs 2 workers" in scaling["message"]
+    assert (scaling["status"], scaling["reason"]) == ("True", "WithinTarget")
+    assert "From 2 to 4 workers" in scaling["message"]
     await pods(cluster, namespace, 2)
 
 

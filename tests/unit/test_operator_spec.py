@@ -17,7 +17,7 @@ def test_defaults_that_depend_on_other_fields_are_filled_in() -> None:
     spec, problems = read(service())
     assert problems == ()
     assert (spec.model_name, spec.model_revision, spec.gpu_class) == ("smollm2", "main", "gpu")
-    assert (decide_replicas(spec).wanted, spec.replicas, spec.min_replicas) == (1, None, None)
+    assert (decide_replicas(spec).wanted, spec.replicas, spec.scaling) == (1, None, None)
     assert spec.reference == "team-a/smollm2"
 
 

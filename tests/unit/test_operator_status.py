@@ -125,10 +125,11 @@ def test_a_stopped_service_says_so_and_does_not_scale() -> None:
     assert one["modelStatus"]["state"] == "Standby"
 
 
-def test_scaling_is_said_to_be_missing_and_fixed_replicas_to_be_fixed() -> None:
+def test_scaling_says_its_bounds_and_fixed_replicas_say_who_else_may_change_them() -> None:
     one = status(spec={"scaling": {"minReplicas": 0, "maxReplicas": 4}})
-    assert told(one, "ScalingReady")[:2] == ("False", "NotSupported")
-    assert "it runs 1 worker " in told(one, "ScalingReady")[2]
+    assert told(one, "ScalingReady")[:2] == ("True", "WithinTarget")
+    assert "From 0 to 4 workers" in told(one, "ScalingReady")[2]
+    assert "an HPA or KEDA may change it" in told(status(spec={"replicas": 2}), "ScalingReady")[2]
     assert told(status(spec={"replicas": 2}), "ScalingReady")[:2] == ("True", "FixedReplicas")
 
 

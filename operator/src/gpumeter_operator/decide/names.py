@@ -20,6 +20,8 @@ API_KEY_LABEL = "gpumeter.io/api-key"  # on the Secret of an API key
 TENANT_LABEL = "gpumeter.io/tenant"  # on that Secret and on a UsageReport
 GRANULARITY_LABEL = "gpumeter.io/granularity"  # on a UsageReport, as the next
 PHASE_LABEL = "gpumeter.io/phase"
+# On a worker's pod and in its Service's selector: "false" while it gets requests, "true" while it finishes what it has.
+DRAINING_LABEL = "gpumeter.io/draining"
 SLICE_OF_LABEL = "kubernetes.io/service-name"  # Kubernetes' own, on an EndpointSlice
 
 # Annotations.
@@ -30,6 +32,8 @@ GPU_CLASS_ANNOTATION = "gpumeter.io/gpu-class"
 TEMPLATE_ANNOTATION = "gpumeter.io/template"  # which template a pod was made from
 CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
 APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing
+DRAINING_SINCE_ANNOTATION = "gpumeter.io/draining-since"
+DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"  # Kubernetes' own: lower goes first
 
 # The worker's container and its ports.
 MAIN_CONTAINER = "main"

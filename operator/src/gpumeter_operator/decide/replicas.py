@@ -1,10 +1,13 @@
-"""How many workers a service should have, and why.
+"""How many workers a service's Deployment has, and why.
 
-Owns that number and the words for it. Does not know which workers there are, nor how the number is reached.
+Owns the choice between the three who may say it: the annotation that stops a service, spec.replicas, and the
+autoscaler. Does not know how the autoscaler decides, which workers there are, nor how the number is reached.
 """
 
 from dataclasses import dataclass
 
+from gpumeter_operator.decide.autoscale import STEADY, following
+from gpumeter_operator.decide.scaling import Scaling
 from gpumeter_operator.decide.spec import ServiceSpec
 
 
@@ -18,19 +21,12 @@ class Replicas:
     message: str
 
 
-def decide_replicas(spec: ServiceSpec) -> Replicas:
-    """The number of workers. Without an autoscaler, spec.scaling starts a fixed number, and at least one."""
+def decide_replicas(spec: ServiceSpec, autoscaled: Replicas | None = None) -> Replicas:
+    """The number of workers. `autoscaled` is the autoscaler's, where it has looked at the service."""
     if spec.stopped:
         return Replicas(0, False, "Stopped", "The service is stopped, so nothing is scaled.")
-    if spec.min_replicas is not None:
-        wanted = max(spec.min_replicas, 1)
-        return Replicas(
-            wanted,
-            False,
-            "NotSupported",
-            f"This version does not scale by itself yet: it runs {_workers(wanted)} (spec.scaling.minReplicas, and "
-            "at least one). Replace spec.scaling by spec.replicas to choose the number.",
-        )
+    if spec.scaling is not None:
+        return autoscaled or at_first(spec.scaling, None)
     if spec.replicas is None:
         return Replicas(1, True, "FixedReplicas", "Neither spec.replicas nor spec.scaling is set, so one worker runs.")
     return Replicas(
@@ -39,6 +35,12 @@ def decide_replicas(spec: ServiceSpec) -> Replicas:
         "FixedReplicas",
         f"spec.replicas fixes {_workers(spec.replicas)}; kubectl scale, an HPA or KEDA may change it.",
     )
+
+
+def at_first(scaling: Scaling, deployed: int | None) -> Replicas:
+    """Where the autoscaler begins: at what the Deployment has, or at least one, so that it is seen to become ready."""
+    begun = max(scaling.least, 1) if deployed is None else deployed
+    return Replicas(min(begun, scaling.most), True, STEADY, following(scaling))
 
 
 def _workers(number: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpumeter_operator.decide.names import STOP_ANNOTATION
+from gpumeter_operator.decide.scaling import SCALE_TO_ZERO_AFTER, Scaling, read_scaling
 from gpumeter_operator.decide.template import template_problems
 
 # After the drain a worker cuts off what still runs (10 s at most), again if the engine hangs (10 s), ends the engine
@@ -55,7 +56,7 @@ class ServiceSpec:
     memory: str
     shared_memory: str
     replicas: int | None  # as the user fixed it; None when scaling holds or nothing is said
-    min_replicas: int | None  # of spec.scaling; None where the spec has none
+    scaling: Scaling | None  # the autoscaler's; None where it stands aside
     attribution: str
     checkpoint_interval_ms: int
     lease_timeout_ms: int
@@ -109,7 +110,9 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         memory=str(resources.get("memory", "4Gi")),
         shared_memory=str(resources.get("sharedMemory", "1Gi")),
         replicas=spec.get("replicas"),
-        min_replicas=int(scaling.get("minReplicas", 1)) if scaling else None,
+        scaling=read_scaling(scaling, duration_ms(scaling.get("scaleToZeroAfter", SCALE_TO_ZERO_AFTER)))
+        if scaling
+        else None,
         attribution=metering.get("attribution", "knee"),
         checkpoint_interval_ms=duration_ms(metering.get("checkpointInterval", "5s")),
         lease_timeout_ms=duration_ms(metering.get("leaseTimeout", "60s")),

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from gpumeter_operator.decide import workload
+from gpumeter_operator.decide.autoscale import AT_ZERO, at_zero
 from gpumeter_operator.decide.conditions import Condition, follow
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
@@ -18,6 +19,15 @@ from gpumeter_operator.decide.replicas import Replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
 
 METERING_REASONS = ("JournalUnusable",)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the autoscaler measured and decided, as the status shows it. None stands for what nobody tells."""
+
+    queue_length: int | None
+    gpu_percent: int | None
+    history: tuple[Mapping[str, Any], ...]  # newest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,7 @@ class Seen:
     template_hash: str  # of the wanted pods; empty when the spec has problems
     deployment: Mapping[str, Any] | None
     pods: tuple[PodState, ...]
+    figures: Figures | None = None  # None until the workers were asked
 
 
 def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[str, Any]:
@@ -50,7 +61,18 @@ def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[
         "selector": workload.selector(seen.spec.name),
         "url": workload.url(seen.spec),
         "modelStatus": _model_status(seen, alive),
+        **_measured(seen.figures),
         "conditions": follow(former.get("conditions") or [], decided, seen.spec.generation, now),
+    }
+
+
+def _measured(figures: Figures | None) -> dict[str, Any]:
+    if figures is None:
+        return {}
+    return {
+        "queueLength": figures.queue_length,
+        "gpuUtilization": figures.gpu_percent,
+        "scalingHistory": [dict(one) for one in figures.history] or None,
     }
 
 
@@ -107,7 +129,7 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
 
     if seen.problems:
         return not_ready(_joined(seen.problems))
-    if (refusal := _replica_failure(seen.deployment)) is not None:
+    if (refusal := replica_failure(seen.deployment)) is not None:
         return not_ready(refusal)
     if (problem := _main_problem(current)) is not None:
         affected = sum(pod.problem is not None and pod.problem.reason == problem.reason for pod in current)
@@ -155,8 +177,10 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
             "Ready", "False", "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
         )
     if seen.replicas.wanted == 0:
+        if seen.spec.scaling is not None:
+            return Condition("Ready", "False", AT_ZERO, at_zero(seen.spec.scaling))
         return Condition(
-            "Ready", "False", "ScaledToZero", "spec.replicas is 0, so nothing answers; raise it to start workers."
+            "Ready", "False", AT_ZERO, "spec.replicas is 0, so nothing answers; raise it to start workers."
         )
     if not ready:
         return Condition("Ready", "False", workloads.reason, workloads.message)
@@ -229,7 +253,7 @@ def _failure_info(failures: Sequence[Failure]) -> dict[str, Any] | None:
     return {**info, "time": last.finished_at or None}
 
 
-def _replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
+def replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
     """Pods that cannot even be created: quota, admission, a missing service account."""
     for condition in ((deployment or {}).get("status") or {}).get("conditions") or []:
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":

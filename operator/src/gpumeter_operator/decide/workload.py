@@ -17,6 +17,7 @@ from gpumeter_operator.decide.names import (
     APPLIED_ANNOTATION,
     CREDENTIALS_ANNOTATION,
     DEVICES_ANNOTATION,
+    DRAINING_LABEL,
     GPU_CLASS_ANNOTATION,
     HTTP_PORT,
     HTTP_PORT_NAME,
@@ -67,8 +68,14 @@ class Workload:
         return self.others[-1]
 
 
-def build(spec: ServiceSpec, wanted: int, installation: Installation, credentials: Credentials) -> Workload:
-    """All manifests of a service without problems, for `wanted` workers."""
+def build(
+    spec: ServiceSpec, wanted: int, installation: Installation, credentials: Credentials, *, marked: bool = True
+) -> Workload:
+    """All manifests of a service without problems, for `wanted` workers.
+
+    `marked` is false while some pod has no label that says whether it drains: a Service that asked for it would cut off
+    the pods of a former version before the new ones are ready.
+    """
     template, template_hash = _pod_template(spec, installation, credentials)
     return Workload(
         secret=_secret(spec, credentials),
@@ -76,7 +83,7 @@ def build(spec: ServiceSpec, wanted: int, installation: Installation, credential
             _stamped(manifest)
             for manifest in (
                 _service_account(spec),
-                _service(spec),
+                _service(spec, marked=marked),
                 _usage_service(spec),
                 _disruption_budget(spec),
                 _deployment(spec, wanted, template),
@@ -158,14 +165,14 @@ def _service_account(spec: ServiceSpec) -> Manifest:
     return _owned(spec, "v1", "ServiceAccount", spec.name, automountServiceAccountToken=False)
 
 
-def _service(spec: ServiceSpec) -> Manifest:
+def _service(spec: ServiceSpec, *, marked: bool) -> Manifest:
     return _owned(
         spec,
         "v1",
         "Service",
         spec.name,
         spec={
-            "selector": {SERVICE_LABEL: spec.name},
+            "selector": {SERVICE_LABEL: spec.name, **({DRAINING_LABEL: "false"} if marked else {})},
             "ports": [{"name": HTTP_PORT_NAME, "port": HTTP_PORT, "targetPort": HTTP_PORT_NAME, "protocol": "TCP"}],
         },
     )
@@ -225,7 +232,7 @@ def _deployment(spec: ServiceSpec, wanted: int, template: Manifest) -> Manifest:
 def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> tuple[Manifest, str]:
     ours: Manifest = {
         "metadata": {
-            "labels": labels(spec),
+            "labels": {**labels(spec), DRAINING_LABEL: "false"},
             "annotations": {
                 SERVICE_UID_ANNOTATION: spec.uid,
                 DEVICES_ANNOTATION: str(max(spec.gpu_count, 1)),

@@ -3,17 +3,24 @@
 Owns start, stop and what alive and ready mean. Does not know kopf, which calls `look` and `leave`.
 """
 
+import asyncio
 import logging
+from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 
 from gpumeter_operator.adapters.health import HealthServer
-from gpumeter_operator.adapters.kubernetes import Cluster, Manifest, Refused, Unreachable
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Cluster, Manifest, Refused, Unreachable
+from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.adapters.signals import Signals
 from gpumeter_operator.adapters.starting import StartingWorkers
+from gpumeter_operator.decide.names import HTTP_PORT
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
-from gpumeter_operator.flow.reconcile import Reconciler
+from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
+from gpumeter_operator.flow.scale import NoDoors, OpenDoors, Scaler
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +39,8 @@ class Operation:
         interval_s: float,
         deletion_margin: timedelta,
         http: tuple[str, int],
+        open_doors: OpenDoors = NoDoors,
+        worker_port: int = HTTP_PORT,
     ) -> None:
         self._cluster = cluster
         self._http = http
@@ -39,7 +48,28 @@ class Operation:
         metrics = OperatorMetrics()
         self._fleet = Fleet(cluster)
         self._starting = StartingWorkers()
-        self._reconciler = Reconciler(cluster, self._fleet, installation, master_key, metrics, told=self._starting.told)
+        self._services = Mirror(cluster, INFERENCE_SERVICES)
+        self._signals = Signals(worker_port)
+        self._doors = open_doors(self._wake)
+        self._scaler = Scaler(
+            self._services,
+            self._fleet,
+            self._signals,
+            self._doors,
+            cluster,
+            reconcile=self._bring,
+            tell=partial(tell_event, cluster),
+        )
+        self._reconciler = Reconciler(
+            cluster,
+            self._fleet,
+            installation,
+            master_key,
+            metrics,
+            told=self._starting.told,
+            autoscaler=self._scaler,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._health = HealthServer(self._wrong, self._fleet.unsynced, metrics.render)
 
@@ -47,9 +77,19 @@ class Operation:
         """Serve probes, then wait for the first lists: to decide with half a picture would delete and double."""
         await self._health.start(*self._http)
         await self._fleet.start()
+        self._tasks = [
+            asyncio.create_task(self._services.run(), name="mirror of services"),
+            asyncio.create_task(self._scale(), name="autoscaler"),
+            asyncio.create_task(self._doors.run(), name="gateways"),
+        ]
 
     async def stop(self) -> None:
         """End watches, server and connections."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._scaler.settle()
+        await self._signals.close()
         await self._fleet.stop()
         await self._starting.close()
         await self._health.close()
@@ -65,6 +105,7 @@ class Operation:
 
     async def leave(self, service: Manifest) -> str | None:
         """Let a deleted service end; a sentence when it has to be tried again."""
+        await self._scaler.release(service)
         self._reconciler.forget(service)
         try:
             await self._releaser.release(service)
@@ -72,5 +113,20 @@ class Operation:
             return f"cannot be released yet: {problem}"
         return None
 
+    async def _bring(self, service: Manifest) -> None:
+        await self._reconciler.reconcile(service)
+
+    def _wake(self, references: Iterable[str]) -> None:
+        self._scaler.wake(references)
+
+    async def _scale(self) -> None:
+        await self._services.synced()
+        await self._scaler.run()
+
     def _wrong(self) -> str | None:
-        return self._fleet.silent() or self._reconciler.overdue(self._overdue_s)
+        return (
+            self._fleet.silent()
+            or self._services.silence()
+            or self._reconciler.overdue(self._overdue_s)
+            or (self._scaler.overdue() if self._tasks else None)
+        )

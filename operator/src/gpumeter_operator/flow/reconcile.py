@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
+from gpumeter_operator.decide.crew import is_marked
 from gpumeter_operator.decide.events import event
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
 from gpumeter_operator.decide.replicas import Replicas, decide_replicas
@@ -43,6 +44,18 @@ class Known:
     workload: tuple[tuple[Any, ...], Workload] | None = None
 
 
+class Autoscaler(Protocol):
+    """What a look at a service takes from the autoscaler: flow.scale.Scaler."""
+
+    def replicas(self, service: Manifest, spec: ServiceSpec) -> Replicas | None:
+        """How many workers the Deployment has; None where others say it."""
+        ...
+
+    def figures(self, service: Manifest) -> decide.Figures | None:
+        """What the status shows of it; None before the workers were asked."""
+        ...
+
+
 class Reconciler:
     """Brings services to what their specs say, one look at a time."""
 
@@ -56,6 +69,7 @@ class Reconciler:
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         told: Callable[[str, bool], Answer] = lambda address, serves: Answer(),
+        autoscaler: Autoscaler | None = None,
     ) -> None:
         """`told` gives what a worker says of itself, by address and whether it serves, as far as that is known now."""
         self._cluster = cluster
@@ -65,6 +79,7 @@ class Reconciler:
         self._metrics = metrics
         self._clock = clock
         self._told = told
+        self._autoscaler = autoscaler
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self._known: dict[str, Known] = {}
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
@@ -100,10 +115,10 @@ class Reconciler:
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
         described = tuple(self._with_answer(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
-        replicas = decide_replicas(spec)
+        replicas = decide_replicas(spec, self._autoscaler.replicas(service, spec) if self._autoscaler else None)
         template_hash, written = "", False
         if not problems:
-            workload = self._workload(spec, replicas, known)
+            workload = self._workload(spec, replicas, known, marked=all(map(is_marked, pods)))
             template_hash = workload.template_hash
             stuck = any(pod.stuck for pod in described)  # a deleted Secret is one of the things that pods wait for
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
@@ -114,6 +129,7 @@ class Reconciler:
             template_hash=template_hash,
             deployment=self._fleet.deployment(spec.namespace, spec.name),
             pods=described,
+            figures=self._autoscaler.figures(service) if self._autoscaler else None,
         )
         return await self._tell(service, seen, known, now) or written
 
@@ -125,12 +141,12 @@ class Reconciler:
             return replace(pod, stand_in=Problem(*answer.stand_in) if answer.stand_in else None)
         return replace(pod, loading=answer.progress)
 
-    def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known) -> Workload:
+    def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known, *, marked: bool) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
-        key = (spec.generation, replicas.wanted)
+        key = (spec.generation, replicas.wanted, marked)
         if known.workload is None or known.workload[0] != key:
             credentials = credentials_of(self._master_key, spec.uid)
-            known.workload = key, build(spec, replicas.wanted, self._installation, credentials)
+            known.workload = key, build(spec, replicas.wanted, self._installation, credentials, marked=marked)
         return known.workload[1]
 
     async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:

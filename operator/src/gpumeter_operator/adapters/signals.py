@@ -1,0 +1,148 @@
+"""Asks workers for their load over HTTP: the autoscaler's side of a worker's /metrics.
+
+Owns when a worker is asked, how many at once, which of its metrics are a load, and when a load is too old to mean
+anything: a worker that does not answer is silent, not idle. Reads the names that every engine has
+(vllm:num_requests_waiting and vllm:num_requests_running), and gpumeter's own for the rest. Does not decide.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import aiohttp
+
+from gpumeter_operator.decide.crew import Load
+from gpumeter_operator.decide.names import HTTP_PORT
+
+EVERY_MS = 2_000
+TOO_OLD_MS = 3 * EVERY_MS  # two answers may be lost
+TIMEOUT_S = 1.5  # below EVERY_MS, so that an answer is never older than the next question
+PARALLEL = 64  # questions at a time: a thousand workers are asked in a second, and no burst fills the event loop
+BODY_BYTES_MAX = 2**20
+BACKOFF_MAX_MS = 16_000  # a worker that does not answer is asked ever less often, or dead ones would hold all slots
+
+_WANTED = re.compile(
+    rb"^(vllm:num_requests_waiting|vllm:num_requests_running|gpumeter_gpu_utilization_ratio|gpumeter_sessions_total)"
+    rb"(?:\{[^\n]*\})? ([0-9.eE+-]+)",
+    re.MULTILINE,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Signals:
+    """The last load of every worker. `clock_ms` never goes back."""
+
+    def __init__(
+        self, port: int = HTTP_PORT, clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+    ) -> None:
+        self._port = port
+        self._clock_ms = clock_ms
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(PARALLEL)
+        self._loads: dict[str, Load] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, int] = {}
+        self._again_ms: dict[str, int] = {}
+
+    async def ask(self, workers: Mapping[str, str], within_s: float) -> None:
+        """Ask all `workers` (uid -> address) and return when they have answered, at the latest after `within_s`.
+
+        Those that take longer go on; their answers count when they come. What is known of workers that are not named
+        is forgotten.
+        """
+        now_ms = self._clock_ms()
+        self._forget(workers)
+        due = [uid for uid in workers if uid not in self._asking and self._again_ms.get(uid, 0) <= now_ms]
+        tasks = []
+        for uid in due:
+            self._asking[uid] = asyncio.create_task(self._ask(uid, workers[uid]))
+            tasks.append(self._asking[uid])
+        if tasks:
+            await asyncio.wait(tasks, timeout=within_s)
+
+    def load(self, uid: str) -> Load | None:
+        """What the worker last told; None when that is too old, or nothing."""
+        load = self._loads.get(uid)
+        return load if load is not None and self._clock_ms() - load.at_ms <= TOO_OLD_MS else None
+
+    async def close(self) -> None:
+        """End what is being asked, and the connections."""
+        tasks = list(self._asking.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _ask(self, uid: str, address: str) -> None:
+        try:
+            body = await self._metrics_of(address)
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            body = b""
+        finally:
+            self._asking.pop(uid, None)
+        now_ms = self._clock_ms()
+        if (load := read_load(body, now_ms)) is not None:
+            self._loads[uid] = load
+            self._failures.pop(uid, None)
+            self._again_ms.pop(uid, None)
+            return
+        failures = self._failures[uid] = self._failures.get(uid, 0) + 1
+        self._again_ms[uid] = now_ms + min(EVERY_MS * 2 ** (failures - 1), BACKOFF_MAX_MS) - EVERY_MS // 2
+
+    async def _metrics_of(self, address: str) -> bytes:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+                connector=aiohttp.TCPConnector(limit=0),  # the slots are the limit
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=("Accept-Encoding",),
+            )
+        host = f"[{address}]" if ":" in address else address
+        async with (
+            self._slots,
+            self._session.get(f"http://{host}:{self._port}/metrics", allow_redirects=False) as response,
+        ):
+            return await _read(response) if response.status == 200 else b""
+
+    def _forget(self, workers: Iterable[str]) -> None:
+        named = set(workers)
+        for uid in [uid for uid in self._loads.keys() | self._failures.keys() if uid not in named]:
+            for known in (self._loads, self._failures, self._again_ms):
+                known.pop(uid, None)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > BODY_BYTES_MAX:
+            return b""
+    return bytes(body)
+
+
+def read_load(body: bytes, now_ms: int) -> Load | None:
+    """The load in a text of Prometheus' format; None where it does not tell how many requests wait and run."""
+    found: dict[bytes, list[float]] = {}
+    for name, text in _WANTED.findall(body):
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if 0 <= value < 1e15:
+            found.setdefault(name, []).append(value)
+    waiting, running = found.get(b"vllm:num_requests_waiting"), found.get(b"vllm:num_requests_running")
+    if waiting is None or running is None:
+        return None
+    gpus = found.get(b"gpumeter_gpu_utilization_ratio")
+    return Load(
+        at_ms=now_ms,
+        waiting=int(sum(waiting)),
+        running=int(sum(running)),
+        gpu_percent=min(100, round(100 * sum(gpus) / len(gpus))) if gpus else None,
+        ended=int(sum(found.get(b"gpumeter_sessions_total", ()))),
+    )
