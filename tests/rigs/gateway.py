@@ -75,16 +75,29 @@ class HandMadeCluster:
 
         return World(services=services, slices=slices, keys=keys)
 
-    def add_service(self, namespace: str, name: str, model: str, conditions: list[dict[str, str]] | None = None) -> str:
+    def add_service(
+        self,
+        namespace: str,
+        name: str,
+        model: str,
+        conditions: list[dict[str, str]] | None = None,
+        *,
+        state: str = "Standby",
+        annotations: dict[str, str] | None = None,
+        **spec: Any,
+    ) -> str:
         uid = f"uid-{namespace}-{name}"
         self.services.put(
             {
-                "metadata": {"namespace": namespace, "name": name, "uid": uid},
-                "spec": {"model": {"name": model}},
-                "status": {"conditions": conditions or []},
+                "metadata": {"namespace": namespace, "name": name, "uid": uid, "annotations": annotations or {}},
+                "spec": {"model": {"name": model}} | spec,
+                "status": {"conditions": conditions or [], "modelStatus": {"state": state}},
             }
         )
         return uid
+
+    def end_worker(self, port: int) -> None:
+        self.slices.remove("team-a", f"smollm2-{port}")
 
     def set_endpoint(self, namespace: str, service: str, port: int, **conditions: bool) -> None:
         self.slices.put(

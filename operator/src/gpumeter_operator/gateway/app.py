@@ -5,11 +5,15 @@ Owns the life of the listening socket. Does not know what a request means (front
 
 import asyncio
 import logging
+import time
 
 from aiohttp import web
 
+from gpumeter_operator.gateway.demand import Board
+from gpumeter_operator.gateway.doorman import Doorman
 from gpumeter_operator.gateway.front import Front, HopKeyOf
 from gpumeter_operator.gateway.relay import Relay
+from gpumeter_operator.gateway.room import Bounds
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.telemetry import Telemetry
 from gpumeter_operator.gateway.world import World
@@ -47,6 +51,7 @@ class Gateway:
         self._world = world
         self._hop_key_of = hop_key_of
         self._front: Front
+        self._doorman: Doorman
         self._relay: Relay
         self._runner: web.AppRunner
         self._site: web.TCPSite
@@ -56,11 +61,13 @@ class Gateway:
         """Listen. Requests are refused with 503 until the world is in sync."""
         telemetry = Telemetry()
         self._relay = Relay(
-            telemetry,
             connect_timeout_s=self._settings.connect_timeout_s,
             silence_timeout_s=self._settings.silence_timeout_s,
         )
-        self._front = Front(self._world, self._relay, telemetry, self._settings, self._hop_key_of)
+        self._doorman = _doorman(self._world, self._settings, telemetry)
+        self._front = Front(
+            self._world, self._doorman, self._relay, telemetry, settings=self._settings, hop_key_of=self._hop_key_of
+        )
         app = web.Application(middlewares=[self._front.around])
         app.add_routes(
             [
@@ -88,6 +95,11 @@ class Gateway:
         self.port = self._site.port
         logger.info("listening on %s:%d", self._settings.host, self.port)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a worker."""
+        return self._doorman.waiting
+
     async def stop(self) -> None:
         """Readiness off, wait until nobody is sent here, finish what runs, within the drain timeout."""
         self._front.stopping = True
@@ -99,9 +111,24 @@ class Gateway:
                 await self._front.idle.wait()
         except TimeoutError:
             logger.warning("cutting off %d requests after the drain timeout", self._front.in_flight)
+            self._doorman.close()
             self._relay.cut_off()
 
     async def close(self) -> None:
         """Close everything that is still open."""
         await self._runner.cleanup()
         await self._relay.close()
+
+
+def _doorman(world: World, settings: Settings, telemetry: Telemetry) -> Doorman:
+    bounds = Bounds(
+        requests=settings.waiting_max,
+        tenant_requests=settings.tenant_waiting_max,
+        size=settings.waiting_bytes_max,
+        tenant_size=settings.tenant_waiting_bytes_max,
+    )
+    # Nanoseconds as the first version: no former process at this address can have told a greater one.
+    board = Board(time.time_ns())
+    doorman = Doorman(world, bounds, telemetry, board, limit_ns=int(settings.waiting_timeout_s * 1e9))
+    world.on_services, world.on_workers = doorman.cluster_changed, doorman.workers_changed
+    return doorman

@@ -29,6 +29,13 @@ class Settings:
     write_timeout_s: float = 60  # a client that reads slowly costs GPU time
     connect_timeout_s: float = 2  # a pod answers in milliseconds or not
     silence_timeout_s: float = 600  # a plain answer comes only at its end
+    waiting_max: int = 512  # requests that wait for a worker; half of what may be in flight
+    tenant_waiting_max: int = 256  # one tenant must leave room for others
+    waiting_bytes_max: int = 48 << 20  # their bodies; the other half of held_bytes_max is for services that run
+    tenant_waiting_bytes_max: int = 16 << 20
+    waiting_timeout_s: float = 300  # a cold start of a large model takes minutes
+    heartbeat_s: float = 10  # proxies cut silent connections off after 30 s or more
+    prefix_affinity_bytes: int = 0  # 0: equally loaded workers take turns
     settle_s: float = 1  # for what is on its way; preStop has waited for the Service
     drain_timeout_s: float = 110  # less than the pod's grace period
 
@@ -54,6 +61,17 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         write_timeout_s=read.seconds("GPUMETER_GATEWAY_WRITE_TIMEOUT_S", DEFAULTS.write_timeout_s),
         connect_timeout_s=read.seconds("GPUMETER_GATEWAY_CONNECT_TIMEOUT_S", DEFAULTS.connect_timeout_s),
         silence_timeout_s=read.seconds("GPUMETER_GATEWAY_SILENCE_TIMEOUT_S", DEFAULTS.silence_timeout_s),
+        waiting_max=read.number("GPUMETER_GATEWAY_WAITING_MAX", DEFAULTS.waiting_max, 0, COUNT_MAX),
+        tenant_waiting_max=read.number(
+            "GPUMETER_GATEWAY_TENANT_WAITING_MAX", DEFAULTS.tenant_waiting_max, 0, COUNT_MAX
+        ),
+        waiting_bytes_max=read.number("GPUMETER_GATEWAY_WAITING_BYTES_MAX", DEFAULTS.waiting_bytes_max, 0, COUNT_MAX),
+        tenant_waiting_bytes_max=read.number(
+            "GPUMETER_GATEWAY_TENANT_WAITING_BYTES_MAX", DEFAULTS.tenant_waiting_bytes_max, 0, COUNT_MAX
+        ),
+        waiting_timeout_s=read.seconds("GPUMETER_GATEWAY_WAITING_TIMEOUT_S", DEFAULTS.waiting_timeout_s),
+        heartbeat_s=read.seconds("GPUMETER_GATEWAY_HEARTBEAT_S", DEFAULTS.heartbeat_s),
+        prefix_affinity_bytes=read.number("GPUMETER_GATEWAY_PREFIX_AFFINITY_BYTES", 0, 0, 1 << 20),
         settle_s=read.seconds("GPUMETER_GATEWAY_SETTLE_S", DEFAULTS.settle_s),
         drain_timeout_s=read.seconds("GPUMETER_GATEWAY_DRAIN_TIMEOUT_S", DEFAULTS.drain_timeout_s),
     )
