@@ -414,7 +414,7 @@ async def test_it_is_not_ready_before_all_three_mirrors_are_complete_and_says_so
     cluster = HandMadeCluster()
     world = cluster.world()
     cluster.add_key("acme", "key-of-acme")
-    gateway = Gateway(world, SETTINGS, lambda uid: uid)
+    gateway = Gateway(world, SETTINGS, lambda uid: uid, "token")
     await gateway.start()
     mirrors = asyncio.create_task(world.run())
     try:

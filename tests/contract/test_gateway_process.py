@@ -111,6 +111,7 @@ async def gateway_process(
         "GPUMETER_MASTER_KEY_FILE": str(key_file),
         "GPUMETER_GATEWAY_HOST": "127.0.0.1",
         "GPUMETER_GATEWAY_PORT": str(port),
+        "GPUMETER_GATEWAY_INTERNAL_PORT": "0",
         "GPUMETER_GATEWAY_SETTLE_S": "0.1",
         "GPUMETER_LOG_FORMAT": "json",
     }

@@ -15,14 +15,15 @@ from typing import Any
 import jwt
 from aiohttp import web
 
-from gpumeter_operator.decide.credentials import derive
+from gpumeter_operator.decide.credentials import derive, internal_token
 from gpumeter_operator.gateway.app import Gateway
 from gpumeter_operator.gateway.keys import digest_of
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.world import World
 
 MASTER_KEY = b"m" * 32
-SETTINGS = Settings(namespace="gpumeter", host="127.0.0.1", port=0, settle_s=0.01, drain_timeout_s=5)
+INTERNAL_TOKEN = internal_token(MASTER_KEY)
+SETTINGS = Settings(namespace="gpumeter", host="127.0.0.1", port=0, internal_port=0, settle_s=0.01, drain_timeout_s=5)
 
 
 class HandMadeMirror:
@@ -267,7 +268,9 @@ async def gateway_rig(**changes: Any) -> AsyncIterator[Rig]:
     uid = cluster.add_service("team-a", "smollm2", "smollm2")
     cluster.add_key("acme", "key-of-acme")
     cluster.add_key("bolt", "key-of-bolt")
-    gateway = Gateway(world, replace(SETTINGS, **changes), lambda uid: derive(MASTER_KEY, "hop-key", uid))
+    gateway = Gateway(
+        world, replace(SETTINGS, **changes), lambda uid: derive(MASTER_KEY, "hop-key", uid), INTERNAL_TOKEN
+    )
     async with serving(ScriptedWorker(uid, "smollm2")) as worker:
         cluster.set_endpoint("team-a", "smollm2", worker.port)
         await gateway.start()

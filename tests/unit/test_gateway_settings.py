@@ -30,9 +30,13 @@ def test_every_setting_that_cannot_be_is_told_at_once() -> None:
     [
         ("GPUMETER_GATEWAY_BODY_BYTES_MAX", str(1 << 30), "one body must fit into a tenant's share"),
         ("GPUMETER_GATEWAY_HELD_BYTES_MAX", str(16 << 20), "a tenant's share must fit into the whole"),
+        ("GPUMETER_GATEWAY_WAITING_MAX", "100", "a tenant's share must fit into the waiting room"),
+        ("GPUMETER_GATEWAY_IN_FLIGHT_MAX", "100", "must leave room for others"),
+        ("GPUMETER_GATEWAY_WAITING_BYTES_MAX", str(1 << 40), "must leave room for others"),
+        ("GPUMETER_GATEWAY_INTERNAL_PORT", "8080", "must be one of its own"),
     ],
 )
-def test_a_body_fits_into_a_tenants_share_and_the_share_into_the_whole(variable: str, value: str, told: str) -> None:
+def test_settings_that_contradict_each_other_are_refused_with_both_names(variable: str, value: str, told: str) -> None:
     with pytest.raises(SettingsInvalid) as refused:
         settings_from({"GPUMETER_NAMESPACE": "x", variable: value})
     assert variable in str(refused.value)

@@ -48,7 +48,7 @@ class Doorman:
     """Everybody who waits for a worker, and everybody who is with one."""
 
     def __init__(self, cluster: Cluster, bounds: Bounds, telemetry: Telemetry, board: Board, *, limit_ns: int) -> None:
-        self.on_demand: Callable[[], None] | None = None  # called after the board has changed
+        self.on_demand: Callable[[bool], None] | None = None  # after the board has changed; whether that is urgent
         self._cluster = cluster
         self._room = Room(bounds)
         self._load = Load()
@@ -268,7 +268,7 @@ class Doorman:
         service = self._cluster.catalogue().by_qualified.get(name) if waiting == 1 else None
         urgent = service is not None and not self._cluster.endpoints(service)
         if self._board.put(name, demand, urgent=urgent) and self.on_demand is not None:
-            self.on_demand()
+            self.on_demand(urgent)
 
 
 class Visit:
