@@ -56,7 +56,9 @@ def test_a_request_that_no_worker_took_has_its_old_place_again() -> None:
 def test_a_request_that_pauses_lets_others_go_and_is_first_when_its_time_has_come() -> None:
     room = Room(BOUNDS)
     first, second, third = (enter(room, "acme") for _ in range(3))
+    room.admit(first)
     first.not_before_ns = 100
+    room.come_back(first)
     assert room.first("a/m", 99) is second
     assert room.first_pause_ns("a/m", 99) == 100
     room.admit(second)

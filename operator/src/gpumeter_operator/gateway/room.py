@@ -53,6 +53,7 @@ class Room:
         self._bounds = bounds
         self._numbers = count(1)
         self._queues: dict[str, dict[str, list[Ticket]]] = {}  # service -> tenants in the order of their turns
+        self._pausing: set[Ticket] = set()
         self._all = _Held()
         self._tenants: dict[str, _Held] = {}
 
@@ -87,6 +88,8 @@ class Room:
 
     def come_back(self, ticket: Ticket) -> None:
         """Take the old place again, after a worker did not take the request. It was let in before, so nobody asks."""
+        if ticket.not_before_ns:
+            self._pausing.add(ticket)
         insort(self._queues.setdefault(ticket.service, {}).setdefault(ticket.tenant, []), ticket)
         for held in (self._all, self._tenants.setdefault(ticket.tenant, _Held())):
             held.requests += 1
@@ -109,6 +112,7 @@ class Room:
 
     def leave(self, ticket: Ticket) -> None:
         """Go without having been served; a tenant and a service of whom nobody waits are forgotten."""
+        self._pausing.discard(ticket)
         tenants = self._queues[ticket.service]
         tenants[ticket.tenant].remove(ticket)
         if not tenants[ticket.tenant]:
@@ -137,7 +141,7 @@ class Room:
 
     def first_pause_ns(self, service: str, now_ns: int) -> int | None:
         """When the first of those whose time has not come may be asked again."""
-        times = (ticket.not_before_ns for ticket in self.waiting(service))
+        times = (ticket.not_before_ns for ticket in self._pausing if ticket.service == service)
         return min((time_ns for time_ns in times if time_ns > now_ns), default=None)
 
     @property
