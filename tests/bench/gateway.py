@@ -40,6 +40,7 @@ class Round:
     way: str
     latencies_ms: list[float]
     late_ms: list[float]
+    refused: int
 
 
 def main() -> int:
@@ -139,12 +140,14 @@ async def _measure(ways: dict[str, int], rate: int, rounds: int, seconds: float)
 async def _round(http: aiohttp.ClientSession, way: str, url: str, rate: int, seconds: float) -> Round:
     latencies_ms: list[float] = []
     late_ms: list[float] = []
+    refused: list[str] = []
 
     async def ask(due_s: float) -> None:
         async with http.post(url, data=BODY) as answer:
             await answer.read()
             if answer.status != 200:
-                raise SystemExit(f"{way}: the answer is {answer.status}: {(await answer.text())[:300]}")
+                refused.append(await answer.text())
+                return
         latencies_ms.append((time.perf_counter() - due_s) * 1000)
 
     began_s = time.perf_counter()
@@ -156,7 +159,9 @@ async def _round(http: aiohttp.ClientSession, way: str, url: str, rate: int, sec
         late_ms.append((time.perf_counter() - due_s) * 1000)
         running.append(asyncio.create_task(ask(time.perf_counter())))
     await asyncio.gather(*running)
-    return Round(way, latencies_ms, late_ms)
+    if refused:
+        print(f"  {way}: {len(refused)} of {len(running)} were refused, the last with {refused[-1][:300]}", flush=True)
+    return Round(way, latencies_ms, late_ms, len(refused))
 
 
 # The figures
@@ -183,7 +188,9 @@ def _tell(rounds: list[Round], rate: int, cpu_ms: float, raw: Path) -> int:
     for name, value in added.items():
         met = value <= GOALS_MS[name]
         print(f"{NAME}_{name} {value:.2f} ms added, goal {GOALS_MS[name]:g}: {'met' if met else 'short'}")
-    return 0 if all(value <= GOALS_MS[name] for name, value in added.items()) else 1
+    if refused := sum(one.refused for one in rounds):
+        print(f"{refused} requests were refused, so these figures are of a machine that did not keep up")
+    return 0 if not refused and all(value <= GOALS_MS[name] for name, value in added.items()) else 1
 
 
 def _added(ways: dict[str, list[Round]], q: float) -> float:

@@ -129,9 +129,10 @@ class Doorman:
         if self._room.requests:
             self._dispatch(name)
 
-    def worked(self, endpoint: Endpoint) -> None:
-        """A worker answered."""
-        self._load.worked(endpoint)
+    def worked(self, visit: "Visit", endpoint: Endpoint) -> None:
+        """A worker answered; where it had failed before, those who wait need not wait for its next trial."""
+        if self._load.worked(endpoint):
+            self._dispatch(visit.ticket.service)
 
     def failed(self, visit: "Visit", endpoint: Endpoint, failure: Failure) -> Retry:
         """A worker did not; says whether the request may be sent again."""
@@ -321,7 +322,7 @@ class Visit:
     def worked(self) -> None:
         """The worker at this seat answered."""
         if self._endpoint is not None:
-            self._doorman.worked(self._endpoint)
+            self._doorman.worked(self, self._endpoint)
 
     def failed(self, failure: Failure) -> Retry:
         """The worker at this seat did not; where the decision allows, `seat` seeks another one."""

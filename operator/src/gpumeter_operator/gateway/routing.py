@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from gpumeter_operator.gateway.endpoints import Endpoint
 
-BACKOFF_NS = tuple(ms * 1_000_000 for ms in (250, 500, 1_000, 2_000, 5_000, 10_000))
+BACKOFF_NS = tuple(ms * 1_000_000 for ms in (50, 250, 500, 1_000, 2_000, 5_000, 10_000))
 FULL_NS = 1_000_000_000  # how long a worker that said it is full is only the second choice
 
 
@@ -90,9 +90,9 @@ class Load:
         if (trouble := self._troubles.get(endpoint)) is not None:
             trouble.probing = False
 
-    def worked(self, endpoint: Endpoint) -> None:
-        """The worker answered: it counts as sound again."""
-        self._troubles.pop(endpoint, None)
+    def worked(self, endpoint: Endpoint) -> bool:
+        """The worker answered: it counts as sound again. Whether it did not before."""
+        return self._troubles.pop(endpoint, None) is not None
 
     def failed(self, endpoint: Endpoint, failure: Failure, now_ns: int) -> None:
         """Leave the worker alone for a while that grows with every failure; one that is full is only less wanted."""
