@@ -1,9 +1,13 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpumeter_operator.environment import SettingsInvalid
-from gpumeter_operator.gateway.settings import settings_from
+from gpumeter_operator.gateway.settings import DEFAULTS, settings_from
+
+DOCUMENT = Path(__file__).parents[2] / "docs/gateway.md"
 
 
 def test_only_the_namespace_has_no_default() -> None:
@@ -46,3 +50,14 @@ def test_settings_that_contradict_each_other_are_refused_with_both_names(variabl
 def test_what_is_set_wins_over_the_default() -> None:
     settings = settings_from({"GPUMETER_NAMESPACE": "x", "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "7.5"})
     assert settings.drain_timeout_s == 7.5
+
+
+def test_the_settings_in_the_document_have_their_defaults_and_are_read() -> None:
+    rows = re.findall(r"^\|[^|]*\| `(GPUMETER_[A-Z_]+)` \| ([^|]+) \|", DOCUMENT.read_text(), re.MULTILINE)
+    assert len(rows) == 8
+    units = {"5m": "300", "10s": "10"}
+    stated = {name: units.get(default.strip(), default.strip()) for name, default in rows}
+    assert settings_from({"GPUMETER_NAMESPACE": "x", **stated}) == replace(DEFAULTS, namespace="x")
+    for name in stated:
+        with pytest.raises(SettingsInvalid, match=name):
+            settings_from({"GPUMETER_NAMESPACE": "x", name: "many"})
