@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-gateway
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -107,6 +107,8 @@ bench-overhead: setup ## What metering costs: tok/s with and without it in pairs
 	@$(PY) -m bench.overhead $(ARGS)
 bench-attribution: setup ## What knee, tokens and FLOPs misplace of a step, beside the exact and the measured Shapley value; 10 minutes
 	@$(PY) -m bench.attribution $(ARGS)
+bench-gateway: setup ## What the gateway adds to a request at 500 a second, beside direct calls of the same stand-in worker; 1 minute
+	@$(PY) -m bench.gateway $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

@@ -67,6 +67,7 @@ def parts(
                 "GPUMETER_MASTER_KEY_FILE": str(folder / "master-key"),
                 "GPUMETER_LEDGER_URL": f"sqlite:///{folder / 'ledger.db'}",
                 **dict.fromkeys(("GPUMETER_HTTP_PORT", "GPUMETER_GATEWAY_PORT"), str(port)),
+                "GPUMETER_GATEWAY_INTERNAL_PORT": "0",
                 **dict.fromkeys(("GPUMETER_HTTP_HOST", "GPUMETER_GATEWAY_HOST"), "127.0.0.1"),
             }
             [container] = pods[f"gpumeter-{name}"]["containers"]

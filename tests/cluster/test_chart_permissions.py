@@ -38,13 +38,17 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("discovery.k8s.io", "endpointslices"): READ,
     },
 }
-IN_THE_RELEASE = {"gpumeter-gateway": {("", "secrets"): READ}}
+IN_THE_RELEASE = {
+    "gpumeter-gateway": {("", "secrets"): READ},
+    "gpumeter-operator": {("discovery.k8s.io", "endpointslices"): READ},
+}
 
 MAY = [
     ("gpumeter-operator", "patch", "deployments.apps", ELSEWHERE),
     ("gpumeter-operator", "create", "secrets", ELSEWHERE),
     ("gpumeter-collector", "create", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-collector", "delete", "usagereports.gpumeter.io", ELSEWHERE),
+    ("gpumeter-operator", "watch", "endpointslices.discovery.k8s.io", NAMESPACE),
     ("gpumeter-gateway", "list", "secrets", NAMESPACE),
     ("gpumeter-gateway", "watch", "endpointslices.discovery.k8s.io", ELSEWHERE),
 ]
@@ -55,6 +59,7 @@ MAY_NOT = [
     ("gpumeter-operator", "patch", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-operator", "create", "pods", ELSEWHERE),
     ("gpumeter-operator", "delete", "pods", ELSEWHERE),
+    ("gpumeter-operator", "list", "endpointslices.discovery.k8s.io", ELSEWHERE),
     ("gpumeter-operator", "create", "clusterrolebindings.rbac.authorization.k8s.io", ELSEWHERE),
     ("gpumeter-collector", "get", "secrets", NAMESPACE),
     ("gpumeter-collector", "patch", "inferenceservices.gpumeter.io", ELSEWHERE),

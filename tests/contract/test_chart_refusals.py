@@ -78,6 +78,14 @@ REFUSALS = {
         'gateway.podDisruptionBudget.maxUnavailable is "0"; use a number of pods from 1 or a percentage above 0%, '
         "because with 0 no node could be drained.",
     ),
+    "more who wait than a gateway holds": (
+        ("gateway.waitingRoom.maxRequests=2000",),
+        "gateway.waitingRoom.maxRequests is 2000; use 0 to 1024, because a gateway holds 1024 requests in all.",
+    ),
+    "a prefix longer than any": (
+        ("gateway.prefixAffinityBytes=2000000",),
+        "gateway.prefixAffinityBytes is 2000000; use 0 to 1048576.",
+    ),
     "no time to end": (
         ("gateway.terminationGracePeriod=1s",),
         'gateway.terminationGracePeriod is "1s"; write a duration from 20s to 1h, for example 120s.',
@@ -183,6 +191,9 @@ def test_names_and_types_are_checked_by_the_schema(setting: str, words: str) -> 
         ("billing.keepDays.days", ("1", "1100"), ("0", "1101")),
         ("collector.pullInterval", ("100ms", "4s"), ("99ms", "4001ms")),
         ("gateway.terminationGracePeriod", ("20s", "1h"), ("19s", "61m")),
+        ("gateway.waitingRoom.timeout", ("1s", "1h"), ("999ms", "61m")),
+        ("gateway.waitingRoom.heartbeat", ("1s", "5m"), ("999ms", "301s")),
+        ("gateway.waitingRoom.maxRequestsPerTenant", ("0", "512"), ("-1", "513")),
         ("gateway.podDisruptionBudget.maxUnavailable", ("1", "1%", "100%"), ("0%", "101%", "one")),
         ("collector.persistence.size", ("1Mi", "2Ti"), ("0Gi", "5", "5GB")),
         ("billing.period", ("1m", "5m", "15m", "1h"), ("60m", "1M")),

@@ -58,7 +58,15 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_KEEP_DAYS": "hours=3,days=31,months=400",
         "GPUMETER_PULL_INTERVAL_MS": "500",
     }
-    assert environment(pods["gpumeter-gateway"]) == {**shared, "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "110"}
+    assert environment(pods["gpumeter-gateway"]) == {
+        **shared,
+        "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "110",
+        "GPUMETER_GATEWAY_WAITING_TIMEOUT_S": "300",
+        "GPUMETER_GATEWAY_HEARTBEAT_S": "10",
+        "GPUMETER_GATEWAY_WAITING_MAX": "512",
+        "GPUMETER_GATEWAY_TENANT_WAITING_MAX": "256",
+        "GPUMETER_GATEWAY_PREFIX_AFFINITY_BYTES": "0",
+    }
     for pod in pods.values():
         if "env" in pod["containers"][0]:
             assert {
@@ -95,7 +103,8 @@ def test_every_part_is_probed_on_the_port_that_it_serves(name: str) -> None:
     assert container["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": 8080}
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": 8080}
     port = "http" if name == "gpumeter-gateway" else "http-metrics"
-    assert container["ports"] == [{"name": port, "containerPort": 8080}]
+    internal = [{"name": "internal", "containerPort": 8081}] if name == "gpumeter-gateway" else []
+    assert container["ports"] == [{"name": port, "containerPort": 8080}, *internal]
 
 
 def test_selectors_find_the_pods_of_their_part_and_no_others() -> None:
@@ -110,7 +119,7 @@ def test_selectors_find_the_pods_of_their_part_and_no_others() -> None:
         assert hit == [owner if owner in DEPLOYMENTS else "gpumeter-gateway"]
 
 
-def test_the_service_leads_from_port_80_to_the_gateway() -> None:
+def test_the_service_leads_from_port_80_to_the_gateway_and_not_to_its_internal_port() -> None:
     [port] = one(rendered(), "Service", "gpumeter-gateway")["spec"]["ports"]
     assert (port["port"], port["targetPort"]) == (80, "http")
 

@@ -267,12 +267,14 @@ async def test_a_worker_that_cannot_be_reached_costs_no_request(rig: Rig, http: 
     assert await metric(http, 'gpumeter_gateway_retries_total{failure="not_connected"}') >= 1
 
 
-async def test_with_no_worker_in_reach_the_answer_is_503(rig: Rig, http: aiohttp.ClientSession) -> None:
-    rig.cluster.slices.remove("team-a", f"smollm2-{rig.worker.port}")
-    rig.cluster.set_endpoint("team-a", "smollm2", free_port())
-    async with http.post(PATH, json=ASK) as answer:
-        assert answer.status == 503
-        assert int(answer.headers["Retry-After"]) > 0
+async def test_with_no_worker_in_reach_the_answer_is_503_after_the_limit_of_waiting_time() -> None:
+    async with asyncio.timeout(30), gateway_rig(waiting_timeout_s=0.5) as rig:
+        rig.cluster.end_worker(rig.worker.port)
+        rig.cluster.set_endpoint("team-a", "smollm2", free_port())
+        async with aiohttp.ClientSession(rig.url, headers=KEY) as http, http.post(PATH, json=ASK) as answer:
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) > 0
+            assert "The worker could not be reached." in await answer.text()
 
 
 async def test_a_request_that_a_worker_had_when_it_died_is_not_sent_to_another(
@@ -412,7 +414,7 @@ async def test_it_is_not_ready_before_all_three_mirrors_are_complete_and_says_so
     cluster = HandMadeCluster()
     world = cluster.world()
     cluster.add_key("acme", "key-of-acme")
-    gateway = Gateway(world, SETTINGS, lambda uid: uid)
+    gateway = Gateway(world, SETTINGS, lambda uid: uid, "token")
     await gateway.start()
     mirrors = asyncio.create_task(world.run())
     try:

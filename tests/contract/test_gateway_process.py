@@ -17,6 +17,9 @@ import pytest
 import yaml
 from aiohttp import web
 
+from gpumeter_operator.adapters.gateways import Gateways, addresses, mirror_of, target_of
+from gpumeter_operator.adapters.kubernetes import Cluster
+from gpumeter_operator.decide.credentials import internal_token
 from gpumeter_operator.gateway.keys import digest_of
 from rigs.gateway import MASTER_KEY, ScriptedWorker, begin_stream, chunk, event, serving, until
 
@@ -47,6 +50,9 @@ class SmallApiServer:
         while True:
             await response.write(json.dumps(await changes.get()).encode() + b"\n")
 
+    def add(self, path: str, item: dict[str, Any]) -> None:
+        self._objects.setdefault(path, []).append(item)
+
     def change(self, path: str, kind: str, item: dict[str, Any]) -> None:
         for watcher in self._watchers.get(path, ()):
             watcher.put_nowait({"type": kind, "object": item})
@@ -57,6 +63,7 @@ class SmallApiServer:
 
 SERVICES = "/apis/gpumeter.io/v1alpha1/inferenceservices"
 SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
+GATEWAY_SLICES = "/apis/discovery.k8s.io/v1/namespaces/gpumeter/endpointslices"
 KEYS = "/api/v1/namespaces/gpumeter/secrets"
 
 
@@ -111,6 +118,7 @@ async def gateway_process(
         "GPUMETER_MASTER_KEY_FILE": str(key_file),
         "GPUMETER_GATEWAY_HOST": "127.0.0.1",
         "GPUMETER_GATEWAY_PORT": str(port),
+        "GPUMETER_GATEWAY_INTERNAL_PORT": "0",
         "GPUMETER_GATEWAY_SETTLE_S": "0.1",
         "GPUMETER_LOG_FORMAT": "json",
     }
@@ -187,6 +195,55 @@ async def test_the_command_serves_follows_the_cluster_and_drains_on_sigterm(tmp_
     (done,) = [line["message"] for line in lines if "tenant=acme" in line["message"]]
     assert "service=team-a/smollm2 code=200" in done
     assert "key-of-acme" not in str(lines)
+
+
+async def test_from_zero_the_operators_side_hears_of_a_waiting_request_and_the_first_endpoint_answers_it(
+    tmp_path: Path,
+) -> None:
+    """The command as it is, a port that its Service does not have, and the mirror by which an operator finds it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        internal_port = probe.getsockname()[1]
+    worker_slice = named("smollm2-1", "team-a", labels={"kubernetes.io/service-name": "smollm2"})
+    gateway_slice = named("gateway-1", "gpumeter", labels={"kubernetes.io/service-name": "gpumeter-gateway"}) | {
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}}],
+    }
+    heard = asyncio.Event()
+    async with (
+        asyncio.timeout(60),
+        serving(ScriptedWorker("uid-1", "smollm2")) as worker,
+        api_server(worker.port, tmp_path) as (server, kubeconfig),
+        gateway_process(kubeconfig, GPUMETER_GATEWAY_INTERNAL_PORT=str(internal_port)) as (_, url),
+        aiohttp.ClientSession(headers=KEY) as http,
+    ):
+        server.add(GATEWAY_SLICES, gateway_slice)
+        cluster = Cluster.connect(kubeconfig)
+        mirror = mirror_of(cluster, "gpumeter", "gpumeter-gateway")
+        gateways = Gateways(
+            lambda: [target_of(address, internal_port) for address in addresses(mirror.objects.values())],
+            internal_token(MASTER_KEY),
+            lambda _: heard.set(),
+        )
+        running = [asyncio.create_task(mirror.run()), asyncio.create_task(gateways.run())]
+        try:
+            await until_ready(url)
+            await until(lambda: server.watched() >= {SERVICES, SLICES, KEYS})
+            server.change(SLICES, "DELETED", worker_slice)
+            asking = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json={"model": "smollm2"}))
+            await heard.wait()
+            assert gateways.asked()["team-a/smollm2"].waiting == 1
+            assert server.selectors[GATEWAY_SLICES] == "kubernetes.io/service-name=gpumeter-gateway"
+            ready = {"addressType": "IPv4", "ports": [{"name": "http", "port": worker.port}]} | {
+                "endpoints": [{"addresses": ["127.0.0.1"], "conditions": {"ready": True}}]
+            }
+            server.change(SLICES, "ADDED", worker_slice | ready)
+            assert (await asking).status == 200
+            await until(lambda: not gateways.asked())
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await cluster.close()
 
 
 def peak_bytes(pid: int) -> int:

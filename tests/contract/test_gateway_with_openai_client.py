@@ -171,7 +171,7 @@ async def test_the_models_of_the_cluster_are_listed_and_found(rig: Rig) -> None:
 
 async def test_without_a_ready_worker_the_answer_is_503_and_says_why(rig: Rig) -> None:
     condition = {"type": "Ready", "status": "False", "reason": "ModelNotFound", "message": "There is no model at /x."}
-    rig.cluster.add_service("team-a", "smollm2", "smollm2", [condition])
+    rig.cluster.add_service("team-a", "smollm2", "smollm2", [condition], state="FailedToLoad")
     rig.cluster.set_endpoint("team-a", "smollm2", rig.worker.port, ready=False)
     with pytest.raises(openai.InternalServerError, match="ModelNotFound: There is no model at /x") as refused:
         await ask(rig)

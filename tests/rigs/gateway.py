@@ -15,14 +15,15 @@ from typing import Any
 import jwt
 from aiohttp import web
 
-from gpumeter_operator.decide.credentials import derive
+from gpumeter_operator.decide.credentials import derive, internal_token
 from gpumeter_operator.gateway.app import Gateway
 from gpumeter_operator.gateway.keys import digest_of
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.world import World
 
 MASTER_KEY = b"m" * 32
-SETTINGS = Settings(namespace="gpumeter", host="127.0.0.1", port=0, settle_s=0.01, drain_timeout_s=5)
+INTERNAL_TOKEN = internal_token(MASTER_KEY)
+SETTINGS = Settings(namespace="gpumeter", host="127.0.0.1", port=0, internal_port=0, settle_s=0.01, drain_timeout_s=5)
 
 
 class HandMadeMirror:
@@ -75,16 +76,29 @@ class HandMadeCluster:
 
         return World(services=services, slices=slices, keys=keys)
 
-    def add_service(self, namespace: str, name: str, model: str, conditions: list[dict[str, str]] | None = None) -> str:
+    def add_service(
+        self,
+        namespace: str,
+        name: str,
+        model: str,
+        conditions: list[dict[str, str]] | None = None,
+        *,
+        state: str = "Standby",
+        annotations: dict[str, str] | None = None,
+        **spec: Any,
+    ) -> str:
         uid = f"uid-{namespace}-{name}"
         self.services.put(
             {
-                "metadata": {"namespace": namespace, "name": name, "uid": uid},
-                "spec": {"model": {"name": model}},
-                "status": {"conditions": conditions or []},
+                "metadata": {"namespace": namespace, "name": name, "uid": uid, "annotations": annotations or {}},
+                "spec": {"model": {"name": model}} | spec,
+                "status": {"conditions": conditions or [], "modelStatus": {"state": state}},
             }
         )
         return uid
+
+    def end_worker(self, port: int) -> None:
+        self.slices.remove("team-a", f"smollm2-{port}")
 
     def set_endpoint(self, namespace: str, service: str, port: int, **conditions: bool) -> None:
         self.slices.put(
@@ -254,7 +268,9 @@ async def gateway_rig(**changes: Any) -> AsyncIterator[Rig]:
     uid = cluster.add_service("team-a", "smollm2", "smollm2")
     cluster.add_key("acme", "key-of-acme")
     cluster.add_key("bolt", "key-of-bolt")
-    gateway = Gateway(world, replace(SETTINGS, **changes), lambda uid: derive(MASTER_KEY, "hop-key", uid))
+    gateway = Gateway(
+        world, replace(SETTINGS, **changes), lambda uid: derive(MASTER_KEY, "hop-key", uid), INTERNAL_TOKEN
+    )
     async with serving(ScriptedWorker(uid, "smollm2")) as worker:
         cluster.set_endpoint("team-a", "smollm2", worker.port)
         await gateway.start()

@@ -3,7 +3,7 @@ import pytest
 from gpumeter_operator.gateway.endpoints import Endpoint, endpoints_from
 from gpumeter_operator.gateway.models import catalogue_from, listing, resolve
 from gpumeter_operator.gateway.refusal import Refusal
-from gpumeter_operator.gateway.routing import MAX_ATTEMPTS, Failure, Outstanding, choose, retry_after
+from gpumeter_operator.gateway.routing import BACKOFF_NS, FULL_NS, Failure, Load, choose, retry_after
 
 A, B, C = (Endpoint(f"10.0.0.{n}", 8000) for n in (1, 2, 3))
 
@@ -127,41 +127,125 @@ def test_a_pod_with_two_addresses_is_one_worker() -> None:
 
 # Choice and second attempts
 
+S = 1_000_000_000
+MANY = 1_000
+
 
 def test_the_worker_with_the_fewest_outstanding_requests_is_chosen() -> None:
-    outstanding = Outstanding()
-    with outstanding.one_more(A), outstanding.one_more(C):
-        assert choose([A, B, C], outstanding, frozenset()) == B
-        with outstanding.one_more(B), outstanding.one_more(B):
-            assert choose([A, B], outstanding, frozenset()) == A
+    load = Load()
+    load.begin(A, 0)
+    load.begin(C, 0)
+    assert choose([A, B, C], load, MANY, 0) == B
+    load.begin(B, 0)
+    load.begin(B, 0)
+    assert choose([A, B], load, MANY, 0) == A
+    load.end(A)
+    assert load.at(A) == 0
 
 
 def test_workers_with_equal_load_take_turns() -> None:
-    outstanding = Outstanding()
-    assert {choose([A, B, C], outstanding, frozenset()) for _ in range(3)} == {A, B, C}
+    load = Load()
+    assert {choose([A, B, C], load, MANY, 0) for _ in range(3)} == {A, B, C}
 
 
-def test_a_finished_request_no_longer_counts_even_when_it_failed() -> None:
-    outstanding = Outstanding()
-    with pytest.raises(RuntimeError), outstanding.one_more(A):
-        raise RuntimeError
-    assert outstanding.at(A) == 0
+def test_a_worker_with_as_many_requests_as_it_takes_gets_no_more() -> None:
+    load = Load()
+    load.begin(A, 0)
+    load.begin(B, 0)
+    assert choose([A, B], load, 1, 0) is None
+    load.end(B)
+    assert choose([A, B], load, 1, 0) == B
 
 
-def test_without_candidates_nothing_is_chosen() -> None:
-    assert choose([], Outstanding(), frozenset()) is None
-    assert choose([A], Outstanding(), frozenset({A})) is None
+def test_one_prefix_goes_to_one_of_the_least_loaded_and_prefixes_spread() -> None:
+    load = Load()
+    first = choose([A, B, C], load, MANY, 0, b"You are a helpful")
+    assert first is not None
+    assert {choose([A, B, C], load, MANY, 0, b"You are a helpful") for _ in range(5)} == {first}
+    assert choose([C, first, B], load, MANY, 0, b"You are a helpful") == first
+    assert {choose([A, B, C], load, MANY, 0, b"%d" % n) for n in range(50)} == {A, B, C}
+    load.begin(first, 0)
+    assert choose([A, B, C], load, MANY, 0, b"You are a helpful") != first
 
 
-def test_what_never_reached_a_worker_goes_to_another_one() -> None:
-    retry = retry_after(Failure.NOT_CONNECTED, A, 1, frozenset())
-    assert retry.allowed
-    assert choose([A, B], Outstanding(), retry.excluded) == B
+def test_when_a_worker_goes_only_its_prefixes_move() -> None:
+    load = Load()
+    prefixes = [b"%d" % n for n in range(100)]
+    before = {prefix: choose([A, B, C], load, MANY, 0, prefix) for prefix in prefixes}
+    after = {prefix: choose([A, B], load, MANY, 0, prefix) for prefix in prefixes}
+    assert all(after[prefix] == before[prefix] for prefix in prefixes if before[prefix] != C)
+
+
+@pytest.mark.parametrize("failure", [Failure.NOT_CONNECTED, Failure.UNAVAILABLE, Failure.HOP_REFUSED, Failure.LOST])
+def test_a_worker_that_failed_is_left_alone_then_tried_by_one_request_and_sound_when_it_answers(
+    failure: Failure,
+) -> None:
+    load = Load()
+    load.failed(A, failure, 0)
+    assert choose([A], load, MANY, BACKOFF_NS[0] - 1) is None
+    assert {choose([A, B], load, MANY, 0) for _ in range(3)} == {B}
+    assert load.usable_again_ns([A, B], 0) == BACKOFF_NS[0]
+    assert choose([A], load, MANY, BACKOFF_NS[0]) == A
+    load.begin(A, BACKOFF_NS[0])
+    assert choose([A], load, MANY, BACKOFF_NS[0] + 1) is None  # the probe is under way
+    load.worked(A)
+    assert choose([A], load, MANY, BACKOFF_NS[0] + 1) == A
+
+
+def test_every_further_failure_leaves_a_worker_alone_for_longer_up_to_a_limit() -> None:
+    load, now_ns, pauses = Load(), 0, []
+    for _ in range(len(BACKOFF_NS) + 2):
+        load.failed(A, Failure.NOT_CONNECTED, now_ns)
+        again_ns = load.usable_again_ns([A], now_ns)
+        assert again_ns is not None
+        pauses.append(again_ns - now_ns)
+        now_ns = again_ns
+    assert tuple(pauses) == (*BACKOFF_NS, BACKOFF_NS[-1], BACKOFF_NS[-1])
+
+
+def test_requests_that_were_under_way_when_a_worker_failed_do_not_lengthen_its_pause() -> None:
+    load = Load()
+    for _ in range(20):
+        load.failed(A, Failure.NOT_CONNECTED, 0)
+    assert load.usable_again_ns([A], 0) == BACKOFF_NS[0]
+
+
+def test_a_probe_that_was_given_up_lets_another_one_try() -> None:
+    load = Load()
+    load.failed(A, Failure.NOT_CONNECTED, 0)
+    load.begin(A, S)
+    load.end(A)
+    assert choose([A], load, MANY, S) == A
+
+
+def test_a_worker_that_left_readiness_starts_anew() -> None:
+    load = Load()
+    load.failed(A, Failure.NOT_CONNECTED, 0)
+    load.failed(B, Failure.FULL, 0)
+    load.forget_all_but([B])
+    load.forget_all_but([A])
+    assert not load.remembers
+    assert choose([A], load, MANY, 0) == A
+
+
+def test_a_worker_that_said_it_is_full_is_the_second_choice_for_a_second_and_not_shut() -> None:
+    load = Load()
+    load.begin(B, 0)
+    load.failed(A, Failure.FULL, 0)
+    assert choose([A, B], load, MANY, 0) == B
+    assert choose([A], load, MANY, 0) == A
+    assert choose([A, B], load, MANY, FULL_NS) == A
 
 
 def test_what_a_worker_may_have_begun_is_never_sent_twice() -> None:
-    assert not retry_after(Failure.LOST, A, 1, frozenset()).allowed
+    assert not retry_after(Failure.LOST, others_left=True).allowed
 
 
-def test_attempts_end() -> None:
-    assert not retry_after(Failure.NOT_CONNECTED, A, MAX_ATTEMPTS, frozenset({B, C})).allowed
+@pytest.mark.parametrize("failure", [Failure.NOT_CONNECTED, Failure.UNAVAILABLE, Failure.FULL])
+def test_what_no_worker_has_begun_is_sent_again(failure: Failure) -> None:
+    assert retry_after(failure, others_left=False).allowed
+
+
+def test_where_nobody_accepts_the_gateway_waiting_is_in_vain() -> None:
+    assert retry_after(Failure.HOP_REFUSED, others_left=True).allowed
+    assert not retry_after(Failure.HOP_REFUSED, others_left=False).allowed

@@ -1,9 +1,13 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpumeter_operator.environment import SettingsInvalid
-from gpumeter_operator.gateway.settings import settings_from
+from gpumeter_operator.gateway.settings import DEFAULTS, settings_from
+
+DOCUMENT = Path(__file__).parents[2] / "docs/gateway.md"
 
 
 def test_only_the_namespace_has_no_default() -> None:
@@ -30,9 +34,13 @@ def test_every_setting_that_cannot_be_is_told_at_once() -> None:
     [
         ("GPUMETER_GATEWAY_BODY_BYTES_MAX", str(1 << 30), "one body must fit into a tenant's share"),
         ("GPUMETER_GATEWAY_HELD_BYTES_MAX", str(16 << 20), "a tenant's share must fit into the whole"),
+        ("GPUMETER_GATEWAY_WAITING_MAX", "100", "a tenant's share must fit into the waiting room"),
+        ("GPUMETER_GATEWAY_IN_FLIGHT_MAX", "100", "must leave room for others"),
+        ("GPUMETER_GATEWAY_WAITING_BYTES_MAX", str(1 << 40), "must leave room for others"),
+        ("GPUMETER_GATEWAY_INTERNAL_PORT", "8080", "must be one of its own"),
     ],
 )
-def test_a_body_fits_into_a_tenants_share_and_the_share_into_the_whole(variable: str, value: str, told: str) -> None:
+def test_settings_that_contradict_each_other_are_refused_with_both_names(variable: str, value: str, told: str) -> None:
     with pytest.raises(SettingsInvalid) as refused:
         settings_from({"GPUMETER_NAMESPACE": "x", variable: value})
     assert variable in str(refused.value)
@@ -42,3 +50,14 @@ def test_a_body_fits_into_a_tenants_share_and_the_share_into_the_whole(variable:
 def test_what_is_set_wins_over_the_default() -> None:
     settings = settings_from({"GPUMETER_NAMESPACE": "x", "GPUMETER_GATEWAY_DRAIN_TIMEOUT_S": "7.5"})
     assert settings.drain_timeout_s == 7.5
+
+
+def test_the_settings_in_the_document_have_their_defaults_and_are_read() -> None:
+    rows = re.findall(r"^\|[^|]*\| `(GPUMETER_[A-Z_]+)` \| ([^|]+) \|", DOCUMENT.read_text(), re.MULTILINE)
+    assert len(rows) == 8
+    units = {"5m": "300", "10s": "10"}
+    stated = {name: units.get(default.strip(), default.strip()) for name, default in rows}
+    assert settings_from({"GPUMETER_NAMESPACE": "x", **stated}) == replace(DEFAULTS, namespace="x")
+    for name in stated:
+        with pytest.raises(SettingsInvalid, match=name):
+            settings_from({"GPUMETER_NAMESPACE": "x", name: "many"})

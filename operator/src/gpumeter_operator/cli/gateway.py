@@ -15,7 +15,7 @@ import click
 from gpumeter_operator.adapters.kubernetes import ENDPOINT_SLICES, INFERENCE_SERVICES, SECRETS, Cluster, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.cli.start import settings_or_exit
-from gpumeter_operator.decide.credentials import derive
+from gpumeter_operator.decide.credentials import derive, internal_token
 from gpumeter_operator.decide.names import API_KEY_LABEL, SERVICE_LABEL
 from gpumeter_operator.environment import Environment
 from gpumeter_operator.gateway.app import serve
@@ -48,7 +48,8 @@ async def _run(settings: Settings, master_key: bytes) -> None:
         loop.add_signal_handler(name, stop.set)
     cluster = Cluster.connect()
     try:
-        await serve(_world(cluster, settings), settings, partial(derive, master_key, "hop-key"), stop)
+        hop_key_of = partial(derive, master_key, "hop-key")
+        await serve(_world(cluster, settings), settings, hop_key_of, internal_token(master_key), stop)
     finally:
         await cluster.close()
     logging.getLogger(__name__).info("stopped")

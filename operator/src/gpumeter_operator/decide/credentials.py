@@ -9,7 +9,7 @@ import hmac
 from dataclasses import dataclass
 from typing import Literal
 
-Purpose = Literal["usage-token", "hop-key"]
+Purpose = Literal["usage-token", "hop-key", "internal-token"]
 MASTER_KEY_MIN_BYTES = 32  # as long as the HMAC's digest; a shorter key would be the weakest part
 
 
@@ -32,6 +32,11 @@ def credentials_of(master_key: bytes, service_uid: str) -> Credentials:
         usage_token=derive(master_key, "usage-token", service_uid),
         hop_key=derive(master_key, "hop-key", service_uid),
     )
+
+
+def internal_token(master_key: bytes) -> str:
+    """What the gateway's internal port asks the operator for; of the release, not of a service."""
+    return derive(master_key, "internal-token", "")
 
 
 def derive(master_key: bytes, purpose: Purpose, service_uid: str) -> str:

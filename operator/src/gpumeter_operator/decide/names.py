@@ -41,3 +41,6 @@ HTTP_PORT_NAME = "http"
 HTTP_PORT = 8000
 USAGE_PORT_NAME = "usage"
 USAGE_PORT = 8001
+
+# The gateway's port for the operator.
+INTERNAL_PORT = 8081

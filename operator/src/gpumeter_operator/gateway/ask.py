@@ -14,6 +14,7 @@ import msgspec
 from gpumeter_operator.gateway.refusal import Refusal
 
 MAX_MODEL_CHARS = 512
+_PROMPTS = ("messages", "prompt", "inputs")
 MAX_FIELDS = 1_000  # OpenAI's API has about forty; every one costs an object here
 
 
@@ -69,6 +70,14 @@ def body_for(ask: Ask, model: str, original: bytes) -> bytes:
         for name, value in ask.members.items()
     )
     return b"{%b}" % b",".join(fields)
+
+
+def prompt_prefix(ask: Ask, length: int) -> bytes | None:
+    """The first `length` bytes of the prompt as it was written, a copy; None where nothing is asked for or there."""
+    for name, value in ask.members.items() if length else ():
+        if name.text in _PROMPTS:
+            return bytes(memoryview(value)[:length])
+    return None
 
 
 def _members(body: bytes) -> _Members:

@@ -1,24 +1,28 @@
 """The front door's handlers: from a client's request to a worker's answer.
 
-Owns the order of things: tenant, body, service, worker, answer; and that every request ends with exactly one outcome in
-metrics and log. The decisions are made elsewhere (keys, ask, models, routing, hop). Does not know the cluster.
+Owns the order of things: tenant, body, service, seat at a worker, answer; and that every request ends with exactly one
+outcome in metrics and log. Decisions are made elsewhere (keys, ask, models, doorman, hop). Does not know the cluster.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gpumeter_operator.gateway import ask, hop, models, refusal
 from gpumeter_operator.gateway.budget import Budget, Hold
+from gpumeter_operator.gateway.doorman import Doorman, Visit
+from gpumeter_operator.gateway.endpoints import Endpoint
 from gpumeter_operator.gateway.keys import tenant_of
 from gpumeter_operator.gateway.models import Service
 from gpumeter_operator.gateway.refusal import Refusal
 from gpumeter_operator.gateway.relay import Answer, Errand, Relay
+from gpumeter_operator.gateway.reply import Reply
+from gpumeter_operator.gateway.routing import Failure, Retry
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.telemetry import Telemetry
 from gpumeter_operator.gateway.world import World
@@ -27,7 +31,6 @@ from gpumeter_usage.hop import SESSION_HEADER, new_session
 logger = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # as nginx writes it; nobody receives it
-NO_WORKER_RETRY_S = 5
 
 HopKeyOf = Callable[[str], str]  # service uid -> key that its workers verify with
 
@@ -43,7 +46,8 @@ class Trip:
     service: str = ""
     code: int = 0
     note: str = ""
-    read_at_s: float = field(default=0.0)
+    read_at_s: float = 0.0
+    waited_s: float = 0.0  # for a worker
 
     def headers(self) -> dict[str, str]:
         """What every answer carries, errors too."""
@@ -57,9 +61,17 @@ class Front:
     """All routes of the gateway."""
 
     def __init__(
-        self, world: World, relay: Relay, telemetry: Telemetry, settings: Settings, hop_key_of: HopKeyOf
+        self,
+        world: World,
+        doorman: Doorman,
+        relay: Relay,
+        telemetry: Telemetry,
+        *,
+        settings: Settings,
+        hop_key_of: HopKeyOf,
     ) -> None:
         self._world = world
+        self._doorman = doorman
         self._relay = relay
         self._telemetry = telemetry
         self._settings = settings
@@ -151,18 +163,43 @@ class Front:
             service = models.resolve(self._world.catalogue(), asked.model)
             trip.service = service.qualified
             body = ask.body_for(asked, service.model, body)
+            prefix = ask.prompt_prefix(asked, self._settings.prefix_affinity_bytes)
+            reply = Reply(request, trip.headers(), stream=asked.stream, write_timeout_s=self._settings.write_timeout_s)
             del asked  # it keeps the client's bytes; from here on only those for the worker are held
-            return await self._run(request, trip, service, self._errand(request, trip, service, body))
+            try:
+                with self._doorman.visit(service, trip.tenant, len(body), prefix) as visit:
+                    return await self._serve(request, trip, visit, reply, body)
+            except Refusal as why:
+                if not reply.begun:
+                    raise
+                trip.code, trip.note = why.status, why.code  # the status line has been sent: an event tells the error
+                return await reply.end_with(refusal.event(why))
 
-    async def _run(self, request: web.Request, trip: Trip, service: Service, errand: Errand) -> web.StreamResponse:
-        self._telemetry.in_flight(service.qualified, +1)
-        try:
-            if not self._world.endpoints(service):
-                raise self._no_worker(service)
-            async with self._relay.send(errand, lambda: self._world.endpoints(service)) as answer:
-                return await self._pass_on(request, trip, answer)
-        finally:
-            self._telemetry.in_flight(service.qualified, -1)
+    async def _serve(
+        self, request: web.Request, trip: Trip, visit: Visit, reply: Reply, body: bytes
+    ) -> web.StreamResponse:
+        """Bring the request to a worker, however long that takes; what one may have begun is never sent again."""
+        while True:
+            sought_s = time.monotonic()
+            while (endpoint := await visit.seat(self._settings.heartbeat_s)) is None:
+                await reply.beat()
+            trip.waited_s += time.monotonic() - sought_s
+            errand = self._errand(request, trip, visit.service, body)  # now: its token lives for a minute
+            async with self._relay.send(errand, endpoint) as answer:
+                if isinstance(answer, Answer):
+                    whole = await answer.whole() if answer.may_be_a_refusal else None
+                    failure = answer.refused(whole) if whole is not None else None
+                    if failure is None:
+                        visit.worked()
+                        trip.code = answer.response.status
+                        self._telemetry.added(max(0.0, answer.sent_at_s - trip.read_at_s - trip.waited_s))
+                        return await reply.pass_on(answer, whole)
+                    _log_refusal(trip, failure, endpoint, whole or b"")
+                else:
+                    failure = answer
+            decision = visit.failed(failure)
+            if not decision.allowed:
+                raise _lost(trip, failure, decision)
 
     def _tenant(self, request: web.Request) -> str:
         if not self._world.synced:
@@ -200,52 +237,13 @@ class Front:
         token = hop.token(claim, self._hop_key_of(service.uid), int(time.time()))
         return Errand(service.qualified, request.path, body, hop.headers_to_worker(request.headers, token))
 
-    def _no_worker(self, service: Service) -> Refusal:
-        reason, message = self._world.condition(service)
-        because = f" {reason}: {message}" if reason else ""
-        return Refusal(
-            503,
-            "no_ready_worker",
-            f"{service.qualified} has no worker that is ready.{because}".rstrip(),
-            retry_after_s=NO_WORKER_RETRY_S,
-        )
 
-    async def _pass_on(self, request: web.Request, trip: Trip, answer: Answer) -> web.StreamResponse:
-        if answer.response.status == 401:  # the client's own key was right: this is between gateway and worker
-            logger.error(
-                "%s refuses hop tokens: %s", trip.service, (await answer.whole())[:300].decode(errors="replace")
-            )
-            message = f"The worker of {trip.service} does not accept this gateway; its operator must look at both."
-            raise Refusal(502, "hop_refused", message)
-        headers = hop.headers_to_client(answer.response.headers) | trip.headers()
-        if not answer.is_stream:
-            whole = await answer.whole()
-            self._note_added(trip, answer)
-            return web.Response(status=answer.response.status, body=whole, headers=headers)
-        response = web.StreamResponse(status=answer.response.status, headers=headers)
-        await response.prepare(request)
-        self._note_added(trip, answer)
-        try:
-            async for events in answer.events():
-                await self._write(request, response, events)
-        except Refusal as broken:  # the status line has been sent: the error becomes the stream's last event
-            trip.code, trip.note = broken.status, broken.code
-            await self._write(request, response, refusal.event(broken))
-        await response.write_eof()
-        return response
-
-    async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._settings.write_timeout_s):
-                await response.write(data)
-        except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-            raise ConnectionResetError("the client does not read") from None
-
-    def _note_added(self, trip: Trip, answer: Answer) -> None:
-        back_s = time.monotonic() - answer.first_byte_at_s if answer.is_stream else 0.0
-        self._telemetry.added(answer.sent_at_s - trip.read_at_s + back_s)
+def _lost(trip: Trip, failure: Failure, decision: Retry) -> Refusal:
+    if failure is Failure.HOP_REFUSED:
+        message = f"The worker of {trip.service} does not accept this gateway; its operator must look at both."
+        return Refusal(502, "hop_refused", message)
+    message = f"The worker of {trip.service} stopped before it answered. {decision.reason} Send it again if you like."
+    return Refusal(502, "worker_lost", message)
 
 
 async def _in_openais_shape(
@@ -276,6 +274,12 @@ def _refuse(why: Refusal, trip: Trip | None) -> web.Response:
     if why.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return web.Response(status=why.status, body=refusal.body(why), headers=headers, content_type="application/json")
+
+
+def _log_refusal(trip: Trip, failure: Failure, endpoint: Endpoint, told: bytes) -> None:
+    level = logging.ERROR if failure is Failure.HOP_REFUSED else logging.INFO
+    said = told[:300].decode(errors="replace")
+    logger.log(level, "%s: %s at %s: %s", trip.service, failure, endpoint.origin, said)
 
 
 def _log(trip: Trip) -> None:

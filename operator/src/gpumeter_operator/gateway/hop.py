@@ -4,10 +4,11 @@ Owns the making of the hop token (with a key that is derived for the service), a
 says about identity never does: only named headers pass. What a token states is the contract of gpumeter_usage.hop.
 """
 
+import base64
+import hmac
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import jwt
 
 from gpumeter_usage.hop import ALGORITHM, ISSUER, LIFETIME_S
 
@@ -38,7 +39,17 @@ def token(hop: Hop, hop_key: str, now_s: int) -> str:
         "iat": now_s,
         "exp": now_s + LIFETIME_S,
     }
-    return jwt.encode(claims, hop_key, algorithm=ALGORITHM)
+    # RFC 7515's compact form, written out: a library that looks at the key's form first takes ten times as long, and
+    # every request pays it. The worker verifies with the library.
+    signed = _HEADER + b"." + _base64url(json.dumps(claims, separators=(",", ":")).encode())
+    return (signed + b"." + _base64url(hmac.digest(hop_key.encode(), signed, "sha256"))).decode()
+
+
+def _base64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+_HEADER = _base64url(json.dumps({"alg": ALGORITHM, "typ": "JWT"}, separators=(",", ":")).encode())
 
 
 def headers_to_worker(client: Mapping[str, str], hop_token: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from gpumeter_operator.gateway.refusal import Refusal
 
 MAX_NAMES_TOLD = 8
+_BATCH, _QUEUE = 64, 256  # the CRD's defaults of maxBatchSize and maxQueueLength
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,6 +25,7 @@ class Service:
     uid: str
     model: str
     created_s: int = 0
+    worker_requests: int = _BATCH + _QUEUE  # that one worker takes: those it computes and those in its queue
 
     @property
     def qualified(self) -> str:
@@ -54,6 +56,7 @@ def catalogue_from(objects: Iterable[Mapping[str, Any]]) -> Catalogue:
             uid=metadata.get("uid", ""),
             model=((item.get("spec") or {}).get("model") or {}).get("name") or name,
             created_s=_seconds(metadata.get("creationTimestamp")),
+            worker_requests=_worker_requests((item.get("spec") or {}).get("engine") or {}),
         )
         by_qualified[service.qualified] = service
         by_model.setdefault(service.model, []).append(service)
@@ -110,6 +113,10 @@ def _not_found(catalogue: Catalogue, model: str) -> str:
 def _listed(names: list[str]) -> str:
     more = len(names) - MAX_NAMES_TOLD
     return ", ".join(names[:MAX_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+def _worker_requests(engine: Mapping[str, Any]) -> int:
+    return max(1, int(engine.get("maxBatchSize", _BATCH)) + int(engine.get("maxQueueLength", _QUEUE)))
 
 
 def _seconds(rfc3339: str | None) -> int:

@@ -1,12 +1,13 @@
-"""From gateway to worker: sends a request to a ready endpoint and brings the answer back.
+"""From gateway to worker: sends a request to an endpoint and brings the answer back.
 
-Owns the pooled connections to workers and the translation of the HTTP client's errors. Which endpoint, and whether a
-second attempt is made, routing decides. Does not know who the client is.
+Owns the pooled connections to workers and the translation of the HTTP client's errors and of the worker's refusals.
+Which endpoint, and whether a second attempt is made, routing decides. Does not know who the client is.
 """
 
 import io
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -15,9 +16,8 @@ import aiohttp
 
 from gpumeter_operator.gateway.endpoints import Endpoint
 from gpumeter_operator.gateway.refusal import Refusal
-from gpumeter_operator.gateway.routing import Failure, Outstanding, choose, retry_after
+from gpumeter_operator.gateway.routing import Failure
 from gpumeter_operator.gateway.sse import EventCutter, EventTooLong
-from gpumeter_operator.gateway.telemetry import Telemetry
 
 # Far below the 75 seconds after which a worker closes an idle connection: a closing connection must not get a request,
 # because nobody can tell whether one that broke on it was begun, and such a request is never sent twice.
@@ -51,6 +51,22 @@ class Answer:
         """Whether it comes as server-sent events."""
         return self.response.content_type == "text/event-stream"
 
+    @property
+    def may_be_a_refusal(self) -> bool:
+        """Whether the worker may not have begun the request; its body, which is short then, tells."""
+        return self.response.status in (401, 429, 503) and not self.is_stream
+
+    def refused(self, whole: bytes) -> Failure | None:
+        """How the worker refused to begin; None where this is its answer, and goes to the client as it is."""
+        match self.response.status, _code(whole):
+            case 401, _:
+                return Failure.HOP_REFUSED  # the client's own key was right: this is between gateway and worker
+            case 429, "queue_full":
+                return Failure.FULL
+            case 503, code if code != "cut_off" and "Retry-After" in self.response.headers:
+                return Failure.UNAVAILABLE  # one that is cut off had begun, and is metered
+        return None
+
     async def whole(self) -> bytes:
         """All of a plain answer. Raises Refusal when it breaks off."""
         try:
@@ -81,7 +97,7 @@ class Answer:
 class Relay:
     """The connections to all workers."""
 
-    def __init__(self, telemetry: Telemetry, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
+    def __init__(self, *, connect_timeout_s: float, silence_timeout_s: float) -> None:
         trace = aiohttp.TraceConfig()
         trace.on_request_headers_sent.append(_note_sent)
         self._session = aiohttp.ClientSession(
@@ -91,45 +107,25 @@ class Relay:
             auto_decompress=False,
             trace_configs=[trace],
         )
-        self._telemetry = telemetry
-        self._outstanding = Outstanding()
         self._open: set[aiohttp.ClientResponse] = set()
 
     @asynccontextmanager
-    async def send(self, errand: Errand, endpoints: Callable[[], Sequence[Endpoint]]) -> AsyncIterator[Answer]:
-        """Send to the least loaded endpoint, and to another one while nothing has reached a worker.
+    async def send(self, errand: Errand, endpoint: Endpoint) -> AsyncIterator[Answer | Failure]:
+        """Send to one endpoint. Gives its answer, or how the attempt failed before there was one.
 
         Leaving the context before the answer is read closes the connection, by which the worker learns that nobody
-        waits any more. `endpoints` is asked again for every attempt: they change. Raises Refusal.
+        waits any more. Raises Refusal for what no other attempt could mend.
         """
-        excluded: frozenset[Endpoint] = frozenset()
-        attempts = 0
-        failure: Failure | None = None
-        while endpoint := choose(endpoints(), self._outstanding, excluded):
-            attempts += 1
-            with self._outstanding.one_more(endpoint):
-                answer = await self._attempt(errand, endpoint)
-                if isinstance(answer, Answer):
-                    self._open.add(answer.response)
-                    try:
-                        yield answer
-                    finally:
-                        self._open.discard(answer.response)
-                        answer.response.close()  # goes back to the pool by itself when it was read to its end
-                    return
-            failure = answer
-            retry = retry_after(failure, endpoint, attempts, excluded)
-            if not retry.allowed:
-                break
-            excluded = retry.excluded
-            self._telemetry.retried(failure)
-        if failure is Failure.LOST:
-            raise Refusal(
-                502,
-                "worker_lost",
-                f"The worker of {errand.service} stopped before it answered. {retry.reason} Send it again if you like.",
-            )
-        raise Refusal(503, "service_unavailable", f"No worker of {errand.service} can be reached.", retry_after_s=2)
+        answer = await self._attempt(errand, endpoint)
+        if not isinstance(answer, Answer):
+            yield answer
+            return
+        self._open.add(answer.response)
+        try:
+            yield answer
+        finally:
+            self._open.discard(answer.response)
+            answer.response.close()  # goes back to the pool by itself when it was read to its end
 
     def cut_off(self) -> None:
         """Break every answer that is still being read, so that its client gets an error instead of silence."""
@@ -165,6 +161,14 @@ class Relay:
 
 async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
     context.trace_request_ctx.sent_at_s = time.monotonic()
+
+
+def _code(body: bytes) -> str:
+    """The code of OpenAI's error shape; empty where there is none."""
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _broke_off(error: Exception | None) -> Refusal:

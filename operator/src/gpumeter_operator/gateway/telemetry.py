@@ -9,6 +9,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _ADDED_BUCKETS_S = (0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5)
+_WAITED_BUCKETS_S = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 
 
 class Telemetry:
@@ -24,12 +25,35 @@ class Telemetry:
         )
         self._added = Histogram(
             "gpumeter_gateway_added_seconds",
-            "What the gateway itself adds: from the last byte of the request to sending it on, and on the way back.",
+            "What the gateway adds: from a request's last byte to sending it on, less the wait for a worker.",
             registry=self.registry,
             buckets=_ADDED_BUCKETS_S,
         )
         self._in_flight = Gauge(
-            "gpumeter_gateway_in_flight", "Requests that run now, by service.", ("service",), registry=self.registry
+            "gpumeter_gateway_in_flight",
+            "Requests that a worker has now, by service.",
+            ("service",),
+            registry=self.registry,
+        )
+        self._waiting = Gauge(
+            "gpumeter_gateway_waiting",
+            "Requests that wait for a worker now, by service.",
+            ("service",),
+            registry=self.registry,
+        )
+        self._waited = Histogram(
+            "gpumeter_gateway_waited_seconds",
+            "How long requests waited for a worker, of those that had to, by how the wait ended: seated (a worker took "
+            "it), refused, expired (the limit of waiting time) or left (the client went away).",
+            ("outcome",),
+            registry=self.registry,
+            buckets=_WAITED_BUCKETS_S,
+        )
+        self._turned_away = Counter(
+            "gpumeter_gateway_turned_away",
+            "Requests that no worker took, by the code of the error that they were answered with.",
+            ("reason",),
+            registry=self.registry,
         )
         self._held = Gauge(
             "gpumeter_gateway_held_bytes", "Bytes of bodies of the requests that run now.", registry=self.registry
@@ -49,6 +73,18 @@ class Telemetry:
     def in_flight(self, service: str, change: int) -> None:
         """One more or one less."""
         self._in_flight.labels(service).inc(change)
+
+    def waiting(self, service: str, change: int) -> None:
+        """One more or one less who waits."""
+        self._waiting.labels(service).inc(change)
+
+    def waited(self, seconds: float, outcome: str) -> None:
+        """Note how long one waited, and how the wait ended."""
+        self._waited.labels(outcome).observe(seconds)
+
+    def turned_away(self, reason: str) -> None:
+        """Count one that no worker took."""
+        self._turned_away.labels(reason).inc()
 
     def watch_held(self, read: Callable[[], int]) -> None:
         """Where the number of held bytes stands."""

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from gpumeter_operator.gateway.endpoints import Endpoint, endpoints_from
 from gpumeter_operator.gateway.keys import Keyring, keyring_from
 from gpumeter_operator.gateway.models import Catalogue, Service, catalogue_from
+from gpumeter_operator.gateway.outlook import Outlook, outlook
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,14 @@ class World:
             lambda: endpoints_from(self._slices.objects.values())
         )
         self._keyring: _Derived[Keyring] = _Derived(lambda: keyring_from(self._keys.objects.values()))
+        self._all_endpoints: _Derived[frozenset[Endpoint]] = _Derived(
+            lambda: frozenset(one for workers in self._endpoints.value().values() for one in workers)
+        )
         self._told: frozenset[str] = frozenset()
-        self._services = services(self._catalogue.forget)
-        self._slices = slices(self._endpoints.forget)
+        self.on_services: Callable[[], None] | None = None  # called after a service has changed
+        self.on_workers: Callable[[], None] | None = None  # the same for endpoints
+        self._services = services(self._services_changed)
+        self._slices = slices(self._workers_changed)
         self._keys = keys(self._keys_changed)
         self.synced = False
 
@@ -80,6 +86,10 @@ class World:
         """The service's workers that take new requests, as of now."""
         return self._endpoints.value().get((service.namespace, service.name), ())
 
+    def all_endpoints(self) -> frozenset[Endpoint]:
+        """Such workers of all services."""
+        return self._all_endpoints.value()
+
     def keyring(self) -> Keyring:
         """Tenants by key; every Secret that is left out is told once."""
         keyring = self._keyring.value()
@@ -89,13 +99,20 @@ class World:
         self._told = problems
         return keyring
 
-    def condition(self, service: Service) -> tuple[str, str]:
-        """Reason and message of the service's Ready condition when it is not true; empty where none is written."""
-        status = self._services.objects.get((service.namespace, service.name), {}).get("status") or {}
-        for condition in status.get("conditions") or ():
-            if condition.get("type") == "Ready" and condition.get("status") != "True":
-                return condition.get("reason") or "", condition.get("message") or ""
-        return "", ""
+    def outlook(self, service: Service) -> Outlook:
+        """Whether a service without a ready worker may get one, and what its Ready condition says."""
+        return outlook(self._services.objects.get((service.namespace, service.name), {}))
+
+    def _services_changed(self) -> None:
+        self._catalogue.forget()
+        if self.on_services is not None:
+            self.on_services()
+
+    def _workers_changed(self) -> None:
+        self._endpoints.forget()
+        self._all_endpoints.forget()
+        if self.on_workers is not None:
+            self.on_workers()
 
     def _keys_changed(self) -> None:
         self._keyring.forget()

@@ -1,0 +1,71 @@
+"""Whether a service without a ready worker may get one, as far as its own object tells.
+
+Owns the list of what waiting cannot cure. Does not know who waits. What it does not know it takes for something that
+passes: a wait is bounded, and a refusal would be final.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpumeter_operator.decide.names import STOP_ANNOTATION
+
+# Reasons of the condition Ready that last until a person changes something.
+_LASTING = frozenset(
+    {
+        "SpecInvalid",
+        "NotSupported",
+        "TemplateInvalid",
+        "NameTaken",
+        "WorkloadRefused",
+        "PodsRefused",
+        "ImagePullFailed",
+        "InvalidImageName",
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+        "CompanionFailed",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """`comes`: waiting makes sense. Reason and message are the service's own, and may be empty."""
+
+    comes: bool
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def because(self) -> str:
+        """The reason as the end of a sentence's paragraph; empty where none is told."""
+        return f" {self.reason}: {self.message}" if self.reason else ""
+
+
+def outlook(service: Mapping[str, Any]) -> Outlook:
+    """Read an InferenceService."""
+    metadata, spec, status = service.get("metadata") or {}, service.get("spec") or {}, service.get("status") or {}
+    if (metadata.get("annotations") or {}).get(STOP_ANNOTATION) == "true":
+        return Outlook(
+            False, "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
+        )
+    if spec.get("replicas") == 0:
+        return Outlook(False, "ScaledToZero", "spec.replicas is 0, so nothing answers; raise it to start workers.")
+    conditions = {one.get("type"): one for one in status.get("conditions") or ()}
+    exhausted = conditions.get("BudgetExhausted") or {}
+    if exhausted.get("status") == "True":
+        return Outlook(False, exhausted.get("reason") or "BudgetExhausted", exhausted.get("message") or "")
+    ready = conditions.get("Ready") or {}
+    if ready.get("status") == "True":
+        return Outlook(True)
+    told = ready.get("reason") or "", ready.get("message") or ""
+    seen, current = status.get("observedGeneration"), metadata.get("generation")
+    if seen is not None and current is not None and seen < current:
+        return Outlook(True, *told)  # what is told is of a former spec
+    failed = (status.get("modelStatus") or {}).get("state") == "FailedToLoad"
+    if failed and not told[0]:
+        last = status["modelStatus"].get("lastFailureInfo") or {}
+        told = last.get("reason") or "FailedToLoad", last.get("message") or ""
+    # The condition Stopped is not in the list: the annotation tells, and the condition may be of a moment ago.
+    return Outlook(not failed and told[0] not in _LASTING, *told)
