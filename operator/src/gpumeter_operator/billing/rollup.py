@@ -25,7 +25,7 @@ from gpumeter_operator.billing.report import (
     mean_batch,
     reconciled,
 )
-from gpumeter_operator.billing.tariff import per_thousand, plain
+from gpumeter_operator.billing.tariff import per_thousand, plain, sum_of_amounts
 from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
 
 MAX_PLANS = 64
@@ -135,7 +135,7 @@ def add(one: Part, other: Part) -> Part:
         sessions=one.sessions + other.sessions,
         records=one.records + other.records,
         accounts=_added(one.accounts, other.accounts),
-        amounts=_added(one.amounts, other.amounts),
+        amounts=_sums(one.amounts, other.amounts),
         standard=one.standard or other.standard,
         currencies=one.currencies | other.currencies,
         unpriced=one.unpriced + other.unpriced,
@@ -211,7 +211,7 @@ def _amounts(status: Manifest) -> dict[str, Decimal]:
     """What was measured is the amount wherever standard rates did not make it another."""
     found = {name: Decimal(status[name]) for name in _AMOUNTS if name in status}
     if "amount" in found:
-        found[_MEASURED] = Decimal(status.get(_MEASURED, status["amount"]))
+        found[_MEASURED] = Decimal(str(status.get(_MEASURED, status["amount"])))
     return found
 
 
@@ -289,6 +289,12 @@ def _priced(of: Part) -> tuple[bool, str, str]:
 
 def _added(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in sorted(one.keys() | other.keys())}
+
+
+def _sums(one: Mapping[str, Decimal], other: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    nothing = Decimal(0)
+    names = sorted(one.keys() | other.keys())
+    return {name: sum_of_amounts((one.get(name, nothing), other.get(name, nothing))) for name in names}
 
 
 def _spanned(

@@ -21,6 +21,7 @@ from gpumeter_operator.billing.report import ServicePeriod, canonical_report, re
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.close import DEFAULT_PLAN
 from gpumeter_operator.flow.periods import pod_period
+from gpumeter_operator.flow.pricing import parts_of
 from gpumeter_usage.period import Period
 from gpumeter_usage.record import Status
 
@@ -60,16 +61,20 @@ def refold(
             pods.append(then)
     facts = (pods, lines, adjustments)
     late = tuple(adjustment.reason for adjustment in adjustments)
+    plan = reader.period_plan(*service, period.end_ns) or PeriodPlan(DEFAULT_PLAN, None)
+    of_pods = tuple(pod_period(pod, period, facts, period.end_ns) for pod in pods)
+    by_uid = {pod.worker.worker_uid: (pod, period.end_ns) for pod in of_pods}
     found = reports(
         ServicePeriod(
             namespace=service[0],
             service=service[1],
             period=period,
             verdict=verdict_of(platform, late),
-            pods=tuple(pod_period(pod, period, facts, period.end_ns) for pod in pods),
-            plan=reader.period_plan(*service, period.end_ns) or PeriodPlan(DEFAULT_PLAN, None),
+            pods=of_pods,
+            plan=plan,
             digests=reader.digests(*service, period.end_ns),
-            late=late,
+            adjustments=tuple(adjustments),
+            parts=parts_of(reader, service, period, plan, facts=facts, pods=by_uid),
         )
     )
     return {manifest["spec"]["tenant"]: canonical_report(manifest) for manifest in found}

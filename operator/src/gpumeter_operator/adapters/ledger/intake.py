@@ -17,6 +17,7 @@ from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.accept import Accepted, PageRefused, accept
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
+from gpumeter_operator.billing.reading import Row
 from gpumeter_usage.chain import GENESIS, Link
 from gpumeter_usage.page import Page
 from gpumeter_usage.record import Record, Status
@@ -73,7 +74,7 @@ def _take_next(connection: Connection, given: Sequence[Given], now_ns: int) -> l
     since_ns = {row[0]: int(row[1]) for row in connection.execute(began.group_by(c.worker_uid))}
     met: set[tuple[str, str]] = set()
     results: list[Taken | PageRefused | None] = []
-    pages: list[tuple[Worker, Sequence[Record], Sequence[Link]]] = []
+    pages: list[tuple[Worker, Sequence[Record | Row], Sequence[Link]]] = []
     moved: list[tuple[BootFacts | None, Accepted]] = []
     for worker, page in given:
         key = (worker.worker_uid, page.boot_id)

@@ -19,6 +19,7 @@ from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, sched
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
+from gpumeter_operator.billing.reading import Row
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_usage.chain import Link
@@ -62,14 +63,14 @@ def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | N
 
 
 def insert_records(
-    connection: Connection, worker: Worker, records: Sequence[Record], links: Sequence[Link], now_ns: int
+    connection: Connection, worker: Worker, records: Sequence[Record | Row], links: Sequence[Link], now_ns: int
 ) -> None:
     """Insert records, each booked in the period of its end, or in the first open one where that is Final already."""
     insert_pages(connection, [(worker, records, links)], now_ns)
 
 
 def insert_pages(
-    connection: Connection, pages: Sequence[tuple[Worker, Sequence[Record], Sequence[Link]]], now_ns: int
+    connection: Connection, pages: Sequence[tuple[Worker, Sequence[Record | Row], Sequence[Link]]], now_ns: int
 ) -> None:
     """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
@@ -86,7 +87,7 @@ def insert_pages(
 def _booked(
     connection: Connection,
     worker: Worker,
-    page: tuple[Sequence[Record], Sequence[Link]],
+    page: tuple[Sequence[Record | Row], Sequence[Link]],
     periods: Schedule,
     *,
     final_ns: int,
@@ -96,7 +97,7 @@ def _booked(
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
     values: list[tuple[Any, ...]] = []
-    late: list[tuple[int, Record]] = []
+    late: list[tuple[int, Record | Row]] = []
     for record, link in zip(*page, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
         end_ns = booked_ns.get(minute)
