@@ -78,6 +78,18 @@ REFUSALS = {
         'gateway.podDisruptionBudget.maxUnavailable is "0"; use a number of pods from 1 or a percentage above 0%, '
         "because with 0 no node could be drained.",
     ),
+    "a wait that is too long": (
+        ("gateway.waitingRoom.timeout=2h",),
+        'gateway.waitingRoom.timeout is "2h"; write a duration from 1s to 1h, for example 5m.',
+    ),
+    "hearts that beat too fast": (
+        ("gateway.waitingRoom.heartbeat=100ms",),
+        'gateway.waitingRoom.heartbeat is "100ms"; write a duration from 1s to 5m, for example 10s.',
+    ),
+    "a tenant's share that is more than the waiting room": (
+        ("gateway.waitingRoom.maxRequestsPerTenant=600",),
+        "gateway.waitingRoom.maxRequestsPerTenant is 600; use 0 to gateway.waitingRoom.maxRequests (512).",
+    ),
     "more who wait than a gateway holds": (
         ("gateway.waitingRoom.maxRequests=2000",),
         "gateway.waitingRoom.maxRequests is 2000; use 0 to 1024, because a gateway holds 1024 requests in all.",

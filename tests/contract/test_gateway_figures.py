@@ -1,6 +1,7 @@
 """What waits, told to the operator: the gateway's internal port, and the client that merges several gateways."""
 
 import asyncio
+import statistics
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -78,7 +79,7 @@ async def test_a_service_at_zero_with_a_waiting_request_is_known_within_100_ms(r
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
             await until(lambda: not gateways.asked())
-        assert min(delays_ms) < 100, delays_ms
+        assert statistics.median(delays_ms) < 100, delays_ms
 
 
 async def test_what_workers_have_is_told_too_and_what_has_ended_is_gone(rig: Rig) -> None:

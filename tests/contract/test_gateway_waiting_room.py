@@ -279,10 +279,10 @@ async def test_what_one_worker_refuses_another_answers_and_the_first_is_left_alo
         rig.cluster.set_endpoint("team-a", "smollm2", other.port)
         start_worker(rig)
         async with aiohttp.ClientSession(rig.url, headers=ACME) as http:
-            for _ in range(8):
+            for _ in range(40):
                 async with http.post(PATH, json=ASK) as answer:
                     assert answer.status == 200
-    assert refused == 1
+    assert 1 <= refused <= 8  # taking turns it would be twenty; it is tried again after 50 ms, 250 ms, half a second
 
 
 async def test_a_worker_that_serves_again_gets_requests_again(rig: Rig) -> None:
@@ -305,7 +305,8 @@ async def test_a_worker_that_serves_again_gets_requests_again(rig: Rig) -> None:
 
 async def test_a_503_of_a_worker_that_had_begun_is_not_asked_again(rig: Rig) -> None:
     async def cut_off(_: web.Request, __: dict[str, Any]) -> web.StreamResponse:
-        return web.json_response({"error": {"message": "Stopping.", "code": "cut_off"}}, status=503)
+        error = {"error": {"message": "Stopping.", "code": "cut_off"}}
+        return web.json_response(error, status=503, headers={"Retry-After": "1"})
 
     rig.worker.behaviour = cut_off
     start_worker(rig)
