@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpumeter_worker.engine.linear import PackedLinear, Product, SharedLinear, pack_linears
+from gpumeter_worker.engine.linear import PackedLinear, Product, SharedLinear, pack_linears, padded_rows
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -47,7 +47,7 @@ def agrees(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 @pytest.mark.parametrize("kind", [Attention, Crossed])
 def test_a_packed_model_computes_what_it_computed_before(dtype: torch.dtype, bias: bool, kind: type[Attention]) -> None:
     model = nn.Sequential(kind(bias=bias), kind(bias=bias)).to(dtype)
-    steps = [torch.randn(1, rows, 32).to(dtype) for rows in (1, 3, 40, 3)]
+    steps = [torch.randn(1, rows, 32).to(dtype) for rows in (1, 3, 40, 3, 17, 65, 301)]
     wanted = [model(rows) for rows in steps]
     assert pack_linears(model, None)
     assert all(agrees(model(rows), before) for rows, before in zip(steps, wanted, strict=True))
@@ -113,3 +113,20 @@ def test_modules_that_share_one_of_their_layers_keep_products_of_their_own() -> 
     wanted = [module(rows) for module in model]
     pack_linears(model, None)
     assert all(agrees(module(rows), before) for module, before in zip(model, wanted, strict=True))
+
+
+def test_any_number_of_rows_is_multiplied_as_one_of_few() -> None:
+    padded = [padded_rows(rows) for rows in range(1, 4097)]
+    assert all(rows <= found <= rows + max(7, rows // 8) for rows, found in enumerate(padded, 1))
+    assert padded[:16] == list(range(1, 17))
+    assert len(set(padded)) < 130
+
+
+@pytest.mark.parametrize("wide_from", [20, 1 << 62])
+def test_rows_that_are_padded_leave_no_trace(wide_from: int) -> None:
+    linear = nn.Linear(32, 48).bfloat16()
+    product = Product([linear], wide_from)
+    rows = torch.randn(1, 37, 64).bfloat16()[..., ::2]  # not in one piece
+    found = product.compute(rows)
+    assert found.shape == (1, 37, 48)
+    assert agrees(found, linear(rows))

@@ -81,9 +81,31 @@ class Product:
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """The product itself."""
-        if self._wide is not None and rows.numel() >= self._wide_from * self._in_features:
-            return _multiply(rows.float(), self._wide, self._wide_bias).to(rows.dtype)
-        return _multiply(rows, self._narrow, self._bias)
+        count = rows.numel() // self._in_features
+        padded = padded_rows(count)
+        wide = self._wide is not None and count >= self._wide_from
+        if padded == count:
+            given = rows.float() if wide else rows
+        else:
+            given = rows.new_zeros((padded, self._in_features), dtype=torch.float32 if wide else rows.dtype)
+            given[:count] = rows.reshape(count, self._in_features)
+        if wide:
+            found = _multiply(given, self._wide, self._wide_bias).to(rows.dtype)
+        else:
+            found = _multiply(given, self._narrow, self._bias)
+        return found if padded == count else found[:count].view(*rows.shape[:-1], self.out_features)
+
+
+def padded_rows(count: int) -> int:
+    """How many rows are multiplied where so many are there: one of 16 numbers an octave, none below 16.
+
+    oneDNN makes a kernel for each number of rows, and keeps about a thousand. Steps that mix prompts and decodes have
+    any number of rows: without padding each makes kernels anew, and they fill memory by tens of megabytes.
+    """
+    if count <= _ROWS[0]:
+        return count
+    grain = max(8, 1 << (count.bit_length() - 5))
+    return -(-count // grain) * grain
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
