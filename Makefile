@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
+.PHONY: bench-trace bench-reaction bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -105,6 +105,11 @@ bench-overhead: setup ## What metering costs: tok/s with and without it in pairs
 	@$(PY) -m bench.overhead $(ARGS)
 bench-attribution: setup ## What knee, tokens and FLOPs misplace of a step, beside the exact and the measured Shapley value; 10 minutes
 	@$(PY) -m bench.attribution $(ARGS)
+
+bench-trace: setup ## A real trace replayed: GPU-hours and p99 wait beside fixed replicas, the HPA's rule and Knative's; seconds
+	@$(PY) -m bench.trace $(ARGS)
+bench-reaction: setup ## Queue spike to patched replicas on a real API server, and from zero, beside the stock HPA; 10 minutes
+	@$(PY) -m bench.reaction $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images
