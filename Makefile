@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-trace bench-reaction bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
+.PHONY: bench-trace bench-reaction bench-scaling-cost bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -110,6 +110,8 @@ bench-trace: setup ## A real trace replayed: GPU-hours and p99 wait beside fixed
 	@$(PY) -m bench.trace $(ARGS)
 bench-reaction: setup ## Queue spike to patched replicas on a real API server, and from zero, beside the stock HPA; 10 minutes
 	@$(PY) -m bench.reaction $(ARGS)
+bench-scaling-cost: setup ## CPU of the autoscaler's loop over 1,000 services with decisions every two seconds; half a minute
+	@$(PY) -m bench.scaling_cost $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

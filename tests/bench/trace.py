@@ -58,7 +58,8 @@ def main() -> int:
     if not asked.trace.exists():
         print(
             f"There is no trace at {os.path.relpath(asked.trace)}. It is Azure's public "
-            "AzureLLMInferenceTrace_conv.csv (CC-BY 4.0); put it into shared/data beside the repository, or name it with --trace.",
+            "AzureLLMInferenceTrace_conv.csv (CC-BY 4.0); put it into shared/data beside the repository, or name it "
+            "with --trace.",
             file=sys.stderr,
         )
         return 2
@@ -69,7 +70,8 @@ def main() -> int:
     print(
         f"{len(requests)} requests in {requests[-1].at_s / 60:.1f} minutes. A worker: one GPU, {BATCH} requests at a "
         f"time, ready {START_S:.0f} s after it was made; a request: its prompt at {PREFILL_TOKENS_PER_S:,.0f} "
-        f"tokens/s, then {TOKEN_S * 1_000:.0f} ms a token. The rules begin with {begin} workers (the load of the first five minutes at 80 %) and have {MOST} at most.\n"
+        f"tokens/s, then {TOKEN_S * 1_000:.0f} ms a token. The rules begin with {begin} workers (the load of the first "
+        f"five minutes at 80 %) and have {MOST} at most.\n"
     )
     outcomes = []
     for name, setting, every_s, rule in _tried():
