@@ -374,11 +374,11 @@ class Scaler:
             return
         door = self._door(held.spec)
         told = [loads[one.uid] for one in crew if one.ready and one.uid in loads]
-        silent = not told and any(one.ready for one in crew)
+        unknown = not told and not door.waiting and held.wanted != 0
         gpus = [load.gpu_percent for load in told if load.gpu_percent is not None]
         held.figures_ms = now_ms
         held.figures = Figures(
-            None if silent and not door.waiting else sum(load.waiting for load in told) + door.waiting,
+            None if unknown else sum(load.waiting for load in told) + door.waiting,
             round(sum(gpus) / len(gpus)) if gpus else None,
             held.history,
         )
