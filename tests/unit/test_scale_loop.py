@@ -82,13 +82,16 @@ async def test_a_service_at_zero_shows_an_empty_queue() -> None:
     assert ready["message"] == "Nothing was asked for 30s, so no worker runs; the next request starts one."
 
 
-async def test_a_stopped_service_is_not_scaled_and_goes_on_from_one_worker() -> None:
+async def test_a_stopped_service_is_not_scaled_and_scales_again_when_it_is_no_longer() -> None:
     world = ScalingWorld(start_s=2)
     await world.run(20)
     world.service["metadata"]["annotations"] = {"gpumeter.io/stop": "true"}
     world.arrive([60.0] * 60)
     await world.run(20)
     assert world.events == [] and words(world)[0] == "Stopped"
+    world.service["metadata"]["annotations"] = {}
+    await world.step()
+    assert world.events[0][0] == "QueueAboveTarget"
 
 
 async def test_a_service_that_is_being_deleted_is_never_touched_again() -> None:
