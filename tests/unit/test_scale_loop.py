@@ -34,6 +34,7 @@ async def test_a_reason_is_the_same_in_event_condition_and_history() -> None:
     [entry] = status(world)["scalingHistory"]  # type: ignore[misc]
     assert world.events == [(entry["reason"], entry["message"])] == [words(world)]
     assert (entry["from"], entry["to"]) == (1, 5)
+    assert world.counted == [entry["reason"]]
 
 
 async def test_the_history_keeps_the_last_five_decisions_newest_first() -> None:

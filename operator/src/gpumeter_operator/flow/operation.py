@@ -60,6 +60,7 @@ class Operation:
             cluster,
             reconcile=self._bring,
             tell=partial(tell_event, cluster),
+            count=lambda reason: metrics.scalings.labels(reason=reason).inc(),
         )
         self._reconciler = Reconciler(
             cluster,

@@ -77,10 +77,11 @@ class Scaler:
         *,
         reconcile: Reconcile,
         tell: Tell,
+        count: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
     ) -> None:
-        """`reconcile` brings a service to what is decided here; `tell` writes log and event."""
+        """`reconcile` brings a service to what is decided here; `tell` writes log and event, `count` a reason."""
         self._services = services
         self._fleet = fleet
         self._loads = loads
@@ -88,6 +89,7 @@ class Scaler:
         self._marks = marks
         self._reconcile = reconcile
         self._tell = tell
+        self._count = count
         self._clock = clock
         self._clock_ms = clock_ms
         self._held: dict[str, _Held] = {}
@@ -278,6 +280,8 @@ class Scaler:
         decision, held.memory = decide(held.spec.scaling, sight, held.memory, now_ms)
         if (news := _note(held, decision, now, now_ms)) is not None:
             held.news.append((news, decision.able, now))
+        if decision.changes:
+            self._count(decision.reason)
         to_do = plan(
             held.wanted, held.deployed, crew, loads, timeout_ms=held.spec.drain_timeout_ms, now=now, now_ms=now_ms
         )
