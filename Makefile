@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-gateway
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-gateway bench-trace bench-reaction bench-scaling-cost
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -109,6 +109,12 @@ bench-attribution: setup ## What knee, tokens and FLOPs misplace of a step, besi
 	@$(PY) -m bench.attribution $(ARGS)
 bench-gateway: setup ## What the gateway adds to a request at 500 a second, beside direct calls of the same stand-in worker; 1 minute
 	@$(PY) -m bench.gateway $(ARGS)
+bench-trace: setup ## A real trace replayed: GPU-hours and p99 wait beside fixed replicas, the HPA's rule and Knative's; seconds
+	@$(PY) -m bench.trace $(ARGS)
+bench-reaction: setup ## Queue spike to patched replicas on a real API server, and from zero, beside the stock HPA; 10 minutes
+	@$(PY) -m bench.reaction $(ARGS)
+bench-scaling-cost: setup ## CPU of the autoscaler's loop over 1,000 services with decisions every two seconds; half a minute
+	@$(PY) -m bench.scaling_cost $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

@@ -10,6 +10,7 @@ cases), Knative's on concurrency (stable window 60 s, panic window 6 s from 200 
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -30,7 +31,7 @@ NAME = "trace"
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT.parent / "shared/data/AzureLLMInferenceTrace_conv.csv"
 RAW = ROOT / "build/bench" / f"{NAME}.json"
-BEGIN, MOST = 8, 24
+MOST = 24
 Rule = Callable[[SimService], None]
 
 
@@ -56,36 +57,46 @@ def main() -> int:
     asked = parser.parse_args()
     if not asked.trace.exists():
         print(
-            f"There is no trace at {os.path.relpath(asked.trace)}. It is Azure's public AzureLLMInferenceTrace_conv.csv "
-            "(CC-BY 4.0); put it into shared/data beside the repository, or name it with --trace.",
+            f"There is no trace at {os.path.relpath(asked.trace)}. It is Azure's public "
+            "AzureLLMInferenceTrace_conv.csv (CC-BY 4.0); put it into shared/data beside the repository, or name it "
+            "with --trace.",
             file=sys.stderr,
         )
         return 2
     requests = requests_of(asked.trace)
     if asked.minutes:
         requests = [one for one in requests if one.at_s < asked.minutes * 60]
+    begin = _begin(requests)
     print(
         f"{len(requests)} requests in {requests[-1].at_s / 60:.1f} minutes. A worker: one GPU, {BATCH} requests at a "
-        f"time, ready {START_S:.0f} s after it was made; a request: its prompt at {PREFILL_TOKENS_PER_S:,.0f} tokens/s, "
-        f"then {TOKEN_S * 1_000:.0f} ms a token. All begin with {BEGIN} workers, at most {MOST}.\n"
+        f"time, ready {START_S:.0f} s after it was made; a request: its prompt at {PREFILL_TOKENS_PER_S:,.0f} "
+        f"tokens/s, then {TOKEN_S * 1_000:.0f} ms a token. The rules begin with {begin} workers (the load of the first "
+        f"five minutes at 80 %) and have {MOST} at most.\n"
     )
     outcomes = []
-    for name, setting, every_s, rule, begin in _tried():
-        outcomes.append(_outcome(requests, name, setting, every_s, rule, begin))
+    for name, setting, every_s, rule in _tried():
+        number = int(setting.split()[0]) if name == "fixed" else begin
+        outcomes.append(_outcome(requests, (name, setting), every_s, rule, number))
         _line(outcomes[-1])
     return _report(outcomes, asked.raw)
 
 
-def _tried() -> Iterator[tuple[str, str, float, Rule, int]]:
+def _begin(requests: list[Request]) -> int:
+    """Where a service would be that runs already."""
+    busy_s = sum(one.runs_s for one in requests if one.at_s < 300)
+    return math.ceil(busy_s / 300 / BATCH / 0.8)
+
+
+def _tried() -> Iterator[tuple[str, str, float, Rule]]:
     for target in (1, 2, 4, 8):
         for gpu in (80, 100):
-            yield "gpumeter", f"queue {target}, GPU {gpu} %", 2, gpumeter(target, gpu), BEGIN
+            yield "gpumeter", f"queue {target}, GPU {gpu} %", 2, gpumeter(target, gpu)
     for target in (1, 2, 4, 8):
-        yield "HPA on the queue", f"queue {target}", 15, hpa(target), BEGIN
+        yield "HPA on the queue", f"queue {target}", 15, hpa(target)
     for percent in (50, 60, 70, 80, 90, 100):
-        yield "Knative", f"{percent} % of {BATCH} at once", 2, knative(percent), BEGIN
+        yield "Knative", f"{percent} % of {BATCH} at once", 2, knative(percent)
     for number in range(6, MOST + 1):
-        yield "fixed", f"{number} workers", 60, lambda _: None, number
+        yield "fixed", f"{number} workers", 60, lambda _: None
 
 
 def gpumeter(target: int, gpu: int) -> Rule:
@@ -169,7 +180,7 @@ def knative(percent: int) -> Rule:
     return rule
 
 
-def _outcome(requests: list[Request], name: str, setting: str, every_s: float, rule: Rule, begin: int) -> Outcome:
+def _outcome(requests: list[Request], names: tuple[str, str], every_s: float, rule: Rule, begin: int) -> Outcome:
     service, numbers = SimService(begin), []
 
     def watched(one: SimService) -> None:
@@ -180,8 +191,7 @@ def _outcome(requests: list[Request], name: str, setting: str, every_s: float, r
     waits_s = sorted(service.waits_s)
     assert len(waits_s) == len(requests), "a request was lost"
     return Outcome(
-        name,
-        setting,
+        *names,
         round(service.gpu_hours(requests[-1].at_s), 3),
         round(waits_s[len(waits_s) // 2], 3),
         round(waits_s[int(len(waits_s) * 0.99)], 3),
@@ -217,15 +227,23 @@ def _report(outcomes: list[Outcome], raw: Path) -> int:
     machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
     raw.write_text(json.dumps({"machine": machine, "outcomes": [asdict(one) for one in outcomes]}, indent=1))
     print(f"\nraw numbers: {raw}")
-    default = next(one for one in ours if one.setting == "queue 4, GPU 80 %")
-    known = [hours for hours in shares[default.setting].values() if hours is not None]
-    share = default.gpu_hours / min(known) if known else 0.0
+    good = [
+        _verdict(name, next(one for one in ours if one.setting == setting), shares[setting])
+        for name, setting in ((NAME, "queue 4, GPU 80 %"), (f"{NAME}-without-veto", "queue 4, GPU 100 %"))
+    ]
+    return 0 if good[0] else 1
+
+
+def _verdict(name: str, ours: Outcome, others: dict[str, float | None]) -> bool:
+    """The fixed number is chosen with hindsight, by whoever knows the trace; no rule knows it."""
+    known = [hours for hours in others.values() if hours is not None]
+    share = ours.gpu_hours / min(known) if known else 0.0
     met = share <= 1
     print(
-        f"{NAME} {share:.2f} of the best other rule's GPU-hours at the default's p99 wait, goal 1.00: "
+        f"{name} {share:.2f} of the least GPU-hours of all others at its p99 wait ({ours.p99_s:.2f} s), goal 1.00: "
         f"{'met' if met else 'short'}"
     )
-    return 0 if met else 1
+    return met
 
 
 if __name__ == "__main__":

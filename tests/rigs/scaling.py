@@ -70,6 +70,7 @@ class ScalingWorld:
         self.gateway_silent = False
         self.events: list[tuple[str, str]] = []
         self.told_s: list[float] = []
+        self.counted: list[str] = []
         self.cut: list[tuple[str, int]] = []  # a pod that was deleted with requests in it
         self.routed_to_marked = 0
         self.made = 0
@@ -189,6 +190,7 @@ class ScalingWorld:
             self,
             reconcile=self.reconcile,
             tell=self.tell,
+            count=self.counted.append,
             clock=lambda: BEGUN + timedelta(seconds=self.now_s),
             clock_ms=lambda: int(self.now_s * 1_000),
         )

@@ -81,6 +81,8 @@ async def test_a_restarted_operator_goes_on_with_a_drain_and_loses_nobody() -> N
     await world.step()
     marked = {pod.name for pod in world.pods if pod.drains}
     assert marked
+    # With the default window a number that was found at the start would be kept for five minutes, marks and all undone.
+    del world.service["spec"]["scaling"]["behavior"]
     world.restart()
     await world.step()
     assert {pod.name for pod in world.pods if pod.drains} == marked

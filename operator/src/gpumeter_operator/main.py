@@ -10,7 +10,10 @@ from typing import Any
 import kopf
 
 from gpumeter_operator.adapters.kubernetes import Cluster
+from gpumeter_operator.decide.credentials import internal_token
+from gpumeter_operator.flow.doors import doors_of
 from gpumeter_operator.flow.operation import Operation
+from gpumeter_operator.flow.scale_ports import NoDoors, OpenDoors
 from gpumeter_operator.settings import HANDLER_BACKOFF_S, Settings, configure_kopf
 
 SERVICES = ("gpumeter.io", "v1alpha1", "inferenceservices")
@@ -20,13 +23,18 @@ def run(settings: Settings) -> None:
     """Run the operator until it is told to stop."""
     _quiet_kopf()
     interval_s = settings.status_interval_ms / 1_000
+    cluster = Cluster.connect()
+    doors: OpenDoors = NoDoors
+    if settings.gateway_service:
+        doors = doors_of(cluster, settings.gateway_service, internal_token(settings.master_key))
     operation = Operation(
-        Cluster.connect(),
+        cluster,
         settings.installation,
         settings.master_key,
         interval_s=interval_s,
         deletion_margin=timedelta(milliseconds=settings.deletion_margin_ms),
         http=(settings.http_host, settings.http_port),
+        open_doors=doors,
     )
     kopf_settings = kopf.OperatorSettings()
     configure_kopf(kopf_settings)

@@ -4,6 +4,7 @@ Owns the names, defaults and limits of its GPUMETER_* variables. Does not know w
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ class Settings:
     """What the operator was started with."""
 
     installation: Installation
+    gateway_service: str
+    """NAMESPACE/NAME of the gateways' Service; "" where there is none, and nothing scales to zero or from it."""
     master_key: bytes
     status_interval_ms: int
     deletion_margin_ms: int
@@ -42,6 +45,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             worker_image_pull_policy=read.choice("GPUMETER_WORKER_IMAGE_PULL_POLICY", "IfNotPresent", PULL_POLICIES),
             gateway_url=read.text("GPUMETER_GATEWAY_URL"),
         ),
+        gateway_service=_gateway_service(read),
         master_key=read.master_key(),
         status_interval_ms=read.number("GPUMETER_STATUS_INTERVAL_MS", 3_000, 200, 60_000),
         deletion_margin_ms=read.number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
@@ -50,6 +54,13 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     )
     read.check()
     return settings
+
+
+def _gateway_service(read: Environment) -> str:
+    text = read.text("GPUMETER_GATEWAY_SERVICE")
+    if text and not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9-]+", text):
+        read.problems.append(f"GPUMETER_GATEWAY_SERVICE is {text!r:.80}; write NAMESPACE/NAME, or leave it out.")
+    return text
 
 
 def configure_kopf(settings: Any) -> None:

@@ -23,6 +23,12 @@ class OperatorMetrics:
             buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
             registry=self.registry,
         )
+        self.scalings = Counter(
+            "gpumeter_operator_scalings",
+            "Decisions that changed a service's number of workers, by their reason.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.writes = Counter(
             "gpumeter_operator_api_writes",
             "Writes to the API server, by kind.",

@@ -20,7 +20,8 @@ from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
-from gpumeter_operator.flow.scale import NoDoors, OpenDoors, Scaler
+from gpumeter_operator.flow.scale import Scaler
+from gpumeter_operator.flow.scale_ports import NoDoors, OpenDoors
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Operation:
             cluster,
             reconcile=self._bring,
             tell=partial(tell_event, cluster),
+            count=lambda reason: metrics.scalings.labels(reason=reason).inc(),
         )
         self._reconciler = Reconciler(
             cluster,

@@ -9,12 +9,12 @@ changes. Does not know how loads and waiting rooms are read, and decides nothing
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import PODS, Manifest, Refused, Resource, Unreachable
+from gpumeter_operator.adapters.kubernetes import PODS, Manifest, Refused, Unreachable
 from gpumeter_operator.decide.autoscale import AT_ZERO, STEADY, Decision, Memory, Sight, Worker, decide
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.crew import COST_DRAINING, COST_LEAVING, Door, Load, Replica, replica_of
@@ -25,6 +25,7 @@ from gpumeter_operator.decide.replicas import Replicas, at_first
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, is_stopped, read
 from gpumeter_operator.decide.status import Figures, replica_failure
 from gpumeter_operator.flow.fleet import Fleet
+from gpumeter_operator.flow.scale_ports import Doors, Loads, Marks, Services
 
 log = logging.getLogger(__name__)
 
@@ -36,91 +37,6 @@ FIGURES_EVERY_MS = 10_000  # every change of a status is a write: a thousand bus
 HISTORY_MAX = 5
 OVERDUE_S = 30.0
 _NOT_OURS = ("FixedReplicas", "Stopped", "NotSupported")
-
-
-class Marks(Protocol):
-    """Writes on pods: adapters.kubernetes.Cluster."""
-
-    async def patch(
-        self, resource: Resource, name: str, namespace: str | None, patch: Manifest, *, subresource: str | None = None
-    ) -> Manifest | None:
-        """Merge patch; None where the object is gone."""
-        ...
-
-
-class Loads(Protocol):
-    """The workers' own counters: adapters.signals.Signals."""
-
-    async def ask(self, workers: Mapping[str, str], within_s: float) -> None:
-        """Ask all of them (uid -> address) again, and wait for their answers for so long."""
-        ...
-
-    def load(self, uid: str) -> Load | None:
-        """What a worker last told; None where it is silent."""
-        ...
-
-
-class AtTheDoor(Protocol):
-    """What all gateways together hold for a service."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that no worker has yet."""
-        ...
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that a worker has."""
-        ...
-
-
-class Doors(Protocol):
-    """The gateways' waiting rooms, as adapters.gateways keeps them."""
-
-    def asked(self) -> Mapping[str, AtTheDoor]:
-        """By service (NAMESPACE/NAME); one of which nothing is asked is absent."""
-        ...
-
-    def silent(self) -> Sequence[str]:
-        """A sentence for each gateway that does not tell, so that what waits at it is unknown."""
-        ...
-
-    async def run(self) -> None:
-        """Keep it up to date until cancelled."""
-        ...
-
-
-OnChange = Callable[[Iterable[str]], None]
-"""Takes the services (NAMESPACE/NAME) whose figures have changed, as soon as they have: `Scaler.wake`."""
-
-OpenDoors = Callable[[OnChange], Doors]
-
-
-class NoDoors:
-    """An installation whose gateway tells nothing: what waits at it is unknown, so nothing goes to zero."""
-
-    def __init__(self, on_change: OnChange) -> None:
-        self._on_change = on_change
-
-    def asked(self) -> Mapping[str, AtTheDoor]:
-        """Nothing that is known."""
-        return {}
-
-    def silent(self) -> Sequence[str]:
-        """The one reason that there is."""
-        return ("The operator was not told where the gateways are.",)
-
-    async def run(self) -> None:
-        """There is nothing to keep up to date."""
-
-
-class Services(Protocol):
-    """All InferenceServices: adapters.mirror.Mirror."""
-
-    @property
-    def objects(self) -> Mapping[tuple[str, str], Manifest]:
-        """By (namespace, name)."""
-        ...
 
 
 Reconcile = Callable[[Manifest], Awaitable[None]]
@@ -161,10 +77,11 @@ class Scaler:
         *,
         reconcile: Reconcile,
         tell: Tell,
+        count: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
     ) -> None:
-        """`reconcile` brings a service to what is decided here; `tell` writes log and event."""
+        """`reconcile` brings a service to what is decided here; `tell` writes log and event, `count` a reason."""
         self._services = services
         self._fleet = fleet
         self._loads = loads
@@ -172,6 +89,7 @@ class Scaler:
         self._marks = marks
         self._reconcile = reconcile
         self._tell = tell
+        self._count = count
         self._clock = clock
         self._clock_ms = clock_ms
         self._held: dict[str, _Held] = {}
@@ -362,6 +280,8 @@ class Scaler:
         decision, held.memory = decide(held.spec.scaling, sight, held.memory, now_ms)
         if (news := _note(held, decision, now, now_ms)) is not None:
             held.news.append((news, decision.able, now))
+        if decision.changes:
+            self._count(decision.reason)
         to_do = plan(
             held.wanted, held.deployed, crew, loads, timeout_ms=held.spec.drain_timeout_ms, now=now, now_ms=now_ms
         )
@@ -374,11 +294,11 @@ class Scaler:
             return
         door = self._door(held.spec)
         told = [loads[one.uid] for one in crew if one.ready and one.uid in loads]
-        silent = not told and any(one.ready for one in crew)
+        unknown = not told and not door.waiting and held.wanted != 0
         gpus = [load.gpu_percent for load in told if load.gpu_percent is not None]
         held.figures_ms = now_ms
         held.figures = Figures(
-            None if silent and not door.waiting else sum(load.waiting for load in told) + door.waiting,
+            None if unknown else sum(load.waiting for load in told) + door.waiting,
             round(sum(gpus) / len(gpus)) if gpus else None,
             held.history,
         )
