@@ -124,6 +124,7 @@ def audit(reader: Reader, service: Service) -> list[str]:
         frozen = reader.pod_accounts(pod.worker.worker_uid)
         found = recount(pod, reader.kept_records(pod.worker.worker_uid), schedule, adjustments)
         problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns)
+        found.frozen_ns = {end_ns: of_period.allocated for end_ns, of_period in frozen}
         recounts.append(found)
         for end_ns, of_period in frozen:
             of_class = allocated_ns.setdefault(end_ns, {})

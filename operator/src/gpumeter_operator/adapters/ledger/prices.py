@@ -54,6 +54,7 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     late = select(a.closed_end_ns).where(a.namespace == namespace, a.service == service, a.booked_end_ns == end_ns)
     closed = select(t.periods).where(of_service, p.end_ns < end_ns, p.end_ns.in_(late)).order_by(p.end_ns)
     own, as_of_ns = _versions(connection, row)
+    opened_with, _ = _read(connection, row.plan_name, {row.plan_hash}).get(row.plan_hash, (None, ""))
     earlier: list[Version] = []
     for each in connection.execute(closed):
         earlier += _versions(connection, each)[0]
@@ -61,7 +62,7 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     of_period = and_(s.namespace == namespace, s.service == service, s.end_ns == end_ns)
     stated = connection.execute(select(s.billing_mode, s.owner).where(of_period)).one_or_none()
     terms = Terms() if stated is None else Terms(BillingMode(stated.billing_mode), stated.owner)
-    return PeriodPlan(row.plan_name, own[0].plan, as_of_ns, (*earlier, *own), terms)
+    return PeriodPlan(row.plan_name, opened_with, as_of_ns, (*earlier, *own), terms)
 
 
 def _versions(connection: Connection, period: Row[Any]) -> tuple[list[Version], int]:
@@ -78,7 +79,8 @@ def _versions(connection: Connection, period: Row[Any]) -> tuple[list[Version], 
     )
     seen: dict[int, str] = {start_ns: base}
     for row in connection.execute(later.order_by(o.observed_ns, o.id)):
-        seen[holds_from_ns(row.observed_ns)] = row.hash  # of several within a minute the last
+        # Of several within a minute the last; a period may be opened a moment before it begins.
+        seen[max(start_ns, holds_from_ns(row.observed_ns))] = row.hash
     held = [(from_ns, digest) for from_ns, digest in seen.items() if from_ns < end_ns]
     plans = _read(connection, name, {digest for _, digest in held})
     found: list[Version] = []
