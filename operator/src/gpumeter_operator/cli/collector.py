@@ -29,6 +29,7 @@ from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -113,6 +114,7 @@ class Process:
             self._execute,
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
+            teller=PlanTeller(cluster, ledger, self._execute),
         )
         self._mirrors = (self._pods, self._services, self._plans)
         self._synced = False

@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Engine, Row, and_, exists, insert, literal, s
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.engine import writing
+from gpumeter_operator.adapters.ledger.engine import reading, writing
+from gpumeter_operator.billing.plan_status import SeenVersion
 from gpumeter_operator.billing.stretches import holds_from_ns
 from gpumeter_operator.billing.tariff import BillingMode, PeriodPlan, PlanInvalid, PricePlan, Terms, Version, plan_from
 from gpumeter_usage.period import Period
@@ -28,6 +29,16 @@ def keep_terms(engine: Engine, service: tuple[str, str], period: Period, terms: 
             connection.execute(insert(t.period_terms).from_select(list(values), row))
     except IntegrityError:
         return  # another collector said it in the same moment
+
+
+def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
+    """The two newest versions of a price plan that were seen, the newest last. Raises LedgerUnavailable."""
+    o, p = t.plan_observations.c, t.price_plans.c
+    both = and_(p.name == o.name, p.hash == o.hash)
+    query = select(p.version, p.hash, p.spec, o.observed_ns).select_from(t.plan_observations.join(t.price_plans, both))
+    with reading(engine) as connection:
+        rows = connection.execute(query.where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc()).limit(2))
+        return [SeenVersion(row.version, row.hash, row.spec, row.observed_ns) for row in rows][::-1]
 
 
 def in_force(connection: Connection, name: str, at_ns: int, until_ns: int | None = None) -> tuple[str, int] | None:
