@@ -136,8 +136,8 @@ def audit(reader: Reader, service: Service) -> list[str]:
     for end_ns in sorted(reports.keys() | allocated_ns.keys()):
         plan, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
         period = schedule.period_of(end_ns)
-        of_period = reports.get(end_ns, {})
-        told += check_reports(period, of_period, recounts, of_class, plan=plan, adjustments=adjustments)
+        billed = reports.get(end_ns, {})
+        told += check_reports(period, billed, recounts, of_class, plan=plan, adjustments=adjustments)
     problems += [f"{service[0]}/{service[1]}: {problem}" for problem in told]
     return problems
 

@@ -4,7 +4,7 @@ Owns when that is written: when it says something else than what stands there. D
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from gpumeter_usage.period import rfc3339
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "gpumeter-collector"
-Manifest = dict[str, Any]
+Manifest = Mapping[str, Any]
 
 
 class PlansPort(Protocol):
@@ -70,15 +70,19 @@ class PlanTeller:
 
 def _stands(plan: Manifest, status: PlanStatus) -> bool:
     there = plan.get("status") or {}
-    ready = next((each for each in there.get("conditions") or [] if each.get("type") == "Ready"), {})
+    ready = _ready(there)
     said = (there.get("hash"), ready.get("reason"), ready.get("message"))
     return said == (status.hash, status.reason, status.message)
 
 
-def _manifest(plan: Manifest, status: PlanStatus, now_ns: int) -> Manifest:
+def _ready(status: Manifest) -> Manifest:
+    nothing: Manifest = {}
+    return next((each for each in status.get("conditions") or [] if each.get("type") == "Ready"), nothing)
+
+
+def _manifest(plan: Manifest, status: PlanStatus, now_ns: int) -> dict[str, Any]:
     state = "True" if status.ready else "False"
-    there = (plan.get("status") or {}).get("conditions") or []
-    before = next((each for each in there if each.get("type") == "Ready"), {})
+    before = _ready(plan.get("status") or {})
     since = before.get("lastTransitionTime") if before.get("status") == state else rfc3339(now_ns)
     condition = {
         "type": "Ready",
