@@ -32,6 +32,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         (GPUMETER, "priceplans"): READ,
         (GPUMETER, "usagereports"): ("get", "list", *WRITE, "delete"),
         (GPUMETER, "usagereports/status"): ("patch",),
+        (GPUMETER, "priceplans/status"): ("patch",),
     },
     "gpumeter-gateway": {
         (GPUMETER, "inferenceservices"): READ,

@@ -90,6 +90,12 @@ async def finals_of(cluster: Cluster, namespace: str, starts: list[int]) -> dict
     return found if platform == wanted and final else None
 
 
+async def told_of_plan(cluster: Cluster) -> Report | None:
+    """The plan, once the collector has told of it."""
+    found = await cluster.get(PRICE_PLANS, "default")
+    return found if found and (found.get("status") or {}).get("conditions") else None
+
+
 async def test_reports_are_published_add_up_and_stay(
     cluster: Cluster, server: Server, namespace: str, collector: CollectorProcess
 ) -> None:
@@ -120,6 +126,10 @@ async def test_reports_are_published_add_up_and_stay(
 
         running = (await reports_of(cluster, namespace))[rfc3339(start_ns + 2 * MINUTE_NS), PLATFORM]
         assert running["status"]["phase"] == "Open"
+
+        plan = await eventually(lambda: told_of_plan(cluster), timeout_s=30)
+        assert plan["status"]["hash"] == acme["spec"]["pricePlanHash"]
+        assert plan["status"]["conditions"][0]["message"] == "Version 1 is in force."
 
         await _final_is_immutable(cluster, server, acme)
         await cluster.delete(USAGE_REPORTS, acme["metadata"]["name"], namespace)

@@ -19,13 +19,23 @@ from gpumeter_operator.billing.accounts import fold
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import RECONCILED_PER_MILLE, PodPeriod, ServicePeriod, reports
-from gpumeter_operator.billing.tariff import HOUR_NS, PeriodPlan, canonical_spec, per_thousand, plain, plan_from
+from gpumeter_operator.billing.tariff import (
+    HOUR_NS,
+    BillingMode,
+    PeriodPlan,
+    Terms,
+    canonical_spec,
+    per_thousand,
+    plain,
+    plan_from,
+)
 from gpumeter_operator.cli.accounts import accounts
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, from_rfc3339, period_of
 from gpumeter_usage.record import Account, Kind, Record
 from gpumeter_worker.metering.attribution import Load, Profile, Rule, split
 from rigs.ledger import START_NS, FakeWorker, ended, gone, open_ledger, started, worker
+from rigs.pricing import PricedHour, plan, rate
 
 DOCUMENT = REPOSITORY / "docs/billing-explained.md"
 TEXT = DOCUMENT.read_text()
@@ -232,6 +242,45 @@ def test_the_auditors_script_finds_nothing_in_an_honest_ledger(ledger: Path) -> 
     assert [line.split(": ", 1)[1] for line in until] == [
         "closed until 2026-11-21 10:03:00+00:00, 0 later periods with records"
     ] * 2
+
+
+@pytest.mark.parametrize(
+    ("terms", "changes"),
+    [
+        (Terms(), {"idlePayer": "platform"}),
+        (Terms(), {"idlePayer": "tenant"}),
+        (Terms(owner="delta"), {"idlePayer": "owner"}),
+        (Terms(BillingMode.STANDARD_RATE), {"idlePayer": "tenant"}),
+    ],
+)
+def test_the_auditors_script_agrees_with_every_way_of_charging(
+    tmp_path: Path, terms: Terms, changes: dict[str, str]
+) -> None:
+    """Rates and versions change within the hour, one pod is a slice, and one is collected when its hour is closed."""
+    tokens = {"model": "smollm2", "perThousandPromptTokens": "0.10", "perThousandCompletionTokens": "1"}
+    part = {"gpuClass": "h100.1g.10gb", "of": "h100", "fraction": "1/7"}
+    first = plan(rate("3.60"), rate("7.20", 10), part, standardRates=[tokens], **changes)
+    dearer = tokens | {"perThousandCompletionTokens": "3"}
+    second = plan(rate("9"), rate("11", 40), part, standardRates=[dearer], **changes)
+    hour = PricedHour(tmp_path, terms, Granularity.FIFTEEN_MINUTES)
+    hour.see(first, 0)
+    hour.run(0)
+
+    def live(fake: FakeWorker) -> None:
+        fake.spend(Account.LOAD, START_NS + 100 * SECOND_NS)
+        fake.serve("s-1", "acme", START_NS + 1234 * SECOND_NS + 567)
+        fake.spend(Account.IDLE, START_NS + 1500 * SECOND_NS)
+        fake.serve("s-2", "beta", START_NS + 1777 * SECOND_NS)
+
+    late = hour.pod(live, collect=False)
+    hour.run(16.5)  # the first quarter is closed without it
+    hour.see(second, 22.5)
+    hour.pod(live, number=2, gpu_class="h100.1g.10gb")
+    hour.collect(late, START_NS + 61 * MINUTE_NS)
+    hour.close()
+    hour.ledger.close()
+    done = verify(tmp_path / "ledger.db")
+    assert (done.stdout.splitlines()[0], done.stderr) == ("all right: 2 chains, 4 closed periods", "")
 
 
 @pytest.mark.parametrize(

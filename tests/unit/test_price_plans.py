@@ -4,7 +4,6 @@ The pods' hour is 10:00 to 11:00. Every closed hour is also audited: `PricedHour
 product's second reckoning agree with each.
 """
 
-import json
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 
 from gpumeter_operator.adapters.ledger.engine import writing
 from gpumeter_operator.billing.facts import PLATFORM
-from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plain, plan_from, sum_of_amounts
+from gpumeter_operator.billing.statement import rolled_up
+from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plain, plan_from
 from gpumeter_usage.period import SECOND_NS, Granularity
 from gpumeter_usage.record import Account
 from rigs.ledger import FakeWorker, finals
@@ -371,6 +371,11 @@ def test_a_contradictory_plan_is_refused_with_what_is_wrong(spec: bytes, told: s
 
 def test_a_day_costs_what_its_hours_were_published_to_cost() -> None:
     """What an accountant adds up. A day reckoned anew from nanoseconds would differ by the hours' roundings."""
-    hours = [Decimal("0.333333333333")] * 24
-    assert plain(sum_of_amounts(hours)) == "7.999999999992"
-    assert json.dumps(plain(sum_of_amounts(hours[:0]))) == '"0"'
+    hours: list[tuple[Decimal | None, str]] = [(Decimal("0.333333333333"), "USD")] * 24
+    assert rolled_up(hours).amount == Decimal("7.999999999992")
+    assert rolled_up(hours).currency == "USD"
+    assert rolled_up([*hours[1:], (None, "")]).reason == "PartUnpriced"
+    assert rolled_up([*hours[1:], (Decimal(1), "EUR")]).reason == "CurrencyChanged"
+    assert rolled_up([(Decimal("1" * 30), "USD"), (Decimal("0.000000000001"), "USD")]).amount == Decimal(
+        "1" * 30 + ".000000000001"
+    ), "no digit is lost"

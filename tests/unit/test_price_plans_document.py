@@ -1,4 +1,4 @@
-"""docs/price-plans.md says what the product does: each of its plans bills the hour that it describes, on the real ledger."""
+"""docs/price-plans.md says what the product does: each of its plans bills the hour that it describes, in a ledger."""
 
 import re
 from decimal import Decimal

@@ -63,6 +63,7 @@ class Recount:
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0])))
     )
     pod: Pod | None = None
+    frozen_ns: dict[int, int] = field(default_factory=dict)  # what was allocated, by end of Final period
 
     def raw_minutes(self, end_ns: int) -> Iterable[RawMinute]:
         """What is booked in a period, by the minute in which it ended."""
@@ -214,12 +215,12 @@ def check_reports(
             for name, figure in figures.items():
                 used[tenant][name] += figure
     plan = plan or PeriodPlan("", None)
-    by_stretch = allocated_in([each.pod for each in found if each.pod], adjustments, plan, period)
-    of_classes: dict[str, int] = defaultdict(int)
-    for (_, gpu_class), gpu_ns in by_stretch.items():
-        of_classes[gpu_class] += gpu_ns
-    if of_classes != {gpu_class: gpu_ns for gpu_class, gpu_ns in allocated_ns.items() if gpu_ns}:
-        problems.append(f"{when}: its pods' accounts hold {dict(allocated_ns)} ns, their containers ran {of_classes}")
+    pods = [(each.pod, each.frozen_ns[end_ns]) for each in found if each.pod and end_ns in each.frozen_ns]
+    try:
+        by_stretch = allocated_in(pods, adjustments, plan, period)
+    except ValueError as told:
+        problems.append(f"{when}: {told}")
+        by_stretch = {}
     due = bills_due(plan, period, (minute for each in found for minute in each.raw_minutes(end_ns)), by_stretch)
     for tenant in sorted(raw.keys() | reports.keys() | hashed.keys() | due.keys()):
         report = reports.get(tenant)

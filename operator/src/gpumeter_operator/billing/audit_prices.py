@@ -8,11 +8,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import product
 
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Pod
 from gpumeter_operator.billing.stretches import Stretch, stretch_at, stretches
 from gpumeter_operator.billing.tariff import HOUR_NS, BillingMode, IdlePayer, PeriodPlan
 from gpumeter_usage.period import MINUTE_NS, Period
+
+MAX_SPANS = 6
+"""Lives of a container in one period of which it is tried whether each was known; three states each."""
 
 Used = tuple[int, int, int, int]
 """GPU-nanoseconds, and prompt, cached and completion tokens."""
@@ -84,25 +88,44 @@ def bills_due(
 
 
 def allocated_in(
-    pods: Iterable[Pod], adjustments: Iterable[Adjustment], plan: PeriodPlan, period: Period
+    pods: Iterable[tuple[Pod, int]], adjustments: Iterable[Adjustment], plan: PeriodPlan, period: Period
 ) -> dict[tuple[int, str], int]:
-    """GPU-nanoseconds allocated in a closed period, by the start of the stretch and the class of GPU."""
+    """GPU-nanoseconds allocated in a closed period, by the start of the stretch and the class of GPU.
+
+    `pods` come with what their frozen accounts say was allocated to them in it, which is the total. Raises ValueError
+    with a sentence where no history of a pod's containers comes to that.
+    """
     cut = stretches(plan, period)
     found: dict[tuple[int, str], int] = defaultdict(int)
-    of_class = {}
-    for pod in pods:
-        of_class[pod.worker.worker_uid] = pod.worker.gpu_class
+    booked = [each for each in adjustments if each.booked_end_ns == period.end_ns]
+    for pod, frozen_ns in pods:
+        own = [each for each in booked if each.worker_uid == pod.worker.worker_uid]
+        for each in own:
+            start_ns = stretch_at(cut, each.closed_end_ns).start_ns
+            found[start_ns, pod.worker.gpu_class] += each.allocated_ns
+        ran_ns = frozen_ns - sum(each.allocated_ns for each in own)
+        for stretch, gpu_ns in _as_it_was_known(pod, cut, period, ran_ns):
+            found[stretch.start_ns, pod.worker.gpu_class] += gpu_ns
+    return {key: gpu_ns for key, gpu_ns in found.items() if gpu_ns}
+
+
+def _as_it_was_known(pod: Pod, cut: tuple[Stretch, ...], period: Period, total_ns: int) -> list[tuple[Stretch, int]]:
+    """A pod's allocation by stretch, as far as its containers were known when the period was closed: that one ended in
+    it, or ran at all, may have become known later, and is an adjustment of another period then."""
+    if len(cut) == 1:
+        return [(cut[0], total_ns)]
+    touching = [(s.started_ns, s.ended_ns or period.end_ns) for s in pod.spans if s.started_ns < period.end_ns]
+    touching = [(start_ns, end_ns) for start_ns, end_ns in touching if end_ns > period.start_ns][:MAX_SPANS]
+    known = [((start_ns, end_ns), (start_ns, period.end_ns), (0, 0)) for start_ns, end_ns in touching]
+    for lives in product(*known):
+        by_stretch = []
         for stretch in cut:
             start_ns = max(stretch.start_ns, period.start_ns)
-            for span in pod.spans:
-                end_ns = stretch.end_ns if span.ended_ns is None else min(stretch.end_ns, span.ended_ns)
-                lived_ns = max(0, end_ns - max(start_ns, span.started_ns))
-                found[stretch.start_ns, pod.worker.gpu_class] += pod.worker.devices * lived_ns
-    for each in adjustments:
-        if each.booked_end_ns == period.end_ns and each.worker_uid in of_class:
-            start_ns = stretch_at(cut, each.closed_end_ns).start_ns
-            found[start_ns, of_class[each.worker_uid]] += each.allocated_ns
-    return {key: gpu_ns for key, gpu_ns in found.items() if gpu_ns}
+            lived_ns = sum(max(0, min(stretch.end_ns, end) - max(start_ns, start)) for start, end in lives)
+            by_stretch.append((stretch, pod.worker.devices * lived_ns))
+        if sum(gpu_ns for _, gpu_ns in by_stretch) == total_ns:
+            return by_stretch
+    raise ValueError(f"{pod.worker.pod}: no history of its containers comes to the {total_ns} ns of its accounts")
 
 
 def minute_end_ns(ended_ns: int) -> int:

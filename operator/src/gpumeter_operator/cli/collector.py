@@ -34,6 +34,7 @@ from gpumeter_operator.decide.shares import BEAT_S
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.digests import Digester
+from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -130,6 +131,7 @@ class Process:
             self._execute,
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
+            teller=PlanTeller(cluster, ledger, self._execute),
         )
         self._digester = Digester(ledger, self._execute, settings.signing_key, settings.digests_file)
         self._mirrors = (self._pods, self._services, self._plans)

@@ -126,7 +126,7 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
 
 
 def _gpu_class(gpu: Mapping[str, Any]) -> str:
-    """The class by which the time is priced. A MIG instance's names its profile: it is never priced as its whole GPU."""
+    """The class by which the time is priced. A MIG instance's names its profile: it is never priced as a whole GPU."""
     named = str(gpu.get("class") or "gpu")
     profile = re.fullmatch(r"[^/]+/mig-(.+)", str(gpu.get("resourceName", "")))
     if profile is None or named.endswith(profile[1].lower()):

@@ -90,6 +90,7 @@ def recount_service(
         for problem in check_accounts(pod, frozen, found, adjustments, final_ns, whole=span == Whole):
             yield "AccountsDiffer", problem
         found.problems.clear()
+        found.frozen_ns = {end_ns: of_period.allocated for end_ns, of_period in frozen}
         recounts.append(found)
         for end_ns, of_period in frozen:
             of_class = allocated_ns.setdefault(end_ns, {})

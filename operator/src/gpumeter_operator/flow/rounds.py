@@ -18,6 +18,7 @@ from gpumeter_operator.billing.tariff import canonical_spec
 from gpumeter_operator.flow.close import DEFAULT_PLAN, Closer, Pricing
 from gpumeter_operator.flow.collect import Collector, Execute
 from gpumeter_operator.flow.discover import Manifest, NotAWorker, events_of, events_of_removed, worker_of
+from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.pricing import terms_of
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_usage.period import SECOND_NS
@@ -204,6 +205,7 @@ class CloseRound:
         *,
         services: Objects,
         plans: Objects,
+        teller: PlanTeller | None = None,
         restore_every_ns: int = RESTORE_EVERY_NS,
     ) -> None:
         self._ledger = ledger
@@ -212,6 +214,7 @@ class CloseRound:
         self._execute = execute
         self._services = services
         self._plans = plans
+        self._teller = teller
         self._restore_every_ns = restore_every_ns
         self._restore_at_ns = 0
         self._plans_seen: dict[str, tuple[bytes, str]] = {}  # by name, the spec that is in force, and its hash
@@ -225,6 +228,8 @@ class CloseRound:
             if now_ns >= self._restore_at_ns and await self._publisher.restore(now_ns):
                 self._restore_at_ns = now_ns + self._restore_every_ns
             await self._publisher.publish(manifests, now_ns)
+            if self._teller is not None:
+                await self._teller.tell(list(self._plans().values()), now_ns)
         except (Unreachable, Refused) as problem:
             log.warning("Reports are not published now, and will be: %s", problem)
 

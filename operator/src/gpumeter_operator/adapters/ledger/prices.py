@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Engine, Row, and_, exists, insert, literal, s
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.engine import writing
+from gpumeter_operator.adapters.ledger.engine import reading, writing
+from gpumeter_operator.billing.plan_status import SeenVersion
 from gpumeter_operator.billing.stretches import holds_from_ns
 from gpumeter_operator.billing.tariff import BillingMode, PeriodPlan, PlanInvalid, PricePlan, Terms, Version, plan_from
 from gpumeter_usage.period import Period
@@ -28,6 +29,16 @@ def keep_terms(engine: Engine, service: tuple[str, str], period: Period, terms: 
             connection.execute(insert(t.period_terms).from_select(list(values), row))
     except IntegrityError:
         return  # another collector said it in the same moment
+
+
+def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
+    """The two newest versions of a price plan that were seen, the newest last. Raises LedgerUnavailable."""
+    o, p = t.plan_observations.c, t.price_plans.c
+    both = and_(p.name == o.name, p.hash == o.hash)
+    query = select(p.version, p.hash, p.spec, o.observed_ns).select_from(t.plan_observations.join(t.price_plans, both))
+    with reading(engine) as connection:
+        rows = connection.execute(query.where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc()).limit(2))
+        return [SeenVersion(row.version, row.hash, row.spec, row.observed_ns) for row in rows][::-1]
 
 
 def in_force(connection: Connection, name: str, at_ns: int, until_ns: int | None = None) -> tuple[str, int] | None:
@@ -54,6 +65,7 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     late = select(a.closed_end_ns).where(a.namespace == namespace, a.service == service, a.booked_end_ns == end_ns)
     closed = select(t.periods).where(of_service, p.end_ns < end_ns, p.end_ns.in_(late)).order_by(p.end_ns)
     own, as_of_ns = _versions(connection, row)
+    opened_with, _ = _read(connection, row.plan_name, {row.plan_hash}).get(row.plan_hash, (None, ""))
     earlier: list[Version] = []
     for each in connection.execute(closed):
         earlier += _versions(connection, each)[0]
@@ -61,7 +73,7 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     of_period = and_(s.namespace == namespace, s.service == service, s.end_ns == end_ns)
     stated = connection.execute(select(s.billing_mode, s.owner).where(of_period)).one_or_none()
     terms = Terms() if stated is None else Terms(BillingMode(stated.billing_mode), stated.owner)
-    return PeriodPlan(row.plan_name, own[0].plan, as_of_ns, (*earlier, *own), terms)
+    return PeriodPlan(row.plan_name, opened_with, as_of_ns, (*earlier, *own), terms)
 
 
 def _versions(connection: Connection, period: Row[Any]) -> tuple[list[Version], int]:
@@ -78,7 +90,8 @@ def _versions(connection: Connection, period: Row[Any]) -> tuple[list[Version], 
     )
     seen: dict[int, str] = {start_ns: base}
     for row in connection.execute(later.order_by(o.observed_ns, o.id)):
-        seen[holds_from_ns(row.observed_ns)] = row.hash  # of several within a minute the last
+        # Of several within a minute the last; a period may be opened a moment before it begins.
+        seen[max(start_ns, holds_from_ns(row.observed_ns))] = row.hash
     held = [(from_ns, digest) for from_ns, digest in seen.items() if from_ns < end_ns]
     plans = _read(connection, name, {digest for _, digest in held})
     found: list[Version] = []
