@@ -35,7 +35,7 @@ def main() -> int:
     """Run and print; figures decide nothing about the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--records", type=int, default=1_000_000, help="of one service in the open hour")
-    parser.add_argument("--pods", type=int, default=2_000, help="that came and went in the days before")
+    parser.add_argument("--pods", type=int, default=1_000, help="that came and went in the days before")
     parser.add_argument("--raw", type=Path, default=RAW, help="where the figures are kept (%(default)s)")
     asked = parser.parse_args()
     figures: dict[str, float] = {}
@@ -118,6 +118,8 @@ def _history(path: Path, pods: int) -> dict[str, float]:
         life = [started("c", begun_ns), ended("c", fake.frontier_ns), gone(fake.frontier_ns)]
         ledger.observe(fake.identity, life, fake.frontier_ns)
         _take(ledger, fake)
+        if number % 20 == 19:
+            closer.close_all(Pricing({}, {}), fake.frontier_ns)
         if number % 500 == 499:
             print(f"  {number + 1} pods came and went", flush=True)
     closer.close_all(Pricing({}, {}), START_NS + 30 * DAY_NS)

@@ -26,7 +26,7 @@ def open_periods(reader: Reader, service: tuple[str, str], schedule: Schedule, n
     """Every period after the last Final one that was opened, or in which a container ran or something is booked."""
     final_ns = reader.last_final_ns(*service)
     found: set[Period] = set()
-    for pod in reader.pods(*service, final_ns):
+    for pod in reader.pods(*service, final_ns, booked=()):
         for span in pod.spans:
             end_ns = now_ns if span.ended_ns is None else span.ended_ns
             found |= set(schedule.between(max(final_ns, span.started_ns), end_ns))
@@ -38,13 +38,16 @@ def open_periods(reader: Reader, service: tuple[str, str], schedule: Schedule, n
 
 def facts_of(reader: Reader, service: tuple[str, str], period: Period, fold: Fold | None = None) -> Facts:
     """The facts of one period of a service; without `fold` its records are summed by the ledger, all of them."""
-    # The pods first: that a pod is settled must be older than the records that are read after it.
-    candidates = reader.pods(*service, period.start_ns)
+    # The pods first: that a pod is settled must be older than the records that are read after it. Those that are only
+    # known by their records are loaded after them, and no period is kept where records came in between.
+    candidates = reader.pods(*service, period.start_ns, booked=())
     lines = reader.lines(*service, period.end_ns) if fold is None else fold(service, period, candidates)
     by_worker: dict[str, list[Line]] = {}
     for line in lines:
         by_worker.setdefault(line.worker_uid, []).append(line)
     adjustments = reader.adjustments(*service, period.end_ns)
+    if unknown := by_worker.keys() - {pod.worker.worker_uid for pod in candidates}:
+        candidates = reader.pods(*service, period.start_ns, booked=sorted(unknown))
     booked = by_worker.keys() | {adjustment.worker_uid for adjustment in adjustments}
     pods = [pod for pod in candidates if pod.worker.worker_uid in booked or lived_in(pod, period)]
     return pods, {worker_uid: tuple(own) for worker_uid, own in by_worker.items()}, adjustments
