@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-gateway bench-trace bench-reaction bench-scaling-cost
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-closing bench-gateway bench-trace bench-reaction bench-scaling-cost
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -99,6 +99,8 @@ bench-kill: setup ## kill -9 of worker and collector at 1,000 seeded points: wha
 	@$(PY) -m bench.kill $(ARGS)
 bench-replay: setup ## 24 hours of 20 services and 50 tenants from their journals, in order and in disorder: the same bytes?
 	@$(PY) -m bench.replay $(ARGS)
+bench-closing: setup ## What a round of closing costs: in an hour of a million records, and with ever more history; 5 minutes
+	@$(PY) -m bench.closing $(ARGS)
 bench-conservation: setup ## Who owns each nanosecond: an hour on a made-up clock, ten minutes of real load; ARGS="--minutes 1"
 	@$(PY) -m bench.conservation $(ARGS)
 bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone, mixed, found, chunked, preempted

@@ -256,6 +256,7 @@ def test_the_columns_of_a_report_read_like_a_bill(server: Server, namespace: str
     made = make(server, namespace, "usagereports", REPORT)
     status = {
         "phase": "Final",
+        "period": "2026-11-21T14:00:00Z",
         "sessions": 12,
         "gpuSeconds": "40.5",
         "tokens": {"prompt": 480, "completion": 960, "total": 1440},

@@ -282,7 +282,7 @@ class CrashAtWrite(CrashAt):
 
 
 def test_a_collector_killed_at_any_write_of_a_closing_makes_the_same_bytes(tmp_path: Path) -> None:
-    """An hour, its day and its month become Final in one round: the killed one is followed by another, an hour later."""
+    """An hour, its day and its month become Final in one round; who is killed is followed by another, an hour later."""
     first = open_ledger(tmp_path / "facts.db", Granularity.HOUR)
     lived(first, 1, 2)
     closed(first, START_NS + HOUR_NS + MINUTE_NS, SPEC)  # the first hour is Final, the rest is to be closed

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from devcluster.layout import REPOSITORY
 from gpumeter_operator.adapters.kubernetes import Refused
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.keep import Keep, leaves_ns, most_reports, stay_since_ns
@@ -184,6 +185,15 @@ def test_the_number_of_reports_in_the_api_stays_within_its_bound() -> None:
         held = len(kept) + sum(leaves_ns(one, KEEP) > now_ns for one in days | months)
         held_most = max(held_most, held)
     assert held_most <= most_reports(KEEP, HOUR_NS) <= held_most + 80
+
+
+def test_the_documents_state_the_bound_of_the_chart() -> None:
+    values, told = (
+        (REPOSITORY / name).read_text() for name in ("charts/gpumeter/values.yaml", "docs/billing-explained.md")
+    )
+    assert "keepDays: {hours: 3, days: 31, months: 400}" in values and Keep() == Keep(3, 31, 400)
+    most = most_reports(Keep(), HOUR_NS)
+    assert f"at most {most}\n" in values and f"\n{most} reports of a tenant and service" in told
 
 
 def test_the_period_of_a_report_is_read_from_its_spec() -> None:

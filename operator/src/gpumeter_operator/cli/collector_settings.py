@@ -37,10 +37,10 @@ class Settings:
     pull_interval_ms: int
     publish_interval_ms: int
     grace_s: int
-    keep: Keep
     master_key: bytes
     http_host: str
     http_port: int
+    keep: Keep = Keep()
     signing_key: SigningKey | None = None
     digests_file: Path | None = None
 

@@ -15,7 +15,8 @@ from gpumeter_operator.billing.close import Phase, Verdict, after_earlier, decid
 from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan, Terms
-from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
+from gpumeter_operator.flow.folds import Folds
+from gpumeter_operator.flow.periods import Facts, Fold, facts_of, open_periods, pod_period
 from gpumeter_operator.flow.pricing import open_with_plan, parts_of
 from gpumeter_operator.flow.rollup import Roller
 from gpumeter_usage.period import Period, rfc3339
@@ -41,6 +42,7 @@ class Closer:
         self._ledger = ledger
         self._grace_ns = grace_ns
         self._roller = Roller(ledger)
+        self._folds = Folds(ledger)
         self._kept: dict[ServiceName, set[tuple[int, Phase]]] = {}
         self._failing: set[ServiceName] = set()
 
@@ -76,13 +78,12 @@ class Closer:
         waiting: Period | None = None
         unclosed = open_periods(self._ledger, service, schedule, now_ns)
         for period in tuple(unclosed):
-            made_from = self._ledger.facts_version(*service, period.end_ns)  # read before anything that it counts
             plan = self._plan(service, period, pricing, now_ns)
-            pods, _, adjustments = facts = facts_of(self._ledger, service, period)
-            forks = self._ledger.forks([pod.worker.worker_uid for pod in pods], period.start_ns, period.end_ns)
-            verdict = decide(period, pods, now_ns=now_ns, grace_ns=self._grace_ns, forks=forks)
-            if waiting is not None:
-                verdict = after_earlier(verdict, waiting)
+            facts, verdict = self._judge(service, period, waiting, now_ns, self._folds.lines)
+            if verdict.phase is Phase.FINAL:
+                made_from = self._ledger.facts_version(*service, period.end_ns)  # read before anything that it counts
+                facts, verdict = self._judge(service, period, waiting, now_ns, None)
+            pods, _, adjustments = facts
             final = verdict.phase is Phase.FINAL
             horizons = [horizon_ns(pod, period, now_ns, final=final) for pod in pods]
             of_pods = tuple(pod_period(pod, period, facts, horizons[index]) for index, pod in enumerate(pods))
@@ -108,6 +109,7 @@ class Closer:
                 if not kept:
                     break  # a fact came in meanwhile: the next round folds it too
                 self._kept.pop(service, None)
+                self._folds.closed(service, period)
                 unclosed.remove(period)
                 log.info(
                     "%s/%s: the period that ended %s is Final: %s", *service, rfc3339(period.end_ns), verdict.message
@@ -117,6 +119,14 @@ class Closer:
                 self._keep_phase(service, period, verdict, found, now_ns)
             manifests += found
         return manifests + self._roller.roll(service, schedule, unclosed, now_ns)
+
+    def _judge(
+        self, service: ServiceName, period: Period, waiting: Period | None, now_ns: int, fold: Fold | None
+    ) -> tuple[Facts, Verdict]:
+        pods, _, _ = facts = facts_of(self._ledger, service, period, fold)
+        forks = self._ledger.forks([pod.worker.worker_uid for pod in pods], period.start_ns, period.end_ns)
+        verdict = decide(period, pods, now_ns=now_ns, grace_ns=self._grace_ns, forks=forks)
+        return facts, verdict if waiting is None else after_earlier(verdict, waiting)
 
     def _plan(self, service: ServiceName, period: Period, pricing: Pricing, now_ns: int) -> PeriodPlan:
         # A deleted service keeps the plan of its last period: its last usage is priced as the rest was.

@@ -6,7 +6,7 @@ Owns the queries. Changes nothing; opened read-only it works beside a running co
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, exists, func, not_, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, exists, func, not_, or_, select, true
 
 from gpumeter_operator.adapters.ledger import prices
 from gpumeter_operator.adapters.ledger import tables as t
@@ -53,19 +53,30 @@ class Reader:
         with reading(self.engine) as connection:
             return last_final_ns(connection, namespace, service)
 
-    def pods(self, namespace: str, service: str, since_ns: int) -> tuple[Pod, ...]:
-        """The pods of a service that ran after `since_ns` or may still run, or have something booked after it."""
+    def pods(
+        self, namespace: str, service: str, since_ns: int, *, booked: Collection[str] | None = None
+    ) -> tuple[Pod, ...]:
+        """The pods of a service that ran after `since_ns` or may still run, or have something booked after it.
+
+        Whoever knows which workers have records booked after it says so with `booked`, and no record is looked at.
+        """
         with reading(self.engine) as connection:
             w, r, a, c = t.workers.c, t.records.c, t.adjustments.c, t.containers.c
             ended_later = exists().where(
                 c.worker_uid == w.worker_uid, c.event.in_(("ended", "vanished")), c.at_ns > since_ns
             )
-            booked = exists().where(
-                r.worker_uid == w.worker_uid, r.service == f"{namespace}/{service}", r.booked_end_ns > since_ns
+            with_records = (
+                exists().where(
+                    r.worker_uid == w.worker_uid, r.service == f"{namespace}/{service}", r.booked_end_ns > since_ns
+                )
+                if booked is None
+                else w.worker_uid.in_(booked)
             )
-            adjusted = exists().where(a.worker_uid == w.worker_uid, a.booked_end_ns > since_ns)
+            adjusted = w.worker_uid.in_(
+                select(a.worker_uid).where(a.namespace == namespace, a.service == service, a.booked_end_ns > since_ns)
+            )
             of_service = and_(w.namespace == namespace, w.service == service)
-            alive = or_(not_(_has_event("gone")), ended_later, booked, adjusted)
+            alive = or_(not_(_has_event("gone")), ended_later, adjusted, with_records)
             return _load_pods(connection, and_(of_service, alive))
 
     def boots(self, worker_uid: str) -> tuple[BootFacts, ...]:
@@ -397,7 +408,8 @@ def boot_of(row: Row[Any]) -> BootFacts:
 
 def _has_event(event: str) -> Any:
     c = t.containers.c
-    return exists().where(c.worker_uid == t.workers.c.worker_uid, c.event == event)
+    of_container = c.container_id == "" if event == "gone" else true()  # the whole key, so that it is one look-up
+    return exists().where(c.worker_uid == t.workers.c.worker_uid, of_container, c.event == event)
 
 
 def _worker(row: Row[Any]) -> Worker:

@@ -14,6 +14,7 @@ from gpumeter_operator.adapters.ledger.engine import reading, writing
 from gpumeter_operator.adapters.ledger.read import last_final_ns
 from gpumeter_operator.billing.accounts import NAMES, Accounts
 from gpumeter_operator.billing.close import Phase
+from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_usage.period import Granularity, Period
 
@@ -41,6 +42,21 @@ def final_bodies(engine: Engine, service: Service, after_ns: int, until_ns: int)
     with reading(engine) as connection:
         rows = connection.execute(query.order_by(r.period_end_ns, r.tenant))
         return [(row[0], row[1], row[2]) for row in rows]
+
+
+def final_count(engine: Engine, service: Service, period: Period) -> int:
+    """How many Final closing periods of a service the ledger holds in a day or month."""
+    r = t.reports.c
+    query = select(func.count()).where(
+        r.namespace == service[0],
+        r.service == service[1],
+        r.tenant == PLATFORM,
+        r.phase == Phase.FINAL.value,
+        r.period_end_ns > period.start_ns,
+        r.period_end_ns <= period.end_ns,
+    )
+    with reading(engine) as connection:
+        return int(connection.scalar(query) or 0)
 
 
 def rollup_bodies(
