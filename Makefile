@@ -90,13 +90,15 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
+.PHONY: bench-engine bench-engine-kill bench-fleet bench-kill bench-conservation bench-equality bench-overhead bench-attribution
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
 	@$(PY) -m bench.engine_kill $(ARGS)
 bench-kill: setup ## kill -9 of worker and collector at 1,000 seeded points: what is lost and doubled; ARGS="--runs 50"
 	@$(PY) -m bench.kill $(ARGS)
+bench-fleet: setup ## One collector and 10,000 workers: lag and memory, 4 minutes; ARGS="--http --workers 1000" for real connections
+	@$(PY) -m bench.fleet $(ARGS)
 bench-conservation: setup ## Who owns each nanosecond: an hour on a made-up clock, ten minutes of real load; ARGS="--minutes 1"
 	@$(PY) -m bench.conservation $(ARGS)
 bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone, mixed, found, chunked, preempted

@@ -42,6 +42,11 @@ REFUSALS = {
         'collector.pullInterval is "1m"; write a duration from 100ms to 4s, for example 2s, because a worker whose '
         "lease is the shortest (5s) stops admitting requests when nobody collects.",
     ),
+    "collectors that cannot share a file": (
+        ("collector.replicas=2",),
+        "collector.replicas is 2, but the ledger is one SQLite file with one writer; set ledger.url to a PostgreSQL "
+        "that the collectors share, or leave collector.replicas at 1.",
+    ),
     "a claim that is not used": (
         ("collector.persistence.enabled=false", "collector.persistence.existingClaim=bills"),
         'collector.persistence.existingClaim is "bills" but collector.persistence.enabled is false, so the claim would '
