@@ -7,10 +7,11 @@ chained, and that no number or time is beyond what a worker can have measured. P
 from dataclasses import dataclass
 
 from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
+from gpumeter_operator.billing.reading import Row, read
 from gpumeter_usage.chain import ChainBroken, verify
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
-from gpumeter_usage.record import MAX_INTEGER, Kind, Record, RecordInvalid, parse
+from gpumeter_usage.record import MAX_INTEGER, Kind, Record, RecordInvalid
 from gpumeter_usage.tenant import tenant_problem
 
 CLOCK_SKEW_NS = 60 * SECOND_NS
@@ -46,7 +47,7 @@ class PageRefused(ValueError):
 class Accepted:
     """The records of a page that continue the chain, its new head, and what the boot has claimed with them."""
 
-    records: tuple[Record, ...]
+    records: tuple[Record | Row, ...]
     head_hash: str
     spent: Spent
 
@@ -86,17 +87,21 @@ def accept(
         head_hash = verify(previous_hash, page.links)
     except ChainBroken as error:
         raise PageRefused("ChainBroken", f"boot {page.boot_id:.64} after seq {page.after}: {error}") from None
-    records = []
+    records: list[Record | Row] = []
+    tenants = {"", PLATFORM}  # that were looked at in this page
     sealed = False
-    for index, link in enumerate(page.links):
-        seq = page.after + 1 + index
+    for seq, link in enumerate(page.links, start=page.after + 1):
         if sealed:
             raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq} after its seal")
         try:
-            record = parse(link.body)
+            record = read(link.body)
         except RecordInvalid as error:
             raise PageRefused("RecordInvalid", f"boot {page.boot_id:.64} seq {seq}: {error}") from None
         _refuse_record(record, seq, page, worker, now_ns)
+        if record.tenant not in tenants:
+            if problem := tenant_problem(record.tenant):
+                raise PageRefused("TenantInvalid", f"boot {page.boot_id:.64} seq {seq}: {problem}")
+            tenants.add(record.tenant)
         records.append(record)
         sealed = record.kind is Kind.SEAL
     if records:
@@ -104,12 +109,19 @@ def accept(
     return Accepted(tuple(records), head_hash, spent)
 
 
-def _refuse_too_much(page: Page, worker: Worker, records: list[Record], before: Spent, since_ns: int) -> Spent:
+def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], before: Spent, since_ns: int) -> Spent:
     """Raise PageRefused where a boot claims more time than has passed on its devices since it began."""
-    began_ns = before.began_ns or min(record.started_at for record in records)
-    accounts_ns = before.accounts_ns + sum(record.gpu_ns for record in records if record.kind is Kind.ACCOUNT)
-    slices_ns = before.slices_ns + sum(record.gpu_ns for record in records if record.kind is Kind.SESSION)
-    lived_ns = max(0, max(record.ended_at for record in records) - max(began_ns, since_ns - CLOCK_SKEW_NS))
+    accounts_ns, slices_ns = before.accounts_ns, before.slices_ns
+    first_ns, last_ns = records[0].started_at, 0
+    for record in records:
+        if record.kind is Kind.ACCOUNT:
+            accounts_ns += record.gpu_ns
+        elif record.kind is Kind.SESSION:
+            slices_ns += record.gpu_ns
+        first_ns = min(first_ns, record.started_at)
+        last_ns = max(last_ns, record.ended_at)
+    began_ns = before.began_ns or first_ns
+    lived_ns = max(0, last_ns - max(began_ns, since_ns - CLOCK_SKEW_NS))
     most_ns = min((lived_ns + lived_ns * CLOCK_DRIFT_PER_MILLE // 1000 + CLOCK_SKEW_NS) * worker.devices, MAX_INTEGER)
     for what, claimed_ns in (("accounts", accounts_ns), ("sessions", slices_ns)):
         if claimed_ns > most_ns:
@@ -121,7 +133,7 @@ def _refuse_too_much(page: Page, worker: Worker, records: list[Record], before: 
     return Spent(began_ns, accounts_ns, slices_ns)
 
 
-def _refuse_record(record: Record, seq: int, page: Page, worker: Worker, now_ns: int) -> None:
+def _refuse_record(record: Record | Row, seq: int, page: Page, worker: Worker, now_ns: int) -> None:
     if record.worker_uid != page.worker_uid or record.boot_id != page.boot_id or record.service != page.service:
         raise PageRefused(
             "ForeignRecord",
@@ -138,9 +150,11 @@ def _refuse_record(record: Record, seq: int, page: Page, worker: Worker, now_ns:
             f"boot {page.boot_id:.64} seq {seq} claims {record.gpu_ns} ns on {worker.devices} device(s); a record is "
             f"a slice of at most a minute",
         )
-    if max(record.prompt_tokens, record.cached_tokens, record.completion_tokens, record.steps) > MAX_COUNT or (
-        record.batch_ns > record.gpu_ns * MAX_BATCH
+    if (
+        record.prompt_tokens > MAX_COUNT
+        or record.cached_tokens > MAX_COUNT
+        or record.completion_tokens > MAX_COUNT
+        or record.steps > MAX_COUNT
+        or record.batch_ns > record.gpu_ns * MAX_BATCH
     ):
         raise PageRefused("CountTooLarge", f"boot {page.boot_id:.64} seq {seq} claims counts that no step can reach")
-    if record.tenant and record.tenant != PLATFORM and (problem := tenant_problem(record.tenant)):
-        raise PageRefused("TenantInvalid", f"boot {page.boot_id:.64} seq {seq}: {problem}")
