@@ -245,6 +245,12 @@ class Process:
             workers=len(counters.settled_ns),
             round_age_ns={name: now_ns - ended_ns for name, ended_ns in self._round_ended_ns.items()},
             ledger_usable=not counters.ledger_problem,
+            collectors=len(self._share.members),
+            leads=self._share.leads,
+            silent_ns={
+                (each.worker.namespace, each.worker.pod): time.time_ns() - each.since_ns
+                for each in self._collector.silent.values()
+            },
         )
 
 
