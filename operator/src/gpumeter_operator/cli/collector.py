@@ -29,6 +29,7 @@ from gpumeter_operator.decide.credentials import derive
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.housekeeping import keep_house
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -86,6 +87,7 @@ class Process:
         self, settings: Settings, ledger: Ledger, cluster: Cluster, workers: Workers, threads: ThreadPoolExecutor
     ) -> None:
         self._settings = settings
+        self._ledger = ledger
         self._threads = threads
         self._pods = Mirror(cluster, PODS, labels={SERVICE_LABEL: None}, on_remove=self._pod_removed)
         self._services = Mirror(cluster, INFERENCE_SERVICES)
@@ -138,6 +140,7 @@ class Process:
             await asyncio.gather(
                 self._loop("collect", pull_s, self._collect_once, stop),
                 self._loop("close", publish_s, lambda: self._close.run(time.time_ns()), stop),
+                keep_house(self._ledger, self._settings.retention_days, self._execute, time.time_ns, stop),
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):

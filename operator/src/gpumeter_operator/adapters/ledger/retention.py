@@ -115,7 +115,7 @@ def _chains(connection: Connection, end_ns: int) -> Iterator[dict[str, Any]]:
         .where(r.booked_end_ns > end_ns - days.DAY_NS, r.booked_end_ns <= end_ns)
         .order_by(r.worker_uid, r.boot_id, r.seq)
     )
-    rows = connection.execution_options(yield_per=10_000).execute(query)
+    rows = connection.execute(query, execution_options={"yield_per": 10_000})
     for (worker_uid, boot_id, service), group in groupby(rows, key=lambda row: (row[0], row[1], row[2])):
         yield {"worker_uid": worker_uid, "boot_id": boot_id, "service": service} | _sum(group)
 
