@@ -298,6 +298,6 @@ def test_an_auditor_reads_beside_the_collector_and_cannot_write(ledger: Ledger, 
     take(ledger, a_worker().page("boot-1", 0))
     reader = Reader(database.url)
     assert len(list(reader.bodies(POD.worker_uid))) == 4
-    with pytest.raises(LedgerUnavailable, match="read-?only"), reading(reader.engine) as connection:
+    with pytest.raises(LedgerUnavailable, match=r"read-?only"), reading(reader.engine) as connection:
         connection.exec_driver_sql("DELETE FROM progress")
     reader.close()

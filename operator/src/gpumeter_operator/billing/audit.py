@@ -107,10 +107,11 @@ def check_accounts(
     found: Recount,
     adjustments: Iterable[Adjustment],
     final_ns: int,
+    *,
     removed_ns: int = 0,
 ) -> list[str]:
     """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
-    and its container spans. Of periods up to `removed_ns` retention has removed the records: their spans are compared."""
+    and its container spans. Of periods up to `removed_ns` retention removed the records: only spans count."""
     problems = []
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     allocated_ns = 0

@@ -126,7 +126,7 @@ def audit(reader: Reader, service: Service) -> list[str]:
         uid = pod.worker.worker_uid
         frozen = reader.pod_accounts(uid)
         found = recount(pod, reader.kept_records(uid), schedule, adjustments, removed_seqs(reader, uid))
-        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns, removed_ns)
+        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns, removed_ns=removed_ns)
         recounts.append(found)
         for end_ns, of_period in frozen:
             of_class = allocated_ns.setdefault(end_ns, {})

@@ -43,8 +43,8 @@ async def clean_up(ledger: Ledger, retention_days: int, execute: Execute, now_ns
     removed = await execute(partial(remove_old, ledger, retention_days, now_ns))
     for day in removed:
         log.info(
-            "RecordsRemoved: %d records of %d chains, of the day that ended %s, were older than %d days; the fact stands "
-            "in the ledger's table removals.",
+            "RecordsRemoved: %d records of %d chains, of the day that ended %s, were older than %d days; what went "
+            "stands in the table removals.",
             day.records,
             day.chains,
             rfc3339(day.day_end_ns),

@@ -1,8 +1,9 @@
 """Retention: removes the records of whole days whose periods are all Final, and keeps a fact of what went.
 
-Owns which day may go, the fact, and the removal: the fact first, then what it names, so that a collector that is killed
-between the two goes on where it was. Reports, pods' accounts, adjustments, price plans, alarms and the cursors of chains
-stay for ever: they are what a bill and a redelivered page need. The database itself refuses to let go what no fact names.
+Owns which day may go, the fact, and the removal: the fact first, then what it names, so that a collector that is
+killed between the two goes on where it was. Reports, pods' accounts, adjustments, price plans, alarms and the cursors
+of chains stay for ever: they are what a bill and a redelivered page need. The database itself refuses to let go what no
+fact names.
 """
 
 from collections.abc import Iterable, Iterator

@@ -68,6 +68,7 @@ def insert_records(
     records: Sequence[Record | Row],
     links: Sequence[Link],
     now_ns: int,
+    *,
     days: Days,
 ) -> None:
     """Insert records, each booked in the period of its end, or in the first open one where that is Final already.

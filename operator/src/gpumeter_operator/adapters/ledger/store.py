@@ -101,7 +101,7 @@ class Ledger(Reader):
                 with self.writing(*mine) as connection:
                     if not rows.advance(connection, boot, accepted):
                         continue  # another collector was faster: what was fresh may be known by now
-                    rows.insert_records(connection, worker, accepted.records, fresh, now_ns, self.days)
+                    rows.insert_records(connection, worker, accepted.records, fresh, now_ns, days=self.days)
             except DayMissing as missing:
                 self.days.make(missing.day_ends_ns)
                 continue
@@ -132,7 +132,9 @@ class Ledger(Reader):
         Where it changes the allocation of periods that are Final already, the difference is booked as an adjustment of
         the next period, in the same transaction.
         """
-        with self.writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
+        with self.writing(
+            locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)
+        ) as connection:
             exists = connection.scalar(
                 select(t.workers.c.worker_uid).where(t.workers.c.worker_uid == worker.worker_uid)
             )

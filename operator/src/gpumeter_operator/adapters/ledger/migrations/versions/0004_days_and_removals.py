@@ -43,7 +43,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("worker_uid", "boot_id", "day_end_ns", "first_seq"),
         sa.CheckConstraint(f"retention_days >= {LEAST_DAYS}", name="removals_keep_90_days"),
         sa.CheckConstraint(f"removed_ns - day_end_ns >= retention_days * {DAY_NS}", name="removals_are_old"),
-        sa.CheckConstraint(f"last_end_ns <= day_end_ns AND first_end_ns > day_end_ns - {DAY_NS}", name="removals_in_day"),
+        sa.CheckConstraint(
+            f"last_end_ns <= day_end_ns AND first_end_ns > day_end_ns - {DAY_NS}", name="removals_in_day"
+        ),
     )
     op.create_index("removals_by_service", "removals", ["service", "last_end_ns"])
     dialect.append_only(op.get_bind(), "removals")
@@ -61,7 +63,8 @@ def _let_go_what_is_logged() -> None:
         "DELETE",
         "the ledger is append-only: DELETE on records is refused",
         when="NOT EXISTS (SELECT 1 FROM removals r WHERE r.worker_uid = OLD.worker_uid AND r.boot_id = OLD.boot_id "
-        "AND OLD.seq BETWEEN r.first_seq AND r.last_seq AND OLD.booked_end_ns BETWEEN r.first_end_ns AND r.last_end_ns)",
+        "AND OLD.seq BETWEEN r.first_seq AND r.last_seq "
+        "AND OLD.booked_end_ns BETWEEN r.first_end_ns AND r.last_end_ns)",
     )
 
 
@@ -100,7 +103,8 @@ def _partition() -> None:
             RETURN name;
         END $$
     """)
-    op.execute(f"""
+    op.execute(
+        f"""
         CREATE FUNCTION ledger_drop_day(day_end_ns bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
         DECLARE
             name text := 'records_' || to_char(to_timestamp((day_end_ns - {DAY_NS}) / 1000000000) AT TIME ZONE 'UTC',
@@ -120,7 +124,8 @@ def _partition() -> None:
             EXECUTE format('ALTER TABLE records DETACH PARTITION %I', name);
             EXECUTE format('DROP TABLE %I', name);
         END $$
-    """)
+        """  # noqa: S608 - names are made here
+    )
     for function in ("ledger_make_day", "ledger_drop_day"):
         op.execute(f"REVOKE ALL ON FUNCTION {function}(bigint) FROM PUBLIC")
         # Whoever calls it must not be able to put other tables or functions in the place of the ledger's.
