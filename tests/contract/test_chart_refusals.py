@@ -44,8 +44,8 @@ REFUSALS = {
     ),
     "collectors that cannot share a file": (
         ("collector.replicas=2",),
-        "collector.replicas is 2, but the ledger is one SQLite file with one writer; set ledger.url to a PostgreSQL "
-        "that the collectors share, or leave collector.replicas at 1.",
+        "collector.replicas is 2, but the ledger is one SQLite file with one writer; set ledger.url.secretName to the "
+        "Secret of a PostgreSQL that the collectors share, or leave collector.replicas at 1.",
     ),
     "a claim that is not used": (
         ("collector.persistence.enabled=false", "collector.persistence.existingClaim=bills"),
@@ -163,6 +163,9 @@ def test_all_problems_are_told_at_once() -> None:
         ("collectr.pullInterval=1s", "additional properties 'collectr' not allowed"),
         ("gateway.replicas=two", "at '/gateway/replicas': got string, want integer"),
         ("collector.persistence.enabled=maybe", "at '/collector/persistence/enabled': got string, want boolean"),
+        ("ledger.retentionDays=89", "at '/ledger/retentionDays': minimum: got 89, want 90"),
+        ("ledger.url=postgresql://me@db/bills", "at '/ledger/url': got string, want object"),
+        ("ledger.url.secretName=Bills", "at '/ledger/url/secretName': 'Bills' does not match pattern"),
         ("imagePullSecrets=registry", "at '/imagePullSecrets': got string, want array"),
     ],
 )

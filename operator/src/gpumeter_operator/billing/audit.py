@@ -45,8 +45,14 @@ class Recount:
     gpu_class: str = ""
 
 
-def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: Iterable[Adjustment]) -> Recount:
-    """Verify every chain of a pod from its first byte and sum its records anew."""
+Gone = Mapping[str, Iterable[tuple[int, int, str]]]
+"""By boot, (first seq, last seq, hash of the last) of what retention has removed, as the ledger's facts have it."""
+
+
+def recount(
+    pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: Iterable[Adjustment], gone: Gone | None = None
+) -> Recount:
+    """Verify every chain of a pod from its first byte, or from what was removed on, and sum its records anew."""
     found = Recount(gpu_class=pod.worker.gpu_class)
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     moved = {
@@ -58,9 +64,13 @@ def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: I
     for boot_id, seq, given_hash, body, booked_end_ns, columns in rows:
         where = f"{name} boot {boot_id} seq {seq}"
         last_seq, last_hash = heads.get(boot_id, (0, "0" * 64))
-        if seq != last_seq + 1:
+        hole = seq != last_seq + 1
+        if hole and (removed := _covering((gone or {}).get(boot_id, ()), last_seq + 1, seq - 1)):
+            # Where it ends within what was removed, the hash before it is not kept: the next one is checked again.
+            last_hash, hole = removed[1] if removed[0] == seq - 1 else "", False
+        if hole:
             found.problems.append(f"{where}: follows seq {last_seq}; what is between is not in the ledger")
-        elif sha256(last_hash.encode() + body).hexdigest() != given_hash:
+        elif last_hash and sha256(last_hash.encode() + body).hexdigest() != given_hash:
             found.problems.append(f"{where}: its bytes or those before it were changed; the chain breaks here")
         heads[boot_id] = (seq, given_hash)
         record = json.loads(body)
@@ -75,8 +85,20 @@ def recount(pod: Pod, rows: Iterable[RawRow], schedule: Schedule, adjustments: I
         if of_end_ns != booked_end_ns and (of_end_ns, booked_end_ns) not in moved:
             found.problems.append(f"{where}: is booked in the period until {rfc3339(booked_end_ns)} without a reason")
         _count(found, record, given_hash, booked_end_ns)
+    for boot_id, spans in (gone or {}).items():  # chains that went whole, or to their last record
+        for _, last_seq, last_hash in spans:
+            heads[boot_id] = max(heads.get(boot_id, (0, "")), (last_seq, last_hash))
     found.problems += _heads_that_differ(name, pod.boots, heads)
     return found
+
+
+def _covering(spans: Iterable[tuple[int, int, str]], first: int, last: int) -> tuple[int, str] | None:
+    """(last seq, its hash) of the removed spans that hold all of these seqs together; None where some are in none."""
+    reached: tuple[int, str] = (first - 1, "")
+    for span in sorted(spans):
+        if span[0] <= reached[0] + 1:
+            reached = max(reached, (span[1], span[2]))
+    return reached if reached[0] >= last else None
 
 
 def check_accounts(
@@ -85,13 +107,18 @@ def check_accounts(
     found: Recount,
     adjustments: Iterable[Adjustment],
     final_ns: int,
+    *,
+    removed_ns: int = 0,
 ) -> list[str]:
     """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
-    and its container spans."""
+    and its container spans. Of periods up to `removed_ns` retention removed the records: only spans count."""
     problems = []
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     allocated_ns = 0
     for end_ns, accounts in frozen:
+        if end_ns <= removed_ns:
+            allocated_ns += accounts.allocated
+            continue
         where = f"{name} in the period that ended {rfc3339(end_ns)}"
         raw = found.accounts[end_ns]
         for account in _OF_RECORDS:

@@ -17,6 +17,7 @@ import click
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.retention import removed_seqs, removed_until_ns
 from gpumeter_operator.billing.accounts import Accounts, horizon_ns
 from gpumeter_operator.billing.audit import Recount, check_accounts, check_kept, check_reports, recount
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
@@ -117,13 +118,15 @@ def audit(reader: Reader, service: Service) -> list[str]:
     """Every difference between the raw records of a service, its pods' accounts and its reports."""
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     final_ns = reader.last_final_ns(*service)
+    removed_ns = removed_until_ns(reader, *service)  # of periods up to here there are no raw records any more
     recounts: list[Recount] = []
     problems: list[str] = []
     allocated_ns: dict[int, dict[str, int]] = {}  # by end of period and class of GPU
     for pod in reader.pods(*service, 0):
-        frozen = reader.pod_accounts(pod.worker.worker_uid)
-        found = recount(pod, reader.kept_records(pod.worker.worker_uid), schedule, adjustments)
-        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns)
+        uid = pod.worker.worker_uid
+        frozen = reader.pod_accounts(uid)
+        found = recount(pod, reader.kept_records(uid), schedule, adjustments, removed_seqs(reader, uid))
+        problems += found.problems + check_accounts(pod, frozen, found, adjustments, final_ns, removed_ns=removed_ns)
         recounts.append(found)
         for end_ns, of_period in frozen:
             of_class = allocated_ns.setdefault(end_ns, {})
@@ -132,7 +135,7 @@ def audit(reader: Reader, service: Service) -> list[str]:
     for end_ns, tenant, body in reader.final_reports(*service):
         reports.setdefault(end_ns, {})[tenant] = json.loads(body)
     told = check_kept(reader.kept_reports(*service), [])
-    for end_ns in sorted(reports.keys() | allocated_ns.keys()):
+    for end_ns in sorted(each for each in reports.keys() | allocated_ns.keys() if each > removed_ns):
         opened, of_class = reader.period_plan(*service, end_ns), allocated_ns.get(end_ns, {})
         plan = opened.plan if opened else None
         told += check_reports(schedule.period_of(end_ns), reports.get(end_ns, {}), recounts, of_class, plan)

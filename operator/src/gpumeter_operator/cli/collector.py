@@ -33,6 +33,7 @@ from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.shares import BEAT_S
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
+from gpumeter_operator.flow.housekeeping import keep_house
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -91,6 +92,7 @@ class Process:
         self, settings: Settings, ledger: Ledger, cluster: Cluster, workers: Workers, threads: ThreadPoolExecutor
     ) -> None:
         self._settings = settings
+        self._ledger = ledger
         self._threads = threads
         member_id = f"{socket.gethostname()[:50]}-{uuid4().hex[:8]}"
         # A thread of its own: whoever waits behind long transactions must not count as dead.
@@ -155,6 +157,7 @@ class Process:
                 self._loop("beat", BEAT_S, self._beat_once, stop),
                 self._loop("collect", pull_s, self._collect_once, stop),
                 self._loop("close", publish_s, self._close_once, stop),
+                keep_house(self._ledger, self._settings.retention_days, self._execute, time.time_ns, stop),
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):

@@ -15,6 +15,7 @@ COMMANDS = {
     "gateway": ("gpumeter_operator.cli.gateway:gateway", "Run the gateway: OpenAI's API for all services."),
     "accounts": ("gpumeter_operator.cli.accounts:accounts", "Check that accounts add up to the allocated time."),
     "journal": ("gpumeter_operator.cli.journal:journal", "Take the journals of pods that are gone into the ledger."),
+    "migrate": ("gpumeter_operator.cli.migrate:migrate", "Bring the ledger's tables up to date, as their owner."),
     "profile": ("gpumeter_operator.cli.profile:profile", "Print the parameters behind a profile_hash."),
     "uninstall-check": (
         "gpumeter_operator.cli.uninstall_check:uninstall_check",

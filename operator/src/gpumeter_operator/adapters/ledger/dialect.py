@@ -13,7 +13,9 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 def keep_first(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row unless its key is there already, and then leave that as it is; returns whether it is new."""
-    return connection.execute(_insert(connection)(table).values(values).on_conflict_do_nothing()).rowcount > 0
+    statement = _insert(connection)(table).values(values).on_conflict_do_nothing()
+    # Of an INSERT the count is forgotten unless it is asked for.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
 
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
