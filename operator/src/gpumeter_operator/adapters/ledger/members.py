@@ -1,7 +1,8 @@
 """The collectors that work on a ledger: each says now and then that it lives, by the database's clock.
 
 Owns the table `collectors`, a row for each that ever ran: no role that collects may delete anything. Whoever was not
-seen for LIFE_NS is gone for the others, and joins anew when it comes back. Does not know what they share among them (decide.shares).
+seen for LIFE_NS is gone for the others, and joins anew when it comes back. Does not know what they share among them
+(decide.shares).
 """
 
 from collections.abc import Callable
