@@ -48,12 +48,17 @@ class Members:
         self._member_id = member_id
         self._name = name
         self._clock_ns = clock_ns
+        self._begun = False
 
     def beat(self) -> tuple[Member, ...]:
         """Say that this one lives; all who do, in the order in which they joined."""
         c = t.collectors.c
         with self._ledger.writing(COLLECTORS) as connection:
             now_ns = self._clock_ns(connection)
+            if not self._begun:
+                # A container that starts anew in its pod need not wait until its former life is missed.
+                former = update(t.collectors).where(c.name == self._name, c.member_id != self._member_id)
+                connection.execute(former.values(seen_ns=0))
             known = connection.execute(select(t.collectors).where(c.member_id == self._member_id)).one_or_none()
             stayed = known is not None and known.seen_ns > now_ns - LIFE_NS
             # Whoever was given up joins behind those who did its work meanwhile; nobody joins in the same moment, or
@@ -63,7 +68,9 @@ class Members:
             values = {"name": self._name, "joined_ns": joined_ns, "seen_ns": now_ns}
             dialect.put(connection, t.collectors, {"member_id": self._member_id}, values)
             living = select(c.member_id, c.name, c.joined_ns).where(c.seen_ns > now_ns - LIFE_NS)
-            return tuple(Member(*row) for row in connection.execute(living.order_by(c.joined_ns, c.member_id)))
+            found = tuple(Member(*row) for row in connection.execute(living.order_by(c.joined_ns, c.member_id)))
+        self._begun = True
+        return found
 
     def leave(self) -> None:
         """Say that this one ends; the others need not wait until it is missed."""
