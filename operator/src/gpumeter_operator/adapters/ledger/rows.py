@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from gpumeter_operator.adapters.ledger import dialect
+from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
@@ -79,7 +79,7 @@ def insert_records(
     final_ns = last_final_ns(connection, worker.namespace, worker.service)
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    values: list[tuple[Any, ...]] = []  # in the order of the table's columns
+    booked: list[tuple[Record | Row, Link, int]] = []
     late: list[tuple[int, Record | Row]] = []
     for record, link in zip(records, links, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
@@ -89,34 +89,10 @@ def insert_records(
         if end_ns <= final_ns:
             late.append((end_ns, record))
             end_ns = next_open_ns
-        values.append(
-            (
-                record.worker_uid,
-                record.boot_id,
-                record.seq,
-                link.hash,
-                link.body,
-                record.service,
-                end_ns,
-                record.ended_at,
-                record.kind.value,
-                record.account,
-                record.status.value,
-                record.tenant,
-                record.session_id,
-                record.clock,
-                record.gpu_ns,
-                record.prefill_ns,
-                record.decode_ns,
-                record.prompt_tokens,
-                record.cached_tokens,
-                record.completion_tokens,
-                record.batch_ns,
-            )
-        )
+        booked.append((record, link, end_ns))
     ends_ns = {end_ns for end_ns in booked_ns.values() if end_ns > final_ns}
     days.require(ends_ns | {next_open_ns} if late else ends_ns)
-    dialect.insert_rows(connection, t.records, values)
+    bulk.insert_records(connection, booked)
     for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
         of_period = [record for _, record in group]
         first, last = of_period[0], of_period[-1]
