@@ -79,6 +79,10 @@ class Databases:
         self._given.append(name)
         return Database(kind, self.server.url(name), server=self.server, name=name)
 
+    def given(self, name: str) -> None:
+        """Another database to remove at the end, made by the test itself."""
+        self._given.append(name)
+
     def remove(self) -> None:
         """Drop what was given out since the last time."""
         for name in filter(None, self._given):

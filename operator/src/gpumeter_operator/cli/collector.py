@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 LEDGER_THREADS = 4  # one writes at a time; the others read
 STALE_NS = 120 * SECOND_NS  # a round waits for the ledger 30 s and for the API server 10 s at most
+OPEN_S = 15.0  # below the liveness probe's patience; then the pod is started again, and waits longer each time
 FINISH_S = 20.0  # below the pod's grace period of 30 s
 SHARE_OF_TIME = 10  # closing may take a tenth of the time: a slow fold is done less often
 
@@ -68,7 +69,7 @@ async def _run(settings: Settings) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     threads = ThreadPoolExecutor(LEDGER_THREADS, thread_name_prefix="ledger")
-    ledger = Ledger(settings.ledger_url)
+    ledger = await _open(settings.ledger_url, stop)
     from_ns = ledger.set_granularity(settings.granularity, time.time_ns())
     if from_ns > time.time_ns():
         log.info("Periods change to %s at %s.", settings.granularity, rfc3339(from_ns))
@@ -83,6 +84,19 @@ async def _run(settings: Settings) -> None:
         threads.shutdown()
         ledger.close()
     log.info("stopped")
+
+
+async def _open(url: str, stop: asyncio.Event) -> Ledger:
+    """The ledger; a database that is away is waited for a while, as it would be later. Raises LedgerUnavailable."""
+    until_s = time.monotonic() + OPEN_S
+    while True:
+        try:
+            return await asyncio.to_thread(Ledger, url)
+        except LedgerUnavailable as problem:
+            if not url.startswith("postgres") or stop.is_set() or time.monotonic() > until_s:
+                raise
+            log.warning("%s It is tried again.", problem)
+        await _pause(1.0, stop)
 
 
 class Process:

@@ -3,7 +3,7 @@
 Owns the choice between them, by the connection that is to run them. Knows no table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Table
@@ -54,20 +54,6 @@ def refuse(connection: Connection, table: str, action: str, message: str, *, whe
         f"CREATE TRIGGER {name} BEFORE {action} ON {table} FOR EACH ROW {condition}"
         f"EXECUTE FUNCTION ledger_refuse('{message}')"
     )
-
-
-def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert many rows, each in the order of the table's columns, straight through the driver: parameters by name cost
-    as much again as the insertion itself."""
-    names = ", ".join(column.name for column in table.columns)
-    if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(table.columns))
-        connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
-        return
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
 
 
 def _insert(connection: Connection) -> Any:

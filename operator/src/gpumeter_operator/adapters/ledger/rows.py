@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from gpumeter_operator.adapters.ledger import dialect
+from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
@@ -89,28 +89,28 @@ def insert_pages(
     """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
     finals_ns: dict[str, int] = {}
-    values: list[tuple[Any, ...]] = []
-    booked = []
+    booked: list[tuple[Record | Row, Link, int]] = []
+    belated = []
     for worker, records, links in pages:
         final_ns = finals_ns.get(worker.service_key)
         if final_ns is None:
             final_ns = finals_ns[worker.service_key] = last_final_ns(connection, worker.namespace, worker.service)
         of_page, late = _booked(records, links, periods, final_ns, days)
-        values += of_page
-        booked.append((worker, late, periods.period_of(final_ns + 1).end_ns))
-    dialect.insert_rows(connection, t.records, values)
-    for worker, late, next_open_ns in booked:
+        booked += of_page
+        belated.append((worker, late, periods.period_of(final_ns + 1).end_ns))
+    bulk.insert_records(connection, booked)
+    for worker, late, next_open_ns in belated:
         _tell_late(connection, worker, late, next_open_ns, now_ns)
 
 
 def _booked(
     records: Sequence[Record | Row], links: Sequence[Link], periods: Schedule, final_ns: int, days: Days
-) -> tuple[list[tuple[Any, ...]], list[tuple[int, Record | Row]]]:
-    """A page's records as rows, in the order of the table's columns, and those of them that come late: each with the
-    end of the closed period to which it would have belonged."""
+) -> tuple[list[tuple[Record | Row, Link, int]], list[tuple[int, Record | Row]]]:
+    """A page's records, each with the end of the period in which it is booked, and those of them that come late, each
+    with the end of the closed period to which it would have belonged."""
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    values: list[tuple[Any, ...]] = []
+    booked: list[tuple[Record | Row, Link, int]] = []
     late: list[tuple[int, Record | Row]] = []
     for record, link in zip(records, links, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
@@ -120,34 +120,10 @@ def _booked(
         if end_ns <= final_ns:
             late.append((end_ns, record))
             end_ns = next_open_ns
-        values.append(
-            (
-                record.worker_uid,
-                record.boot_id,
-                record.seq,
-                link.hash,
-                link.body,
-                record.service,
-                end_ns,
-                record.ended_at,
-                record.kind.value,
-                record.account,
-                record.status.value,
-                record.tenant,
-                record.session_id,
-                record.clock,
-                record.gpu_ns,
-                record.prefill_ns,
-                record.decode_ns,
-                record.prompt_tokens,
-                record.cached_tokens,
-                record.completion_tokens,
-                record.batch_ns,
-            )
-        )
+        booked.append((record, link, end_ns))
     ends_ns = {end_ns for end_ns in booked_ns.values() if end_ns > final_ns}
     days.require(ends_ns | {next_open_ns} if late else ends_ns)
-    return values, late
+    return booked, late
 
 
 def _tell_late(
