@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-closing bench-gateway bench-trace bench-reaction bench-scaling-cost
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-closing bench-fleet bench-collection bench-gateway bench-trace bench-reaction bench-scaling-cost
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -101,6 +101,8 @@ bench-replay: setup ## 24 hours of 20 services and 50 tenants from their journal
 	@$(PY) -m bench.replay $(ARGS)
 bench-closing: setup ## What a round of closing costs: in an hour of a million records, and with ever more history; 5 minutes
 	@$(PY) -m bench.closing $(ARGS)
+bench-fleet: setup ## One collector and 10,000 workers: lag and memory, 4 minutes; ARGS="--http --workers 1000" for real connections
+	@$(PY) -m bench.fleet $(ARGS)
 bench-conservation: setup ## Who owns each nanosecond: an hour on a made-up clock, ten minutes of real load; ARGS="--minutes 1"
 	@$(PY) -m bench.conservation $(ARGS)
 bench-equality: setup ## generate's greedy tokens in fp32 for 200 prompts: alone, mixed, found, chunked, preempted
@@ -117,6 +119,8 @@ bench-reaction: setup ## Queue spike to patched replicas on a real API server, a
 	@$(PY) -m bench.reaction $(ARGS)
 bench-scaling-cost: setup ## CPU of the autoscaler's loop over 1,000 services with decisions every two seconds; half a minute
 	@$(PY) -m bench.scaling_cost $(ARGS)
+bench-collection: setup ## Records/s into SQLite and PostgreSQL up to ten million rows, 10 minutes and 24 GB; ARGS="--rows 1000000"
+	@$(PY) -m bench.collection $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

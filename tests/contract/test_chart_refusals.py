@@ -46,6 +46,11 @@ REFUSALS = {
         'collector.pullInterval is "1m"; write a duration from 100ms to 4s, for example 2s, because a worker whose '
         "lease is the shortest (5s) stops admitting requests when nobody collects.",
     ),
+    "collectors that cannot share a file": (
+        ("collector.replicas=2",),
+        "collector.replicas is 2, but the ledger is one SQLite file with one writer; set ledger.url.secretName to the "
+        "Secret of a PostgreSQL that the collectors share, or leave collector.replicas at 1.",
+    ),
     "a claim that is not used": (
         ("collector.persistence.enabled=false", "collector.persistence.existingClaim=bills"),
         'collector.persistence.existingClaim is "bills" but collector.persistence.enabled is false, so the claim would '
@@ -187,6 +192,9 @@ def test_all_problems_are_told_at_once() -> None:
         ("collectr.pullInterval=1s", "additional properties 'collectr' not allowed"),
         ("gateway.replicas=two", "at '/gateway/replicas': got string, want integer"),
         ("collector.persistence.enabled=maybe", "at '/collector/persistence/enabled': got string, want boolean"),
+        ("ledger.retentionDays=89", "at '/ledger/retentionDays': minimum: got 89, want 90"),
+        ("ledger.url=postgresql://me@db/bills", "at '/ledger/url': got string, want object"),
+        ("ledger.url.secretName=Bills", "at '/ledger/url/secretName': 'Bills' does not match pattern"),
         ("imagePullSecrets=registry", "at '/imagePullSecrets': got string, want array"),
     ],
 )

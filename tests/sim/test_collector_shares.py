@@ -103,6 +103,21 @@ async def test_where_one_writes_the_second_collector_stands_by_and_says_for_whom
     ledger.close()
 
 
+async def test_a_collector_that_starts_anew_in_its_pod_does_not_wait_for_its_former_life(database: Database) -> None:
+    clock, ledger = Clock(), Ledger(database.url)
+    lives = [
+        Share(
+            f"pod-{number}", Members(ledger, f"pod-{number}", "pod", lambda _: clock()), inline, clock, one_works=True
+        )
+        for number in (1, 2)
+    ]
+    await lives[0].beat()
+    clock.now_ns += SECOND_NS  # killed, and started again at once
+    await lives[1].beat()
+    assert lives[1].works and len(lives[1].members) == 1
+    ledger.close()
+
+
 class Post:
     """A collector with its share of a fleet, on its own connections and threads."""
 

@@ -10,6 +10,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+MAX_SILENT_TOLD = 50  # a zone that is lost must not become thousands of series
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -25,6 +27,9 @@ class Sample:
     workers: int
     round_age_ns: Mapping[str, int]
     ledger_usable: bool
+    collectors: int
+    leads: bool
+    silent_ns: Mapping[tuple[str, str], int]  # by (namespace, pod), how long a worker has not answered
 
 
 class CollectorMetrics(Collector):
@@ -65,6 +70,18 @@ class CollectorMetrics(Collector):
         yield GaugeMetricFamily(
             prefix + "ledger_usable", "1 while the ledger can be read and written.", int(now.ledger_usable)
         )
+        yield GaugeMetricFamily(prefix + "members", "Collectors that work on this ledger.", now.collectors)
+        yield GaugeMetricFamily(prefix + "leads", "1 where this collector closes and publishes.", int(now.leads))
+        yield GaugeMetricFamily(prefix + "workers_silent", "Workers that do not answer.", len(now.silent_ns))
+        silent = GaugeMetricFamily(
+            prefix + "worker_silent_seconds",
+            f"Time since a worker answered; the {MAX_SILENT_TOLD} longest.",
+            labels=["namespace", "pod"],
+        )
+        longest = sorted(now.silent_ns.items(), key=lambda one: -one[1])[:MAX_SILENT_TOLD]
+        for (namespace, pod), silent_ns in longest:
+            silent.add_metric([namespace, pod], silent_ns / 1e9)
+        yield silent
         ages = GaugeMetricFamily(prefix + "round_age_seconds", "Time since a round ended.", labels=["round"])
         for name, age_ns in sorted(now.round_age_ns.items()):
             ages.add_metric([name], age_ns / 1e9)

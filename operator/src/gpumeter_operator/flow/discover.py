@@ -5,12 +5,12 @@ collect or store anything.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent
-from gpumeter_operator.billing.facts import Worker
+from gpumeter_operator.billing.facts import Pod, Worker
 from gpumeter_operator.decide.names import (
     DEVICES_ANNOTATION,
     GPU_CLASS_ANNOTATION,
@@ -18,7 +18,10 @@ from gpumeter_operator.decide.names import (
     SERVICE_LABEL,
     SERVICE_UID_ANNOTATION,
 )
-from gpumeter_usage.period import from_rfc3339
+from gpumeter_usage.period import SECOND_NS, from_rfc3339
+
+LOST_AFTER_NS = 60 * SECOND_NS
+"""How long a pod must be overdue, or its worker silent, before it counts as lost; a kubelet takes a second or two."""
 
 MAX_DEVICES = 1024  # more GPUs than one machine holds, and small enough that no sum overflows
 
@@ -113,6 +116,39 @@ def events_of_removed(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
         if event.event == "started" and event.container_id not in ended
     ]
     return (*events, *vanished, ContainerEvent("", "gone", now_ns))
+
+
+def running_of(events: Iterable[ContainerEvent]) -> tuple[ContainerEvent, ...]:
+    """The starts of those containers of which nothing says that they are over."""
+    kept = tuple(events)
+    over = {event.container_id for event in kept if event.event in ("ended", "vanished", "gone")}
+    return tuple(event for event in kept if event.event == "started" and event.container_id not in over)
+
+
+def is_overdue(pod: Manifest, now_ns: int) -> bool:
+    """Whether a pod should have ended long ago: Kubernetes writes the end of its grace into deletionTimestamp, and only
+    its node can say that it is over. A node that is lost says nothing, and the pod stays."""
+    ends_ns = _time_ns(pod["metadata"].get("deletionTimestamp"))
+    return 0 < ends_ns < now_ns - LOST_AFTER_NS
+
+
+def last_sign_ns(pod: Pod, final_ns: int, now_ns: int) -> int:
+    """When a pod was known to live last: its worker was heard, or a period was closed in which it ran."""
+    # A container without an end ran through every period that is Final: the pod was still there when they were closed,
+    # however long ago its worker had fallen silent.
+    signs = (pod.settled_ns, *(boot.sealed_ns for boot in pod.boots), *(boot.started_ns for boot in pod.boots))
+    return min(now_ns, max(final_ns, *signs))
+
+
+def at_last_sign(events: Iterable[ContainerEvent], pod: Pod, sign_ns: int) -> tuple[ContainerEvent, ...]:
+    """The same events, with whatever vanished having done so at the last sign of life, and not before its start."""
+    started_ns = {span.container_id: span.started_ns for span in pod.spans}
+    return tuple(
+        replace(event, at_ns=max(sign_ns, started_ns.get(event.container_id, 0)))
+        if event.event == "vanished"
+        else event
+        for event in events
+    )
 
 
 def _ended(terminated: Manifest, now_ns: int) -> list[ContainerEvent]:

@@ -17,11 +17,22 @@ from gpumeter_operator.billing.facts import Pod, Worker
 from gpumeter_operator.billing.tariff import canonical_spec
 from gpumeter_operator.flow.close import DEFAULT_PLAN, Closer, Pricing
 from gpumeter_operator.flow.collect import Collector, Execute
-from gpumeter_operator.flow.discover import Manifest, NotAWorker, events_of, events_of_removed, worker_of
+from gpumeter_operator.flow.discover import (
+    LOST_AFTER_NS,
+    Manifest,
+    NotAWorker,
+    at_last_sign,
+    events_of,
+    events_of_removed,
+    is_overdue,
+    last_sign_ns,
+    running_of,
+    worker_of,
+)
 from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.pricing import terms_of
 from gpumeter_operator.flow.publish import Publisher
-from gpumeter_usage.period import SECOND_NS
+from gpumeter_usage.period import SECOND_NS, rfc3339
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +146,8 @@ class CollectRound:
             return
         events = events_of(pod, now_ns)
         await self._keep(worker, events, now_ns)
+        if _runs(events) and is_overdue(pod, now_ns):
+            await self._keep_lost(worker, events, now_ns)
         address = (pod.get("status") or {}).get("podIP")
         if address and uid in self._workers and _runs(events):
             fleet.append((worker, Target(address, token_of(worker.service_uid))))
@@ -164,10 +177,34 @@ class CollectRound:
                 await self._alarm(uid, NotAWorker("LabelRemoved", why), now_ns)
                 return
             # Kept even if it was never seen alive: its containers were allocated all the same.
-            events = events_of_removed(pod, at_ns)
+            events = await self._as_last_seen(uid, events_of_removed(pod, at_ns), at_ns)
             if uid in self._workers or len(events) > 1:
                 await self._execute(partial(self._ledger.observe, worker, events, at_ns))
         self._forget(uid)
+
+    async def _keep_lost(self, worker: Worker, events: tuple[ContainerEvent, ...], now_ns: int) -> None:
+        """The pod should have ended long ago and its node says nothing: it is not allocated for ever."""
+        vanished = tuple(ContainerEvent(each.container_id, "vanished", now_ns) for each in running_of(events))
+        lost = await self._as_last_seen(worker.worker_uid, vanished, now_ns)
+        if lost == vanished:
+            return  # its worker was heard a moment ago: whatever holds the pod, it is no lost node
+        await self._keep(worker, (*events, *lost), now_ns)
+        why = (
+            f"Pod {worker.namespace}/{worker.pod} should have ended and its node does not say that it has; it counts "
+            f"as allocated until {rfc3339(lost[0].at_ns)}, when it was heard last."
+        )
+        await self._alarm(worker.worker_uid, NotAWorker("NodeLost", why), now_ns)
+
+    async def _as_last_seen(
+        self, uid: str, events: tuple[ContainerEvent, ...], now_ns: int
+    ) -> tuple[ContainerEvent, ...]:
+        """The same, but a container that vanished unseen did so when its worker was heard last, if that is long ago."""
+        pod = await self._execute(partial(self._ledger.pod, uid))
+        if pod is None or not pod.settled_ns or now_ns - pod.settled_ns <= LOST_AFTER_NS:
+            return events
+        worker = pod.worker
+        final_ns = await self._execute(partial(self._ledger.last_final_ns, worker.namespace, worker.service))
+        return at_last_sign(events, pod, last_sign_ns(pod, final_ns, now_ns))
 
     def _forget(self, uid: str) -> None:
         if self._removed.pop(uid, None) is not None:
@@ -254,18 +291,13 @@ class CloseRound:
 
 
 def _runs(events: tuple[ContainerEvent, ...]) -> bool:
-    started = {event.container_id for event in events if event.event == "started"}
-    over = {event.container_id for event in events if event.event in ("ended", "vanished", "gone")}
-    return bool(started - over)
+    return bool(running_of(events))
 
 
 def _went_unseen(pod: Pod, final_ns: int, now_ns: int) -> list[ContainerEvent]:
-    # A container without an end ran through every period that is Final: the pod was still there when they were closed,
-    # however long ago its worker had fallen silent.
-    signs = [pod.settled_ns, *(boot.sealed_ns for boot in pod.boots), *(boot.started_ns for boot in pod.boots)]
-    last_sign_ns = min(now_ns, max(final_ns, *signs))
+    sign_ns = last_sign_ns(pod, final_ns, now_ns)
     vanished = [
-        ContainerEvent(span.container_id, "vanished", max(span.started_ns, last_sign_ns))
+        ContainerEvent(span.container_id, "vanished", max(span.started_ns, sign_ns))
         for span in pod.spans
         if span.ended_ns is None
     ]

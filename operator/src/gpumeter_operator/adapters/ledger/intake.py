@@ -11,11 +11,12 @@ from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.days import DayMissing, Days
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import boot_of
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.billing.accept import Accepted, PageRefused, accept
+from gpumeter_operator.billing.accept import PageRefused, accept
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
 from gpumeter_operator.billing.reading import Row
 from gpumeter_usage.chain import GENESIS, Link
@@ -37,9 +38,9 @@ def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken 
         services = {locks.of_service(worker.service_key, shared=True) for worker, _ in given}
         workers = {locks.of_worker(worker.worker_uid) for worker, _ in given}
         with ledger.writing(*services, *workers) as connection:
-            together = _take_next(connection, given, now_ns)
-    except IntegrityError:
-        together = [None] * len(given)  # nothing of this was committed; alone it shows which page it is
+            together = _take_next(connection, given, now_ns, ledger.days)
+    except (DayMissing, IntegrityError):
+        together = [None] * len(given)  # nothing of this was committed; alone each makes its day, or tells its fault
     return [
         _alone(ledger, worker, page, now_ns) if done is None else done
         for done, (worker, page) in zip(together, given, strict=True)
@@ -65,7 +66,9 @@ def settle_all(ledger: Ledger, settled: Sequence[tuple[str, int]]) -> None:
                 rows.put_progress(connection, uid, {"settled_ns": reached_ns, "problem": ""})
 
 
-def _take_next(connection: Connection, given: Sequence[Given], now_ns: int) -> list[Taken | PageRefused | None]:
+def _take_next(
+    connection: Connection, given: Sequence[Given], now_ns: int, days: Days
+) -> list[Taken | PageRefused | None]:
     """For each page what became of it; None where it is not the next one of its boot."""
     uids = {worker.worker_uid for worker, _ in given}
     boots = {(uid, boot.boot_id): boot for uid, of_worker in _boots(connection, uids).items() for boot in of_worker}
@@ -75,12 +78,17 @@ def _take_next(connection: Connection, given: Sequence[Given], now_ns: int) -> l
     met: set[tuple[str, str]] = set()
     results: list[Taken | PageRefused | None] = []
     pages: list[tuple[Worker, Sequence[Record | Row], Sequence[Link]]] = []
-    moved: list[tuple[BootFacts | None, Accepted]] = []
     for worker, page in given:
         key = (worker.worker_uid, page.boot_id)
         boot = boots.get(key)
         seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
-        if key in met or page.after != seq or not page.links or (boot and boot.seal is not Status.NONE):
+        if (
+            key in met
+            or page.after != seq
+            or not page.links
+            or (boot and boot.seal is not Status.NONE)
+            or not page.boot_id.isprintable()
+        ):
             results.append(None)
             continue
         spent = boot.spent if boot else NOTHING
@@ -90,13 +98,14 @@ def _take_next(connection: Connection, given: Sequence[Given], now_ns: int) -> l
             results.append(refused)
             continue
         met.add(key)
+        if not rows.advance(connection, boot, accepted):
+            results.append(None)  # another collector was faster
+            continue
         pages.append((worker, accepted.records, page.links))
-        moved.append((boot, accepted))
         named = frozenset(record.profile_hash for record in accepted.records if record.profile_hash)
         results.append(Taken(len(page.links), seq + len(page.links), accepted.head_hash, named))
     if pages:
-        rows.insert_pages(connection, pages, now_ns)
-        rows.advance_all(connection, moved)
+        rows.insert_pages(connection, pages, now_ns, days=days)
     return results
 
 

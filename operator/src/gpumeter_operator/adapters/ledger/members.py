@@ -1,13 +1,14 @@
 """The collectors that work on a ledger: each says now and then that it lives, by the database's clock.
 
-Owns the table `collectors`. Whoever was not seen for LIFE_NS is gone for the others, and joins anew when it comes back.
-Does not know what they share among them (decide.shares).
+Owns the table `collectors`, a row for each that ever ran: no role that collects may delete anything. Whoever was not
+seen for LIFE_NS is gone for the others, and joins anew when it comes back. Does not know what they share among them
+(decide.shares).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy import Connection, func, select, text, update
 
 from gpumeter_operator.adapters.ledger import dialect
 from gpumeter_operator.adapters.ledger import tables as t
@@ -16,7 +17,6 @@ from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.decide.shares import LIFE_NS
 
 COLLECTORS = Lock("5 collectors")
-FORGET_AFTER_LIVES = 360  # an hour: long enough to see in the table who was there
 
 _NOW_NS = {
     "sqlite": "SELECT CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) * 1000000",
@@ -48,12 +48,17 @@ class Members:
         self._member_id = member_id
         self._name = name
         self._clock_ns = clock_ns
+        self._begun = False
 
     def beat(self) -> tuple[Member, ...]:
         """Say that this one lives; all who do, in the order in which they joined."""
         c = t.collectors.c
         with self._ledger.writing(COLLECTORS) as connection:
             now_ns = self._clock_ns(connection)
+            if not self._begun:
+                # A container that starts anew in its pod need not wait until its former life is missed.
+                former = update(t.collectors).where(c.name == self._name, c.member_id != self._member_id)
+                connection.execute(former.values(seen_ns=0))
             known = connection.execute(select(t.collectors).where(c.member_id == self._member_id)).one_or_none()
             stayed = known is not None and known.seen_ns > now_ns - LIFE_NS
             # Whoever was given up joins behind those who did its work meanwhile; nobody joins in the same moment, or
@@ -62,11 +67,13 @@ class Members:
             joined_ns = known.joined_ns if known is not None and stayed else max(now_ns, youngest_ns + 1)
             values = {"name": self._name, "joined_ns": joined_ns, "seen_ns": now_ns}
             dialect.put(connection, t.collectors, {"member_id": self._member_id}, values)
-            connection.execute(delete(t.collectors).where(c.seen_ns < now_ns - FORGET_AFTER_LIVES * LIFE_NS))
             living = select(c.member_id, c.name, c.joined_ns).where(c.seen_ns > now_ns - LIFE_NS)
-            return tuple(Member(*row) for row in connection.execute(living.order_by(c.joined_ns, c.member_id)))
+            found = tuple(Member(*row) for row in connection.execute(living.order_by(c.joined_ns, c.member_id)))
+        self._begun = True
+        return found
 
     def leave(self) -> None:
         """Say that this one ends; the others need not wait until it is missed."""
         with self._ledger.writing(COLLECTORS) as connection:
-            connection.execute(delete(t.collectors).where(t.collectors.c.member_id == self._member_id))
+            ended = update(t.collectors).where(t.collectors.c.member_id == self._member_id)
+            connection.execute(ended.values(seen_ns=0))

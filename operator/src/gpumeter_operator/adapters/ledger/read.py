@@ -89,6 +89,11 @@ class Reader:
         with reading(self.engine) as connection:
             return _load_pods(connection, not_(_has_event("gone")))
 
+    def pod(self, worker_uid: str) -> Pod | None:
+        """One pod, also one that is gone; None where it was never seen."""
+        with reading(self.engine) as connection:
+            return next(iter(_load_pods(connection, t.workers.c.worker_uid == worker_uid)), None)
+
     def first_started_ns(self, worker_uid: str) -> int:
         """When the first container of a pod started, as Kubernetes says; 0 where that is not known."""
         c = t.containers.c

@@ -11,10 +11,11 @@ from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
-from gpumeter_operator.adapters.ledger import dialect
+from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
@@ -63,42 +64,55 @@ def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | N
 
 
 def insert_records(
-    connection: Connection, worker: Worker, records: Sequence[Record | Row], links: Sequence[Link], now_ns: int
+    connection: Connection,
+    worker: Worker,
+    records: Sequence[Record | Row],
+    links: Sequence[Link],
+    now_ns: int,
+    *,
+    days: Days,
 ) -> None:
-    """Insert records, each booked in the period of its end, or in the first open one where that is Final already."""
-    insert_pages(connection, [(worker, records, links)], now_ns)
+    """Insert records, each booked in the period of its end, or in the first open one where that is Final already.
+
+    Raises DayMissing, before anything is inserted, where the database has no place for a day yet.
+    """
+    insert_pages(connection, [(worker, records, links)], now_ns, days=days)
 
 
 def insert_pages(
-    connection: Connection, pages: Sequence[tuple[Worker, Sequence[Record | Row], Sequence[Link]]], now_ns: int
+    connection: Connection,
+    pages: Sequence[tuple[Worker, Sequence[Record | Row], Sequence[Link]]],
+    now_ns: int,
+    *,
+    days: Days,
 ) -> None:
     """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
     finals_ns: dict[str, int] = {}
-    values: list[tuple[Any, ...]] = []
+    booked: list[tuple[Record | Row, Link, int]] = []
+    belated = []
     for worker, records, links in pages:
         final_ns = finals_ns.get(worker.service_key)
         if final_ns is None:
             final_ns = finals_ns[worker.service_key] = last_final_ns(connection, worker.namespace, worker.service)
-        values += _booked(connection, worker, (records, links), periods, final_ns=final_ns, now_ns=now_ns)
-    dialect.insert_rows(connection, t.records, values)
+        of_page, late = _booked(records, links, periods, final_ns, days)
+        booked += of_page
+        belated.append((worker, late, periods.period_of(final_ns + 1).end_ns))
+    bulk.insert_records(connection, booked)
+    for worker, late, next_open_ns in belated:
+        _tell_late(connection, worker, late, next_open_ns, now_ns)
 
 
 def _booked(
-    connection: Connection,
-    worker: Worker,
-    page: tuple[Sequence[Record | Row], Sequence[Link]],
-    periods: Schedule,
-    *,
-    final_ns: int,
-    now_ns: int,
-) -> list[tuple[Any, ...]]:
-    """The rows of a page's records, in the order of the table's columns; what is late among them is told of."""
+    records: Sequence[Record | Row], links: Sequence[Link], periods: Schedule, final_ns: int, days: Days
+) -> tuple[list[tuple[Record | Row, Link, int]], list[tuple[int, Record | Row]]]:
+    """A page's records, each with the end of the period in which it is booked, and those of them that come late, each
+    with the end of the closed period to which it would have belonged."""
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    values: list[tuple[Any, ...]] = []
+    booked: list[tuple[Record | Row, Link, int]] = []
     late: list[tuple[int, Record | Row]] = []
-    for record, link in zip(*page, strict=True):
+    for record, link in zip(records, links, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
         end_ns = booked_ns.get(minute)
         if end_ns is None:
@@ -106,31 +120,15 @@ def _booked(
         if end_ns <= final_ns:
             late.append((end_ns, record))
             end_ns = next_open_ns
-        values.append(
-            (
-                record.worker_uid,
-                record.boot_id,
-                record.seq,
-                link.hash,
-                link.body,
-                record.service,
-                end_ns,
-                record.ended_at,
-                record.kind.value,
-                record.account,
-                record.status.value,
-                record.tenant,
-                record.session_id,
-                record.clock,
-                record.gpu_ns,
-                record.prefill_ns,
-                record.decode_ns,
-                record.prompt_tokens,
-                record.cached_tokens,
-                record.completion_tokens,
-                record.batch_ns,
-            )
-        )
+        booked.append((record, link, end_ns))
+    ends_ns = {end_ns for end_ns in booked_ns.values() if end_ns > final_ns}
+    days.require(ends_ns | {next_open_ns} if late else ends_ns)
+    return booked, late
+
+
+def _tell_late(
+    connection: Connection, worker: Worker, late: Sequence[tuple[int, Record | Row]], next_open_ns: int, now_ns: int
+) -> None:
     for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
         of_period = [record for _, record in group]
         first, last = of_period[0], of_period[-1]
@@ -152,42 +150,18 @@ def _booked(
             reason=reason,
         )
         raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
-    return values
 
 
-def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> None:
-    """Move a chain's cursor to the last of these records, and note its seal and what it has claimed."""
-    advance_all(connection, [(known, accepted)])
+def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> bool:
+    """Move a chain's cursor from where it was `known` to stand to the last of these records, and note its seal and what
+    it has claimed. False, with nothing changed, where it stands elsewhere by now.
 
-
-def advance_all(connection: Connection, moved: Sequence[tuple[BootFacts | None, Accepted]]) -> None:
-    """The same for many chains: one statement for those that are new, one for those that go on."""
-    begun = [_cursor(accepted) | {"started_ns": accepted.spent.began_ns} for known, accepted in moved if not known]
-    if begun:
-        connection.execute(insert(t.boots), begun)
-    gone_on = [_cursor(accepted) for known, accepted in moved if known]
-    if gone_on:
-        b = t.boots.c
-        where = (b.worker_uid == bindparam("of_worker"), b.boot_id == bindparam("of_boot"))
-        changes: dict[str, Any] = {
-            name: bindparam(f"to_{name}") for name in gone_on[0] if name not in ("worker_uid", "boot_id")
-        }
-        connection.execute(
-            update(t.boots).where(*where).values(changes),
-            [
-                {"of_worker": one.pop("worker_uid"), "of_boot": one.pop("boot_id")}
-                | {f"to_{name}": value for name, value in one.items()}
-                for one in gone_on
-            ],
-        )
-
-
-def _cursor(accepted: Accepted) -> dict[str, Any]:
+    The row stays locked until the transaction ends: of two that bring the same records one waits here, and finds that
+    the other has brought them. It comes before they are inserted, and is what keeps a record from being there twice.
+    """
     last = accepted.records[-1]
     sealed = last.kind is Kind.SEAL
-    return {
-        "worker_uid": last.worker_uid,
-        "boot_id": last.boot_id,
+    values = {
         "committed_seq": last.seq,
         "head_hash": accepted.head_hash,
         "accounts_ns": accepted.spent.accounts_ns,
@@ -195,6 +169,17 @@ def _cursor(accepted: Accepted) -> dict[str, Any]:
         "seal": last.status.value if sealed else "",
         "sealed_ns": last.ended_at if sealed else 0,
     }
+    key = {"worker_uid": last.worker_uid, "boot_id": last.boot_id}
+    if known is None:
+        return dialect.keep_first(connection, t.boots, {**key, **values, "started_ns": accepted.spent.began_ns})
+    b = t.boots.c
+    where_it_was = (
+        b.worker_uid == last.worker_uid,
+        b.boot_id == last.boot_id,
+        b.committed_seq == known.committed_seq,
+        b.head_hash == known.head_hash,
+    )
+    return connection.execute(update(t.boots).where(*where_it_was).values(values)).rowcount == 1
 
 
 def put_progress(connection: Connection, worker_uid: str, values: dict[str, Any]) -> None:
