@@ -53,6 +53,8 @@ def test_the_environment_is_what_the_parts_read() -> None:
     assert environment(pods["gpumeter-collector"]) == {
         **shared,
         "GPUMETER_LEDGER_URL": "sqlite:////var/lib/gpumeter/ledger.db",
+        "GPUMETER_SIGNING_KEY_FILE": "/etc/gpumeter/signing/signing-key",
+        "GPUMETER_DIGESTS_FILE": "/var/lib/gpumeter/digests.jsonl",
         "GPUMETER_PERIOD": "5m",
         "GPUMETER_CLOSE_GRACE_S": "90",
         "GPUMETER_PULL_INTERVAL_MS": "500",

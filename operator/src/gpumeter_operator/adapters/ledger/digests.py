@@ -191,9 +191,10 @@ def last_made(engine: Engine) -> Digest | None:
     )
 
 
-def kept(engine: Engine, after: int = 0) -> Iterator[Kept]:
-    """The digests after a number, in order."""
-    return _kept(engine, select(t.digests).where(t.digests.c.seq > after).order_by(t.digests.c.seq))
+def kept(engine: Engine, after: int | None = None) -> Iterator[Kept]:
+    """The digests after a number (or all that there are, whatever their numbers), in order."""
+    query = select(t.digests) if after is None else select(t.digests).where(t.digests.c.seq > after)
+    return _kept(engine, query.order_by(t.digests.c.seq))
 
 
 def kept_lines(engine: Engine) -> Iterator[tuple[int, int, str, str, bytes]]:
