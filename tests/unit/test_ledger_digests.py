@@ -1,4 +1,4 @@
-"""Digests: what is signed, that it is made once and exported, and that an auditor can check it with tools of his own."""
+"""Digests: what is signed, that it is made once and exported, and that an auditor can check it with his own tools."""
 
 import asyncio
 import json
