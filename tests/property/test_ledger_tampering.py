@@ -38,7 +38,7 @@ def another(value: Any, choice: int) -> Any:
 
 def tampering(test: Any) -> Any:
     quick = settings(
-        max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+        max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
     )
     return quick(given(row=st.integers(0, 10_000), choice=st.integers(0, 10_000), which=st.integers(0, 10_000))(test))
 
