@@ -115,7 +115,8 @@ def recount_service(
         if platform is None:
             yield "ReportBytes", f"{name}: the period that ended {rfc3339(end_ns)} has no report of the platform"
             continue
-        again = refold(reader, service, period, known, platform)
+        of_owners = {owner: each.running.hexdigest() for owner, each in hashed.get(end_ns, {}).items()}
+        again = refold(reader, service, period, known, platform=platform, digests=of_owners)
         kept = {tenant: body for tenant, _, body, _ in bodies}
         counts.refolded += len(again)
         for tenant in sorted(kept.keys() | again.keys()):

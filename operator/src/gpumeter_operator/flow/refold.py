@@ -47,9 +47,18 @@ def known_of(reader: Reader, service: tuple[str, str], pods: Iterable[Pod]) -> K
 
 
 def refold(
-    reader: Reader, service: tuple[str, str], period: Period, known: Known, platform: Mapping[str, Any]
+    reader: Reader,
+    service: tuple[str, str],
+    period: Period,
+    known: Known,
+    *,
+    platform: Mapping[str, Any],
+    digests: Mapping[str, str],
 ) -> dict[str, bytes]:
-    """The bytes of every Final report of a period, by tenant. `platform` is the platform's report as it is kept."""
+    """The bytes of every Final report of a period, by tenant.
+
+    `platform` is the platform's report as it is kept, `digests` those of the period's records by owner.
+    """
     lines = list(reader.lines(*service, period.end_ns))
     adjustments = reader.adjustments(*service, period.end_ns)
     booked = {line.worker_uid for line in lines} | {adjustment.worker_uid for adjustment in adjustments}
@@ -68,7 +77,7 @@ def refold(
             verdict=verdict_of(platform, late),
             pods=tuple(pod_period(pod, period, facts, period.end_ns) for pod in pods),
             plan=reader.period_plan(*service, period.end_ns) or PeriodPlan(DEFAULT_PLAN, None),
-            digests=reader.digests(*service, period.end_ns),
+            digests=digests,
             late=late,
         )
     )
