@@ -21,8 +21,7 @@ RawRow = tuple[str, int, str, bytes, int, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ContainerFact:
-    """An event of a container, and when it became known. `late_ns` are the ends of the last Final periods at which it
-    was booked as an adjustment; empty where it was in time."""
+    """An event of a container, and when it became known."""
 
     worker_uid: str
     container_id: str
