@@ -93,9 +93,7 @@ class Ledger(Reader):
             )
             if not fresh:
                 return Taken(0, seq, head_hash)
-            with self._writing(
-                locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)
-            ) as connection:
+            with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
                 if rows.boot(connection, worker.worker_uid, page.boot_id) != boot:
                     continue  # another collector was faster: what was fresh may be known by now
                 rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
@@ -127,9 +125,7 @@ class Ledger(Reader):
         Where it changes the allocation of periods that are Final already, the difference is booked as an adjustment of
         the next period, in the same transaction.
         """
-        with self._writing(
-            locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)
-        ) as connection:
+        with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
             exists = connection.scalar(
                 select(t.workers.c.worker_uid).where(t.workers.c.worker_uid == worker.worker_uid)
             )
