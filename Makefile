@@ -90,7 +90,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-collection
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 25 minutes; ARGS=--quick for a look
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -105,6 +105,8 @@ bench-overhead: setup ## What metering costs: tok/s with and without it in pairs
 	@$(PY) -m bench.overhead $(ARGS)
 bench-attribution: setup ## What knee, tokens and FLOPs misplace of a step, beside the exact and the measured Shapley value; 10 minutes
 	@$(PY) -m bench.attribution $(ARGS)
+bench-collection: setup ## Records/s into SQLite and PostgreSQL up to ten million rows, 10 minutes and 24 GB; ARGS="--rows 1000000"
+	@$(PY) -m bench.collection $(ARGS)
 
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images

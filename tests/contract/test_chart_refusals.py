@@ -158,6 +158,9 @@ def test_all_problems_are_told_at_once() -> None:
         ("collectr.pullInterval=1s", "additional properties 'collectr' not allowed"),
         ("gateway.replicas=two", "at '/gateway/replicas': got string, want integer"),
         ("collector.persistence.enabled=maybe", "at '/collector/persistence/enabled': got string, want boolean"),
+        ("ledger.retentionDays=89", "at '/ledger/retentionDays': minimum: got 89, want 90"),
+        ("ledger.url=postgresql://me@db/bills", "at '/ledger/url': got string, want object"),
+        ("ledger.url.secretName=Bills", "at '/ledger/url/secretName': 'Bills' does not match pattern"),
         ("imagePullSecrets=registry", "at '/imagePullSecrets': got string, want array"),
     ],
 )

@@ -57,6 +57,7 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_LEDGER_URL": "sqlite:////var/lib/gpumeter/ledger.db",
         "GPUMETER_SIGNING_KEY_FILE": "/etc/gpumeter/signing/signing-key",
         "GPUMETER_DIGESTS_FILE": "/var/lib/gpumeter/digests.jsonl",
+        "GPUMETER_RETENTION_DAYS": "400",
         "GPUMETER_PERIOD": "5m",
         "GPUMETER_CLOSE_GRACE_S": "90",
         "GPUMETER_PULL_INTERVAL_MS": "500",
@@ -151,6 +152,24 @@ def test_an_existing_claim_is_used_and_none_is_made() -> None:
     found = rendered("collector.persistence.existingClaim=bills")
     assert [each for each in found if each["kind"] == "PersistentVolumeClaim"] == []
     assert ledger_volume(found) == {"persistentVolumeClaim": {"claimName": "bills"}}
+
+
+def test_with_a_url_the_ledger_is_in_postgresql_and_there_is_no_volume() -> None:
+    asked = ("ledger.url.secretName=bills-db", "ledger.url.secretKey=dsn", "ledger.retentionDays=90")
+    found = rendered(*asked)
+    assert [each for each in found if each["kind"] == "PersistentVolumeClaim"] == []
+    pod = pod_specs(found)["gpumeter-collector"]
+    assert "ledger" not in {volume["name"] for volume in pod["volumes"]}
+    [container] = pod["containers"]
+    assert "ledger" not in {mount["name"] for mount in container["volumeMounts"]}
+    given = {each["name"]: each for each in container["env"]}
+    assert given["GPUMETER_LEDGER_URL"] == {
+        "name": "GPUMETER_LEDGER_URL",
+        "valueFrom": {"secretKeyRef": {"name": "bills-db", "key": "dsn"}},
+    }
+    assert given["GPUMETER_RETENTION_DAYS"]["value"] == "90"
+    assert "WARNING" not in notes(*asked, "collector.persistence.enabled=false")
+    assert "with the ledger" not in notes(*asked)
 
 
 def test_without_persistence_the_notes_warn_that_bills_are_lost() -> None:

@@ -5,6 +5,7 @@ import sqlite3
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
 from rigs.ledger import START_NS, FakeWorker, ended, gone, live, open_ledger, started, worker
+from rigs.postgres import Server
 
 SERVICE = ("team-a", "smollm2")
 END_NS = START_NS + 200 * SECOND_NS
@@ -50,7 +52,7 @@ def pages_of(fake: FakeWorker, cuts: random.Random) -> list[Page]:
     return pages
 
 
-def bill(path: Path, pods: list[tuple[Worker, FakeWorker]], deliveries: random.Random | None) -> list[object]:
+def bill(path: Path | str, pods: list[tuple[Worker, FakeWorker]], deliveries: random.Random | None) -> list[object]:
     """Everything that the ledger makes of these journals, delivered in order, or as a bad network would."""
     ledger = open_ledger(path)
     ledger.keep_plan("default", 1, SPEC, START_NS)
@@ -95,6 +97,17 @@ def test_pages_repeated_cut_and_shuffled_change_nothing(life: int, network: int)
         in_order = bill(Path(folder) / "in-order.db", pods, None)
         at_random = bill(Path(folder) / "at-random.db", pods, random.Random(network))
         assert in_order == at_random
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_postgresql_and_sqlite_make_the_same_bytes_of_the_same_journals(
+    tmp_path: Path, postgres: Server, migrated: str, seed: int
+) -> None:
+    pods, name = two_pods(seed), postgres.database(migrated)
+    in_order = bill(tmp_path / "in-order.db", pods, None)
+    at_random = bill(postgres.url(name), pods, random.Random(seed))
+    postgres.drop(name)
+    assert in_order == at_random
 
 
 FIGURES = ("allocated", "load", "attributed", "nonbillable", "idle", "drain", "unaccounted", "host_gap")

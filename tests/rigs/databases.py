@@ -53,7 +53,9 @@ class Database:
                     connection.execute(text(f"DROP TRIGGER {name}"))
             else:
                 connection.execute(text("SET session_replication_role = replica"))
-                tables = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = 'public'::regnamespace"
+                tables = (
+                    "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = 'public'::regnamespace"
+                )
                 for name in connection.execute(text(tables)).scalars().all():
                     connection.execute(text(f'ALTER TABLE "{name}" DISABLE TRIGGER ALL'))
 
@@ -76,6 +78,10 @@ class Databases:
         name = self.server.database(self.template)
         self._given.append(name)
         return Database(kind, self.server.url(name), server=self.server, name=name)
+
+    def given(self, name: str) -> None:
+        """Another database to remove at the end, made by the test itself."""
+        self._given.append(name)
 
     def remove(self) -> None:
         """Drop what was given out since the last time."""

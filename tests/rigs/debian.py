@@ -17,6 +17,7 @@ from pathlib import Path
 from devcluster.layout import cache_root
 
 TIMEOUT_S = 300
+NOT_NEEDED = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 LEFT_OUT = re.compile(r"libc6|libc-bin|libllvm.*|libz3.*|libperl.*")
 """The machine's own C library must serve (two of them in one process do not go together); LLVM is PostgreSQL's JIT
 compiler, which is a plug-in and 100 MB, and it and Perl are not asked for here."""
@@ -59,8 +60,7 @@ def library_path(folder: Path) -> str:
 def _stanzas(packages: Sequence[str]) -> list[tuple[str, str, str]]:
     """(name, version, SHA-256) of the packages and of every library below them, as the release's lists have them."""
     answer = _run(
-        ["apt-cache", "depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]
-        + ["--no-replaces", "--no-enhances", *packages],
+        ["apt-cache", "depends", "--recurse", *(f"--no-{kind}" for kind in NOT_NEEDED), *packages],
         Path("/"),
     )
     below = {line for line in answer.splitlines() if re.fullmatch(r"lib[\w.+-]+", line)}

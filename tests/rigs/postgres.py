@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
-from devcluster.processes import wait_until
 
+from devcluster.processes import wait_until
 from rigs.debian import NoPackages, library_path, unpacked
 
 NOBODY = 65534
@@ -93,7 +93,7 @@ class Server:
             raise NoPackages(f"PostgreSQL did not start: {(self.folder / 'log').read_text()[-500:]}")
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """End it: SIGINT cuts off transactions and stops in order, SIGQUIT is a crash, from which the next recovers."""
+        """End it; SIGINT cuts off transactions and stops in order."""
         if self._process is None:
             return
         self._process.send_signal(how)
@@ -104,6 +104,10 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = None
+
+    def crash(self) -> None:
+        """SIGQUIT: no transaction is ended in order, and the next start recovers from the log."""
+        self.stop(signal.SIGQUIT)
 
     def _answers(self) -> bool:
         if self._process is None or self._process.poll() is not None:
@@ -122,13 +126,14 @@ def server(settings: Mapping[str, str] = FAST, *, folder: Path | None = None) ->
     `folder` is where its own folder is made: short, because a socket's path has 107 bytes.
     """
     programs, environment = _programs()
-    home = Path(tempfile.mkdtemp(prefix="gpm-pg-", dir=folder))
+    _sweep(folder or Path(tempfile.gettempdir()))
+    home = Path(tempfile.mkdtemp(prefix=f"gpm-pg-{os.getpid()}-", dir=folder))
     started = None
     try:
         home.chmod(0o755)
         if not _reaches(programs):  # a cache in root's home, which nobody may enter
             root = programs.parents[4]
-            shutil.copytree(root, home / "root", symlinks=True)
+            shutil.copytree(root, home / "root", symlinks=True, ignore=shutil.ignore_patterns("doc", "man", "locale"))
             programs = home / "root" / programs.relative_to(root)
             environment = environment | {"LD_LIBRARY_PATH": library_path(home / "root")}
         if os.geteuid() == 0:
@@ -153,6 +158,14 @@ def server(settings: Mapping[str, str] = FAST, *, folder: Path | None = None) ->
         shutil.rmtree(home, ignore_errors=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what those left behind who were killed: their servers died with them."""
+    for left in folder.glob("gpm-pg-*-*"):
+        pid = left.name.split("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _programs() -> tuple[Path, dict[str, str]]:
     """The folder of the server's programs, and the environment in which they run."""
     clean = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "LC_ALL": "C.UTF-8"}
@@ -166,13 +179,13 @@ def _programs() -> tuple[Path, dict[str, str]]:
 def _newest() -> str:
     """The version that the release's own package `postgresql` stands for."""
     try:
-        shown = subprocess.run(["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         raise NoPackages(
             "There is no PostgreSQL to be had: this is no Debian. GPUMETER_POSTGRES_BIN may name a folder with its "
             "programs."
         ) from None
-    for word in shown.split():
+    for word in done.stdout.split():
         if word.startswith("postgresql-") and word.removeprefix("postgresql-").isdigit():
             return word.removeprefix("postgresql-")
     raise NoPackages("This release has no package postgresql, or its lists are not here: apt-get update.")

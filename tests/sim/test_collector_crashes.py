@@ -12,6 +12,7 @@ from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Status
+from rigs.databases import Database
 from rigs.ledger import (
     START_NS,
     Clock,
@@ -27,6 +28,7 @@ from rigs.ledger import (
     started,
     worker,
 )
+from rigs.postgres import Server
 
 POD = worker()
 LIFE = (started("c1", START_NS), ended("c1", START_NS + 91 * SECOND_NS), gone(START_NS + 92 * SECOND_NS))
@@ -44,7 +46,7 @@ def a_busy_life() -> FakeWorker:
     return fake
 
 
-async def bill(path: Path, fake: FakeWorker, network: FakeNetwork, crash: CrashAt) -> Ledger:
+async def bill(path: Path | str, fake: FakeWorker, network: FakeNetwork, crash: CrashAt) -> Ledger:
     """Everything that a collector does for one pod, from an empty memory to the Final reports."""
     ledger = open_ledger(path)
     crash.watch(ledger)  # a crash in the middle of a migration is another test's
@@ -92,6 +94,29 @@ async def test_a_collector_killed_between_any_two_statements_bills_exactly_once(
     assert crashes > 60, "the crash points were not reached"
 
 
+async def test_a_collector_of_postgresql_killed_at_every_seventh_statement_bills_exactly_once(
+    tmp_path: Path, postgres: Server, migrated: str
+) -> None:
+    """A page's COPY is no point of its own here; a server that goes within a page has a test of its own."""
+    undisturbed = await bill(tmp_path / "whole.db", a_busy_life(), FakeNetwork(4), CrashAt(-1))
+    point, finished = 1, False
+    while not finished:
+        name = postgres.database(migrated)
+        url, fake, network = postgres.url(name), a_busy_life(), FakeNetwork(4)
+        try:
+            (await bill(url, fake, network, CrashAt(point))).close()
+            finished = True
+        except Crash:
+            point += 7
+        again = await bill(url, fake, network, CrashAt(-1))
+        assert rows(again) == rows(undisturbed)
+        assert finals(again) == finals(undisturbed)
+        assert again.alarms() == []
+        again.close()
+        postgres.drop(name)
+    assert point > 60, "the crash points were not reached"
+
+
 @pytest.mark.parametrize("kept_links", [0, 3])
 async def test_an_acknowledgement_lost_on_its_way_is_sent_again(tmp_path: Path, kept_links: int) -> None:
     fake, network = a_busy_life(), FakeNetwork(page_limit=kept_links or 5000)
@@ -113,11 +138,13 @@ async def test_an_acknowledgement_lost_on_its_way_is_sent_again(tmp_path: Path, 
     assert len(rows(ledger)) == sum(len(boot.links) for boot in fake.boots)
 
 
-async def test_two_collectors_on_one_ledger_double_nothing(tmp_path: Path) -> None:
+async def test_two_collectors_on_one_ledger_double_nothing(database: Database) -> None:
     fake, network, clock = a_busy_life(), FakeNetwork(2), Clock(START_NS + 100 * SECOND_NS)
     target = network.add("10.0.0.1", fake)
-    ledgers = [open_ledger(tmp_path / "ledger.db"), open_ledger(tmp_path / "ledger.db")]
+    ledgers = [open_ledger(database.url), open_ledger(database.url)]
     ledgers[0].observe(POD, LIFE, clock())
     await asyncio.gather(*(Collector(ledger, network, inline, clock).pull(POD, target) for ledger in ledgers))
     assert await Collector(ledgers[0], network, inline, clock).pull(POD, target)
     assert len(rows(ledgers[0])) == sum(len(boot.links) for boot in fake.boots)
+    for ledger in ledgers:
+        ledger.close()

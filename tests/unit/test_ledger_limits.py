@@ -1,21 +1,24 @@
 """What no worker, no figure and no outage may do to the ledger."""
 
 import json
-import sqlite3
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.config import Config
+from sqlalchemy import insert, text
 
 from gpumeter_operator.adapters.ledger.engine import MIGRATIONS, open_engine, writing
 from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.adapters.ledger.tables import records
 from gpumeter_operator.billing.accept import CLOCK_SKEW_NS, PageRefused
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Kind, Status
+from rigs.databases import Database
 from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, started, worker
 
 POD = worker()
@@ -25,8 +28,10 @@ RUNNING = Pricing({}, {})
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return open_ledger(tmp_path / "ledger.db")
+def ledger(database: Database) -> Iterator[Ledger]:
+    ledger = open_ledger(database.url)
+    yield ledger
+    ledger.close()
 
 
 def a_worker() -> FakeWorker:
@@ -35,22 +40,20 @@ def a_worker() -> FakeWorker:
     return fake
 
 
-def put(path: Path, **values: object) -> None:
+def put(database: Database, **values: object) -> None:
     """A row of records as a damaged disk or a former version may have left it."""
-    with sqlite3.connect(path) as raw:
-        columns = [row[1] for row in raw.execute("PRAGMA table_info(records)")]
-        row = raw.execute("SELECT * FROM records LIMIT 1").fetchone()
-        chosen = dict(zip(columns, row, strict=True)) | values
-        raw.execute(f"INSERT INTO records VALUES ({','.join('?' * len(columns))})", [chosen[name] for name in columns])
+    with database.raw() as raw:
+        row = raw.execute(text("SELECT * FROM records LIMIT 1")).mappings().one()
+        raw.execute(insert(records).values({**row, **values}))
 
 
 @pytest.mark.parametrize("column", ["gpu_ns", "prefill_ns", "prompt_tokens", "batch_ns"])
-def test_sums_beyond_64_bits_are_exact(ledger: Ledger, tmp_path: Path, column: str) -> None:
+def test_sums_beyond_64_bits_are_exact(ledger: Ledger, database: Database, column: str) -> None:
     fake = a_worker()
     ledger.take(POD, fake.page("boot-1", 0), NOW_NS)
     before = sum(getattr(line, column) for line in ledger.lines(*SERVICE, START_NS + MINUTE_NS))
     for seq in range(100, 104):
-        put(tmp_path / "ledger.db", seq=seq, **{column: 2**63 - 1})
+        put(database, seq=seq, **{column: 2**63 - 1})
     after = sum(getattr(line, column) for line in ledger.lines(*SERVICE, START_NS + MINUTE_NS))
     assert after - before == 4 * (2**63 - 1)
 
@@ -83,7 +86,7 @@ def test_a_boot_cannot_have_begun_before_its_pod(ledger: Ledger) -> None:
         ledger.take(POD, fake.page("boot-1", 0), NOW_NS)
 
 
-def test_a_service_that_cannot_be_closed_stops_no_other(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_service_that_cannot_be_closed_stops_no_other(ledger: Ledger, database: Database) -> None:
     life = [started("c1", START_NS), ended("c1", NOW_NS), gone(NOW_NS)]
     for number, service in enumerate(("a-broken", "smollm2"), start=1):
         fake = FakeWorker(worker(number, service=service), START_NS)
@@ -91,7 +94,7 @@ def test_a_service_that_cannot_be_closed_stops_no_other(ledger: Ledger, tmp_path
         fake.seal()
         ledger.observe(fake.identity, life, NOW_NS)
         ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
-    put(tmp_path / "ledger.db", worker_uid="pod-uid-1", seq=9, service="team-a/a-broken", kind="account", account="?")
+    put(database, worker_uid="pod-uid-1", seq=9, service="team-a/a-broken", kind="account", account="?")
     closer = Closer(ledger, 10 * SECOND_NS)
     for _ in range(2):
         closer.close_all(RUNNING, START_NS + 2 * MINUTE_NS)

@@ -61,6 +61,10 @@ class Recount:
     gpu_class: str = ""
 
 
+Gone = Mapping[str, Iterable[tuple[int, int, str]]]
+"""By boot, (first seq, last seq, hash of the last) of what retention has removed, as the ledger's facts have it."""
+
+
 def recount(
     pod: Pod,
     rows: Iterable[RawRow],
@@ -68,12 +72,13 @@ def recount(
     adjustments: Iterable[Adjustment],
     hashed: HashedRecords,
     *,
+    gone: Gone | None = None,
     heads: Mapping[str, tuple[int, str]] | None = None,
 ) -> Recount:
     """Verify every chain of a pod and sum its records anew.
 
-    From its first byte to its cursor; or, where `heads` says which seq and hash the rows of each boot follow, as far as
-    the rows reach.
+    From its first byte, or from what was removed on, to its cursor; or, where `heads` says which seq and hash ("" where
+    it is not kept) the rows of each boot follow, as far as the rows reach.
     """
     found = Recount(gpu_class=pod.worker.gpu_class)
     whole = heads is None
@@ -87,9 +92,13 @@ def recount(
     for boot_id, seq, given_hash, body, booked_end_ns, columns in rows:
         where = f"{name} boot {boot_id} seq {seq}"
         last_seq, last_hash = heads.get(boot_id, (0, "0" * 64))
-        if seq != last_seq + 1:
+        hole = seq != last_seq + 1
+        if hole and (removed := _covering((gone or {}).get(boot_id, ()), last_seq + 1, seq - 1)):
+            # Where it ends within what was removed, the hash before it is not kept: the next one is checked again.
+            last_hash, hole = removed[1] if removed[0] == seq - 1 else "", False
+        if hole:
             found.problems.append(f"{where}: follows seq {last_seq}; what is between is not in the ledger")
-        elif not isinstance(body, bytes) or sha256(last_hash.encode() + body).hexdigest() != given_hash:
+        elif last_hash and (not isinstance(body, bytes) or sha256(last_hash.encode() + body).hexdigest() != given_hash):
             found.problems.append(f"{where}: its bytes or those before it were changed; the chain breaks here")
         heads[boot_id] = (seq, given_hash)
         record = _record_of(body)
@@ -110,8 +119,20 @@ def recount(
         of_owner = hashed[booked_end_ns][record["tenant"] or PLATFORM]
         of_owner.count += 1
         of_owner.running.update(given_hash.encode())
+    for boot_id, spans in (gone or {}).items():  # chains that went whole, or to their last record
+        for _, last_seq, last_hash in spans:
+            heads[boot_id] = max(heads.get(boot_id, (0, "")), (last_seq, last_hash))
     found.problems += _heads_that_differ(name, pod.boots, heads) if whole else []
     return found
+
+
+def _covering(spans: Iterable[tuple[int, int, str]], first: int, last: int) -> tuple[int, str] | None:
+    """(last seq, its hash) of the removed spans that hold all of these seqs together; None where some are in none."""
+    reached: tuple[int, str] = (first - 1, "")
+    for span in sorted(spans):
+        if span[0] <= reached[0] + 1:
+            reached = max(reached, (span[1], span[2]))
+    return reached if reached[0] >= last else None
 
 
 def check_accounts(
@@ -121,14 +142,19 @@ def check_accounts(
     adjustments: Iterable[Adjustment],
     final_ns: int,
     *,
+    removed_ns: int = 0,
     whole: bool = True,
 ) -> list[str]:
     """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
-    and, where `frozen` is the whole of them, with its container spans."""
+    and, where `frozen` is the `whole` of them, with its container spans. Of periods up to `removed_ns` retention
+    removed the records: only spans count."""
     problems = []
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     allocated_ns = 0
     for end_ns, accounts in frozen:
+        if end_ns <= removed_ns:
+            allocated_ns += accounts.allocated
+            continue
         where = f"{name} in the period that ended {rfc3339(end_ns)}"
         raw = found.accounts[end_ns]
         for account in _OF_RECORDS:

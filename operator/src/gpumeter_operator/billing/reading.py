@@ -1,8 +1,8 @@
 """Reads the records of a page as fast as bytes can be read, and as strictly as the contract does.
 
-Owns a short way for records as every worker of ours writes them. Whatever is odd about a record takes the contract's own
-way (`gpumeter_usage.record.parse`), which says in a sentence what is wrong, or reads it: nothing is acceptable here that
-is not so there, and a property test holds the two against each other. (The contract stands on the standard library
+Owns a short way for records as every worker of ours writes them. Whatever is odd about a record takes the contract's
+own way (`gpumeter_usage.record.parse`), which says in a sentence what is wrong, or reads it: nothing is acceptable here
+that is not so there, and a property test holds the two against each other. (The contract stands on the standard library
 alone, and its way takes ten times as long.)
 """
 

@@ -30,6 +30,7 @@ from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.flow.close import Closer
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.digests import Digester
+from gpumeter_operator.flow.housekeeping import keep_house
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 LEDGER_THREADS = 4  # one writes at a time; the others read
 STALE_NS = 120 * SECOND_NS  # a round waits for the ledger 30 s and for the API server 10 s at most
+OPEN_S = 15.0  # below the liveness probe's patience; then the pod is started again, and waits longer each time
 FINISH_S = 20.0  # below the pod's grace period of 30 s
 SHARE_OF_TIME = 10  # closing may take a tenth of the time: a slow fold is done less often
 
@@ -63,7 +65,7 @@ async def _run(settings: Settings) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     threads = ThreadPoolExecutor(LEDGER_THREADS, thread_name_prefix="ledger")
-    ledger = Ledger(settings.ledger_url)
+    ledger = await _open(settings.ledger_url, stop)
     from_ns = ledger.set_granularity(settings.granularity, time.time_ns())
     if from_ns > time.time_ns():
         log.info("Periods change to %s at %s.", settings.granularity, rfc3339(from_ns))
@@ -80,6 +82,19 @@ async def _run(settings: Settings) -> None:
     log.info("stopped")
 
 
+async def _open(url: str, stop: asyncio.Event) -> Ledger:
+    """The ledger; a database that is away is waited for a while, as it would be later. Raises LedgerUnavailable."""
+    until_s = time.monotonic() + OPEN_S
+    while True:
+        try:
+            return await asyncio.to_thread(Ledger, url)
+        except LedgerUnavailable as problem:
+            if not url.startswith("postgres") or stop.is_set() or time.monotonic() > until_s:
+                raise
+            log.warning("%s It is tried again.", problem)
+        await _pause(1.0, stop)
+
+
 class Process:
     """Everything that runs in a collector, and when each loop was last through."""
 
@@ -87,6 +102,7 @@ class Process:
         self, settings: Settings, ledger: Ledger, cluster: Cluster, workers: Workers, threads: ThreadPoolExecutor
     ) -> None:
         self._settings = settings
+        self._ledger = ledger
         self._threads = threads
         self._pods = Mirror(cluster, PODS, labels={SERVICE_LABEL: None}, on_remove=self._pod_removed)
         self._services = Mirror(cluster, INFERENCE_SERVICES)
@@ -140,6 +156,7 @@ class Process:
             await asyncio.gather(
                 self._loop("collect", pull_s, self._collect_once, stop),
                 self._loop("close", publish_s, self._close_once, stop),
+                keep_house(self._ledger, self._settings.retention_days, self._execute, time.time_ns, stop),
             )
             with suppress(TimeoutError):
                 async with asyncio.timeout(FINISH_S):

@@ -25,13 +25,15 @@ DIGESTS_FILE = "GPUMETER_DIGESTS_FILE"
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the collector was started with. `grace_s`: how long a period waits for its workers before it is closed.
-    `signing_key` signs digests, None where none are to be made; `digests_file` is where they are exported to."""
+    `retention_days`: how long raw records are kept after their day. `signing_key` signs digests, None where none are to
+    be made; `digests_file` is where they are exported to."""
 
     ledger_url: str
     granularity: Granularity
     pull_interval_ms: int
     publish_interval_ms: int
     grace_s: int
+    retention_days: int
     master_key: bytes
     http_host: str
     http_port: int
@@ -48,6 +50,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         pull_interval_ms=read.number("GPUMETER_PULL_INTERVAL_MS", 2_000, 100, 60_000),
         publish_interval_ms=read.number("GPUMETER_PUBLISH_INTERVAL_MS", 5_000, 500, 300_000),
         grace_s=read.number("GPUMETER_CLOSE_GRACE_S", 600, 1, 86_400),
+        retention_days=read.number("GPUMETER_RETENTION_DAYS", 400, 90, 36_500),
         master_key=read.master_key(),
         http_host=read.text("GPUMETER_HTTP_HOST", "0.0.0.0"),  # noqa: S104 - probes come from the node
         http_port=read.number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),

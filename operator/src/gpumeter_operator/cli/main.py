@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": ("gpumeter_operator.cli.verify:verify", "Recompute the whole ledger from its raw rows, and its digests."),
     "digests": ("gpumeter_operator.cli.digests:digests", "Export signed digests, and the keys that signed them."),
     "usage": ("gpumeter_operator.cli.usage:usage", "Print who used how much GPU time, and what it costs."),
+    "migrate": ("gpumeter_operator.cli.migrate:migrate", "Bring the ledger's tables up to date, as their owner."),
     "profile": ("gpumeter_operator.cli.profile:profile", "Print the parameters behind a profile_hash."),
     "uninstall-check": (
         "gpumeter_operator.cli.uninstall_check:uninstall_check",

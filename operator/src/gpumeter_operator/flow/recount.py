@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 from gpumeter_operator.adapters.ledger import audit as raw
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.retention import removed_seqs, removed_until_ns
 from gpumeter_operator.billing.audit import (
+    HashedRecords,
     RawRow,
     Recount,
     check_accounts,
@@ -64,6 +66,7 @@ def recount_service(
     """
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     final_ns = reader.last_final_ns(*service)
+    removed_ns = removed_until_ns(reader, *service)  # of periods up to here there are no raw records any more
     pods = reader.pods(*service, 0)
     of_records = sum(raw.count_records(reader.engine, pod.worker.worker_uid) for pod in pods)
     seen = 0
@@ -83,10 +86,13 @@ def recount_service(
 
         uid = pod.worker.worker_uid
         heads = None if span == Whole else raw.heads_before(reader.engine, uid, span.since_ns, span.until_ns)
-        found = recount(pod, counted(), schedule, adjustments, hashed, heads=heads)
+        gone = removed_seqs(reader, uid)
+        found = recount(pod, counted(), schedule, adjustments, hashed, gone=gone, heads=heads)
         for problem in found.problems:
             yield "RecordDiffers", problem
-        for problem in check_accounts(pod, frozen, found, adjustments, final_ns, whole=span == Whole):
+        for problem in check_accounts(
+            pod, frozen, found, adjustments, final_ns, removed_ns=removed_ns, whole=span == Whole
+        ):
             yield "AccountsDiffer", problem
         found.problems.clear()
         recounts.append(found)
@@ -97,9 +103,22 @@ def recount_service(
     name = "/".join(service)
     for problem in check_kept((each for each in reader.kept_reports(*service) if span.holds(each[0])), []):
         yield "ReportDiffers", f"{name}: {problem}"
+    folded = (pods, recounts, hashed, allocated_ns)
+    yield from _reports(reader, service, span, counts, folded, removed_ns=removed_ns)
+
+
+Folded = tuple[tuple[Pod, ...], list[Recount], HashedRecords, dict[int, dict[str, int]]]
+"""The pods of a service, what their records say, the hashes of these, and what was allocated by period and class."""
+
+
+def _reports(
+    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, folded: Folded, *, removed_ns: int
+) -> Iterator[tuple[str, str]]:
+    """The Final reports beside the raw records, and beside themselves folded anew."""
+    (pods, recounts, hashed, allocated_ns), name, schedule = folded, "/".join(service), reader.schedule()
     known = known_of(reader, service, pods)
     ends = {end_ns for end_ns, _ in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
-    for end_ns in sorted(ends | allocated_ns.keys()):
+    for end_ns in sorted(each for each in ends | allocated_ns.keys() if each > removed_ns):
         counts.periods += 1
         period = schedule.period_of(end_ns)
         bodies = raw.final_bodies(reader.engine, *service, end_ns)

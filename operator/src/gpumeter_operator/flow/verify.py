@@ -15,6 +15,7 @@ from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.digests import COVERED, LATE_NS, Compared
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.retention import removed_until_ns
 from gpumeter_operator.billing.audit import check_kept
 from gpumeter_operator.billing.digest import Digest, DigestInvalid, Entry, check_chain, columns_of, fact_line
 from gpumeter_operator.billing.merkle import Tree, root_of
@@ -264,8 +265,9 @@ def _service(of: Audit, tally: Tally, service: tuple[str, str], entries: Mapping
 
 
 def _roots(of: Audit, service: tuple[str, str], entries: Mapping[int, Entry]) -> Iterator[Finding]:
+    removed_ns = removed_until_ns(of.reader, *service)  # their records went as whole days; facts say which
     for end_ns, entry in sorted(entries.items()):
-        if not of.span.holds(end_ns):
+        if not of.span.holds(end_ns) or end_ns <= removed_ns:
             continue
         tree = Tree()
         try:

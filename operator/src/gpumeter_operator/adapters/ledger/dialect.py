@@ -3,7 +3,7 @@
 Owns the choice between them, by the connection that is to run them. Knows no table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Table
@@ -13,7 +13,9 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 def keep_first(connection: Connection, table: Table, values: Mapping[str, Any]) -> bool:
     """Insert a row unless its key is there already, and then leave that as it is; returns whether it is new."""
-    return connection.execute(_insert(connection)(table).values(values).on_conflict_do_nothing()).rowcount > 0
+    statement = _insert(connection)(table).values(values).on_conflict_do_nothing()
+    # Of an INSERT the count is forgotten unless it is asked for.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
 
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -52,20 +54,6 @@ def refuse(connection: Connection, table: str, action: str, message: str, *, whe
         f"CREATE TRIGGER {name} BEFORE {action} ON {table} FOR EACH ROW {condition}"
         f"EXECUTE FUNCTION ledger_refuse('{message}')"
     )
-
-
-def insert_rows(connection: Connection, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert many rows, each in the order of the table's columns, straight through the driver: parameters by name cost
-    as much again as the insertion itself."""
-    names = ", ".join(column.name for column in table.columns)
-    if connection.dialect.name == "sqlite":
-        marks = ", ".join("?" * len(table.columns))
-        connection.exec_driver_sql(f"INSERT INTO {table.name} ({names}) VALUES ({marks})", list(rows))  # noqa: S608
-        return
-    driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(f"COPY {table.name} ({names}) FROM STDIN") as copy:
-        for row in rows:
-            copy.write_row(row)
 
 
 def _insert(connection: Connection) -> Any:

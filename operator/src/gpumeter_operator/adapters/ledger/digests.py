@@ -55,6 +55,7 @@ CAME = {
     "pod_accounts": "period_end_ns",
     "price_plans": "observed_ns",
     "profiles": "kept_ns",
+    "removals": "removed_ns",
     "reports": "kept_ns",
     "rollups": "kept_ns",
     "signing_keys": "first_used_ns",

@@ -72,7 +72,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
     """One read transaction: everything in it sees the same state of the ledger."""
     with translated(), engine.connect() as connection:
         if engine.dialect.name == "postgresql":
-            connection = postgres.for_reading(connection)
+            postgres.see_one_state(connection)
         with connection.begin():
             yield connection
 

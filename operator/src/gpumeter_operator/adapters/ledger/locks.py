@@ -49,3 +49,6 @@ def of_worker(worker_uid: str) -> Lock:
 PLANS = Lock("3 price plans")
 REPORTS = Lock("4 reports that are not Final", shared=True)
 """The first version of a phase is kept, whoever brings it: nothing is read before it is written."""
+DAYS = Lock("5 days of records")
+RETENTION = Lock("6 retention")
+"""Nobody books into periods that are Final, so what is removed needs no other lock than against a second remover."""

@@ -58,15 +58,21 @@ def take_locks(connection: Connection, locks: Sequence[Lock]) -> None:
     connection.execute(select(*taken))
 
 
-def for_reading(connection: Connection) -> Connection:
-    """The connection with one state of the database for the whole transaction."""
-    return connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+def see_one_state(connection: Connection) -> None:
+    """Let the connection's next transaction read one state of the database from its first statement to its last."""
+    connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 def is_of_the_database(error: psycopg.Error) -> bool:
     """Whether it says that the database is away, full, locked or not to be used; not that a statement is wrong."""
-    return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | errors.ReadOnlySqlTransaction) or (
-        isinstance(error, errors.InsufficientPrivilege | errors.UndefinedTable | errors.InvalidSchemaName)
+    return isinstance(
+        error,
+        psycopg.OperationalError
+        | psycopg.InterfaceError
+        | errors.ReadOnlySqlTransaction
+        | errors.InsufficientPrivilege
+        | errors.UndefinedTable
+        | errors.InvalidSchemaName,
     )
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from gpumeter_operator.adapters.ledger import dialect
+from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
+from gpumeter_operator.billing.reading import Row
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_usage.chain import Link
 from gpumeter_usage.period import MINUTE_NS, Period, rfc3339
@@ -61,15 +63,24 @@ def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | N
 
 
 def insert_records(
-    connection: Connection, worker: Worker, records: Sequence[Record], links: Sequence[Link], now_ns: int
+    connection: Connection,
+    worker: Worker,
+    records: Sequence[Record | Row],
+    links: Sequence[Link],
+    now_ns: int,
+    *,
+    days: Days,
 ) -> None:
-    """Insert records, each booked in the period of its end, or in the first open one where that is Final already."""
+    """Insert records, each booked in the period of its end, or in the first open one where that is Final already.
+
+    Raises DayMissing, before anything is inserted, where the database has no place for a day yet.
+    """
     periods = schedule(connection)
     final_ns = last_final_ns(connection, worker.namespace, worker.service)
     next_open_ns = periods.period_of(final_ns + 1).end_ns
     booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    values: list[tuple[Any, ...]] = []  # in the order of the table's columns
-    late: list[tuple[int, Record]] = []
+    booked: list[tuple[Record | Row, Link, int]] = []
+    late: list[tuple[int, Record | Row]] = []
     for record, link in zip(records, links, strict=True):
         minute = -(-record.ended_at // MINUTE_NS)
         end_ns = booked_ns.get(minute)
@@ -78,32 +89,10 @@ def insert_records(
         if end_ns <= final_ns:
             late.append((end_ns, record))
             end_ns = next_open_ns
-        values.append(
-            (
-                record.worker_uid,
-                record.boot_id,
-                record.seq,
-                link.hash,
-                link.body,
-                record.service,
-                end_ns,
-                record.ended_at,
-                record.kind.value,
-                record.account,
-                record.status.value,
-                record.tenant,
-                record.session_id,
-                record.clock,
-                record.gpu_ns,
-                record.prefill_ns,
-                record.decode_ns,
-                record.prompt_tokens,
-                record.cached_tokens,
-                record.completion_tokens,
-                record.batch_ns,
-            )
-        )
-    dialect.insert_rows(connection, t.records, values)
+        booked.append((record, link, end_ns))
+    ends_ns = {end_ns for end_ns in booked_ns.values() if end_ns > final_ns}
+    days.require(ends_ns | {next_open_ns} if late else ends_ns)
+    bulk.insert_records(connection, booked)
     for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
         of_period = [record for _, record in group]
         first, last = of_period[0], of_period[-1]
@@ -127,8 +116,13 @@ def insert_records(
         raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
 
 
-def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> None:
-    """Move a chain's cursor to the last of these records, and note its seal and what it has claimed."""
+def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> bool:
+    """Move a chain's cursor from where it was `known` to stand to the last of these records, and note its seal and what
+    it has claimed. False, with nothing changed, where it stands elsewhere by now.
+
+    The row stays locked until the transaction ends: of two that bring the same records one waits here, and finds that
+    the other has brought them. It comes before they are inserted, and is what keeps a record from being there twice.
+    """
     last = accepted.records[-1]
     sealed = last.kind is Kind.SEAL
     values = {
@@ -141,12 +135,15 @@ def advance(connection: Connection, known: BootFacts | None, accepted: Accepted)
     }
     key = {"worker_uid": last.worker_uid, "boot_id": last.boot_id}
     if known is None:
-        connection.execute(insert(t.boots).values({**key, **values, "started_ns": accepted.spent.began_ns}))
-    else:
-        b = t.boots.c
-        connection.execute(
-            update(t.boots).where(b.worker_uid == last.worker_uid, b.boot_id == last.boot_id).values(values)
-        )
+        return dialect.keep_first(connection, t.boots, {**key, **values, "started_ns": accepted.spent.began_ns})
+    b = t.boots.c
+    where_it_was = (
+        b.worker_uid == last.worker_uid,
+        b.boot_id == last.boot_id,
+        b.committed_seq == known.committed_seq,
+        b.head_hash == known.head_hash,
+    )
+    return connection.execute(update(t.boots).where(*where_it_was).values(values)).rowcount == 1
 
 
 def put_progress(connection: Connection, worker_uid: str, values: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from sqlalchemy import Connection, func, insert, select
 
 from gpumeter_operator.adapters.ledger import dialect, locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, upgrade, writing
+from gpumeter_operator.adapters.ledger.days import DayMissing, Days
+from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, upgrade
+from gpumeter_operator.adapters.ledger.engine import writing as begin_writing
 from gpumeter_operator.adapters.ledger.locks import Lock
 from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
@@ -42,6 +44,7 @@ class Ledger(Reader):
         super().__init__(url, read_only=False)
         # Where there is one writer, to queue here is fairer than the database's busy-waiting.
         self._queue = threading.Lock() if has_one_writer(self.engine) else nullcontext()
+        self.days = Days(self.engine)
         upgrade(self.engine)
 
     def set_granularity(self, granularity: Granularity, now_ns: int) -> int:
@@ -49,7 +52,7 @@ class Ledger(Reader):
 
         Returns since when, or from when, the length holds.
         """
-        with self._writing() as connection:
+        with self.writing() as connection:
             g = t.granularities.c
             known = connection.execute(select(t.granularities).order_by(g.effective_from_ns)).all()
             if known and known[-1].granularity == granularity.value:
@@ -93,24 +96,28 @@ class Ledger(Reader):
             )
             if not fresh:
                 return Taken(0, seq, head_hash)
-            with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
-                if rows.boot(connection, worker.worker_uid, page.boot_id) != boot:
-                    continue  # another collector was faster: what was fresh may be known by now
-                rows.insert_records(connection, worker, accepted.records, fresh, now_ns)
-                rows.advance(connection, boot, accepted)
+            mine = (locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid))
+            try:
+                with self.writing(*mine) as connection:
+                    if not rows.advance(connection, boot, accepted):
+                        continue  # another collector was faster: what was fresh may be known by now
+                    rows.insert_records(connection, worker, accepted.records, fresh, now_ns, days=self.days)
+            except DayMissing as missing:
+                self.days.make(missing.day_ends_ns)
+                continue
             named = frozenset(record.profile_hash for record in accepted.records if record.profile_hash)
             return Taken(len(fresh), seq + len(fresh), accepted.head_hash, named)
 
     def settle(self, worker_uid: str, settled_ns: int) -> None:
         """Note that all usage of a worker up to this time is committed. Never moves back."""
-        with self._writing(locks.of_worker(worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker_uid)) as connection:
             row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
             values = {"settled_ns": max(settled_ns, row.settled_ns if row else 0), "problem": ""}
             rows.put_progress(connection, worker_uid, values)
 
     def note_problem(self, worker_uid: str, problem: str) -> None:
         """Note in a sentence why a worker cannot be collected from now; it is shown where the period waits for it."""
-        with self._writing(locks.of_worker(worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker_uid)) as connection:
             row = connection.execute(select(t.progress).where(t.progress.c.worker_uid == worker_uid)).one_or_none()
             if row is None or row.problem != problem:
                 values = {
@@ -125,7 +132,9 @@ class Ledger(Reader):
         Where it changes the allocation of periods that are Final already, the difference is booked as an adjustment of
         the next period, in the same transaction.
         """
-        with self._writing(locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)) as connection:
+        with self.writing(
+            locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid)
+        ) as connection:
             exists = connection.scalar(
                 select(t.workers.c.worker_uid).where(t.workers.c.worker_uid == worker.worker_uid)
             )
@@ -149,7 +158,7 @@ class Ledger(Reader):
         boot_id: str = "",
     ) -> bool:
         """Keep an alarm; returns whether it is a new one. `fault` stands for the message where that changes."""
-        with self._writing(locks.of_worker(worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker_uid)) as connection:
             return rows.raise_alarm(
                 connection,
                 now_ns,
@@ -162,7 +171,7 @@ class Ledger(Reader):
 
     def keep_plan(self, name: str, version: int, spec: bytes, now_ns: int) -> str:
         """Keep a version of a price plan, once, and that it is in force from now on; returns its hash."""
-        with self._writing(locks.PLANS) as connection:
+        with self.writing(locks.PLANS) as connection:
             digest = sha256(spec).hexdigest()
             values = {"name": name, "hash": digest, "version": version, "spec": spec, "observed_ns": now_ns}
             dialect.keep_first(connection, t.price_plans, values)
@@ -173,7 +182,7 @@ class Ledger(Reader):
         """Keep what a worker told of its profiles (hash, canonical bytes), each once, the first of them only where it
         tells too many; returns which of them are in the ledger now."""
         p = t.profiles.c
-        with self._writing(locks.of_worker(worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker_uid)) as connection:
             known = set(connection.scalars(select(p.hash).where(p.hash.in_([digest for digest, _ in profiles]))))
             of_worker = select(func.count()).select_from(t.profiles).where(p.worker_uid == worker_uid)
             room = max(0, MAX_PROFILES_PER_WORKER - (connection.scalar(of_worker) or 0))
@@ -185,14 +194,14 @@ class Ledger(Reader):
 
     def note_plans(self, present: Collection[str], now_ns: int) -> None:
         """Note which price plans are there now: those that were and are not any more are in force no longer."""
-        with self._writing(locks.PLANS) as connection:
+        with self.writing(locks.PLANS) as connection:
             for name in connection.scalars(select(t.price_plans.c.name).distinct()).all():
                 if name not in present:
                     rows.observe_plan(connection, name, "", now_ns)
 
     def open_period(self, service: ServiceName, period: Period, plan_name: str, plan_hash: str, now_ns: int) -> None:
         """Open a period for a service with the price plan that holds for all of it; once opened it stays so."""
-        with self._writing(locks.of_service("/".join(service), shared=True)) as connection:
+        with self.writing(locks.of_service("/".join(service), shared=True)) as connection:
             values = {
                 "namespace": service[0],
                 "service": service[1],
@@ -207,7 +216,7 @@ class Ledger(Reader):
 
     def keep_reports(self, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
         """Keep the first version of a phase before Final."""
-        with self._writing(locks.REPORTS) as connection:
+        with self.writing(locks.REPORTS) as connection:
             rows.keep_reports(connection, manifests, period, now_ns)
 
     def keep_final(
@@ -224,7 +233,7 @@ class Ledger(Reader):
 
         False, with nothing kept, where facts came in since the reports were folded, or the period is Final already.
         """
-        with self._writing(locks.of_service("/".join(service), shared=False)) as connection:
+        with self.writing(locks.of_service("/".join(service), shared=False)) as connection:
             if facts_version(connection, *service, period.end_ns) != made_from:
                 return False
             if last_final_ns(connection, *service) >= period.end_ns:
@@ -248,7 +257,7 @@ class Ledger(Reader):
             f"boot {boot.boot_id:.64}: its head at seq {boot.head_seq} is {boot.head_hash:.16}…, ours is "
             f"{our_hash:.16}…"
         )
-        with self._writing(locks.of_worker(worker.worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker.worker_uid)) as connection:
             new = rows.raise_alarm(
                 connection,
                 now_ns,
@@ -280,7 +289,9 @@ class Ledger(Reader):
             ours = connection.execute(query).all()
             previous = select(r.hash).where(r.worker_uid == worker.worker_uid, r.boot_id == page.boot_id)
             previous_hash = connection.scalar(previous.where(r.seq == page.after)) or GENESIS
-        for row, given in zip(ours, known, strict=True):
+        # Of what retention has removed nothing can be compared any more; it was committed, and is not taken again.
+        for row in ours:
+            given = known[row.seq - page.after - 1]
             if row.hash != given.hash or row.body != given.body:
                 break
             previous_hash = row.hash
@@ -294,7 +305,7 @@ class Ledger(Reader):
             f"boot {page.boot_id} seq {row.seq}: the worker sent {given.hash:.16}… where the ledger has "
             f"{row.hash:.16}…; both are kept, and the period is held until its grace ends"
         )
-        with self._writing(locks.of_worker(worker.worker_uid)) as connection:
+        with self.writing(locks.of_worker(worker.worker_uid)) as connection:
             new = rows.raise_alarm(
                 connection,
                 now_ns,
@@ -311,6 +322,7 @@ class Ledger(Reader):
         raise PageRefused("ChainForked", message, kept=new)
 
     @contextmanager
-    def _writing(self, *held: Lock) -> Iterator[Connection]:
-        with self._queue, writing(self.engine, *held) as connection:
+    def writing(self, *held: Lock) -> Iterator[Connection]:
+        """One write transaction; without locks it has the ledger to itself (see `locks`)."""
+        with self._queue, begin_writing(self.engine, *held) as connection:
             yield connection

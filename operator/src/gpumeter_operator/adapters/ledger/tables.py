@@ -3,8 +3,8 @@
 Owns names, types and keys; the migrations create exactly these (a test compares them). Times are UTC nanoseconds.
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
-price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles, digests,
-digest_facts, signing_keys.
+price_plans, plan_observations, granularities, reports, pod_accounts, adjustments, alarms, profiles, removals,
+digests, digest_facts, signing_keys.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled).
 """
 
@@ -281,6 +281,25 @@ for _came in (
     workers.c.first_seen_ns,
 ):
     Index(f"{_came.table.name}_by_coming", _came)
+removals = Table(
+    "removals",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _UID, nullable=False),
+    Column("day_end_ns", BigInteger, nullable=False),
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("last_hash", _HASH, nullable=False),  # of the last record that went: what follows is chained to it
+    Column("records", BigInteger, nullable=False),
+    Column("digest", _HASH, nullable=False),  # SHA-256 over the hashes of what went, in the order of seq
+    Column("service", _NAME, nullable=False),
+    Column("first_end_ns", BigInteger, nullable=False),  # of the periods in which they were booked
+    Column("last_end_ns", BigInteger, nullable=False),
+    Column("retention_days", BigInteger, nullable=False),
+    Column("removed_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("worker_uid", "boot_id", "day_end_ns", "first_seq"),
+)
+Index("removals_by_service", removals.c.service, removals.c.last_end_ns)
 
 FACTS = (
     records,
@@ -295,6 +314,7 @@ FACTS = (
     adjustments,
     alarms,
     profiles,
+    removals,
     digests,
     digest_facts,
     signing_keys,

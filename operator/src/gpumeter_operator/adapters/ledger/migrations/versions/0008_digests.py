@@ -10,7 +10,7 @@ from alembic import op
 from gpumeter_operator.adapters.ledger import dialect
 
 revision = "0008"
-down_revision = "0003"
+down_revision = "0004"
 
 CAME = {
     "adjustments": "made_ns",
