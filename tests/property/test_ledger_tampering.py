@@ -10,8 +10,9 @@ from gpumeter_operator.adapters.ledger.tables import FACTS
 from gpumeter_operator.flow.verify import Finding
 from rigs.audited import Arena, made
 
-NAMES = tuple(table.name for table in FACTS)
-COLUMNS = tuple((table.name, column.name) for table in FACTS for column in table.columns)
+FILLED = tuple(table for table in FACTS if table.name != "removals")  # for those ninety days would have to pass
+NAMES = tuple(table.name for table in FILLED)
+COLUMNS = tuple((table.name, column.name) for table in FILLED for column in table.columns)
 KEYS = {table.name: tuple(column.name for column in table.primary_key) for table in FACTS}
 
 
