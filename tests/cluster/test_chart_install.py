@@ -65,11 +65,11 @@ def test_install_upgrade_uninstall_and_install_again(bare_kubectl: Run, bare_hel
 
     # No node runs the hook's Job here; the e2e ring runs it.
     bare_helm("uninstall", "gpumeter", "-n", NAMESPACE, "--no-hooks")
-    left = {"secret/gpumeter-master-key", "persistentvolumeclaim/gpumeter-ledger"}
+    left = {"secret/gpumeter-master-key", "secret/gpumeter-signing-key", "persistentvolumeclaim/gpumeter-ledger"}
     every_namespace_has = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
     kinds = "all,pdb,role,rolebinding,configmap,serviceaccount,secret,pvc"
     eventually(
-        lambda: names(bare_kubectl, kinds) == left | every_namespace_has, "only the ledger and the master key are left"
+        lambda: names(bare_kubectl, kinds) == left | every_namespace_has, "only the ledger and the keys are left"
     )
     for kind in ("clusterrole", "clusterrolebinding", "priceplan"):
         assert "gpumeter" not in bare_kubectl("get", kind, "-o", "name").stdout.replace("gpumeter.io", "")

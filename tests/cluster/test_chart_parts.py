@@ -20,6 +20,7 @@ import pytest
 
 from apiserver import Run, Server, eventually, merged, rule_file
 from charts import environment, pod_specs, rendered
+from rigs.audited import PRIVATE_PEM
 
 PARTS = ("operator", "collector", "gateway")
 SMALL = merged(rule_file("inferenceservices")["base"], {"spec": {"resources": {"gpu": {"count": 0}}}})
@@ -55,6 +56,7 @@ def parts(
 ) -> Iterator[dict[str, Part]]:
     folder = tmp_path_factory.mktemp("parts")
     (folder / "master-key").write_text("k" * 64)
+    (folder / "signing-key").write_bytes(PRIVATE_PEM)
     pods = pod_specs(rendered())
     started: dict[str, Part] = {}
     try:
@@ -65,6 +67,8 @@ def parts(
                 "KUBECONFIG": str(kubeconfig_of(token, plane, folder / f"{name}.kubeconfig")),
                 "GPUMETER_NAMESPACE": release,
                 "GPUMETER_MASTER_KEY_FILE": str(folder / "master-key"),
+                "GPUMETER_SIGNING_KEY_FILE": str(folder / "signing-key"),
+                "GPUMETER_DIGESTS_FILE": str(folder / "digests.jsonl"),
                 "GPUMETER_LEDGER_URL": f"sqlite:///{folder / 'ledger.db'}",
                 **dict.fromkeys(("GPUMETER_HTTP_PORT", "GPUMETER_GATEWAY_PORT"), str(port)),
                 "GPUMETER_GATEWAY_INTERNAL_PORT": "0",

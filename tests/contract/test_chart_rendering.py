@@ -1,6 +1,7 @@
 """What the chart makes of its values: names, environment, security, storage, and nothing that the values do not say."""
 
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from apiserver import ROOT
 from charts import CHART, IMAGES, environment, helm, one, pod_specs, rendered, sets
+from gpumeter_operator.billing.signing import signing_key
 from gpumeter_operator.cli.main import COMMANDS
 
 PARTS = ("operator", "collector", "gateway")
@@ -53,6 +55,8 @@ def test_the_environment_is_what_the_parts_read() -> None:
     assert environment(pods["gpumeter-collector"]) == {
         **shared,
         "GPUMETER_LEDGER_URL": "sqlite:////var/lib/gpumeter/ledger.db",
+        "GPUMETER_SIGNING_KEY_FILE": "/etc/gpumeter/signing/signing-key",
+        "GPUMETER_DIGESTS_FILE": "/var/lib/gpumeter/digests.jsonl",
         "GPUMETER_RETENTION_DAYS": "400",
         "GPUMETER_PERIOD": "5m",
         "GPUMETER_CLOSE_GRACE_S": "90",
@@ -186,14 +190,25 @@ def test_without_persistence_the_notes_warn_that_bills_are_lost() -> None:
     assert "WARNING" not in notes()
 
 
-def test_an_existing_master_key_is_mounted_and_none_is_made() -> None:
-    found = rendered("masterKey.existingSecret=our-key")
+def test_existing_keys_are_mounted_and_none_is_made() -> None:
+    found = rendered("masterKey.existingSecret=our-key", "signingKey.existingSecret=our-signer")
     assert [each for each in found if each["kind"] == "Secret"] == []
+    master = {"secretName": "our-key", "defaultMode": 0o440, "items": [{"key": "master-key", "path": "master-key"}]}
+    signing = {
+        "secretName": "our-signer",
+        "defaultMode": 0o440,
+        "items": [{"key": "signing-key", "path": "signing-key"}],
+    }
     for name in DEPLOYMENTS:
         mounted = [volume["secret"] for volume in pod_specs(found)[name]["volumes"] if "secret" in volume]
-        assert mounted == [
-            {"secretName": "our-key", "defaultMode": 0o440, "items": [{"key": "master-key", "path": "master-key"}]}
-        ]
+        assert mounted == ([master, signing] if name == "gpumeter-collector" else [master])
+
+
+def test_the_signing_key_that_the_chart_makes_is_one_that_the_collector_reads() -> None:
+    secrets = [one(rendered(), "Secret", "gpumeter-signing-key") for _ in range(2)]
+    assert secrets[0]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    made = [signing_key(b64decode(secret["data"]["signing-key"])) for secret in secrets]
+    assert made[0].key_id != made[1].key_id
 
 
 def test_two_installations_get_two_master_keys() -> None:

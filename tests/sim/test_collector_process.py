@@ -24,7 +24,7 @@ class Broken:
 
 async def test_a_mirror_that_ended_is_told_to_the_probe(tmp_path: Path) -> None:
     port, stop = free_port(), asyncio.Event()
-    settings = Settings("", Granularity.MINUTE, 100, 500, 1, b"k" * 32, "127.0.0.1", port)
+    settings = Settings("", Granularity.MINUTE, 100, 500, 1, 400, b"k" * 32, "127.0.0.1", port)
     workers, threads = Workers(), ThreadPoolExecutor(1)
     process = Process(settings, open_ledger(tmp_path / "ledger.db"), Broken(), workers, threads)  # type: ignore[arg-type]
     running = asyncio.create_task(process.run(stop))

@@ -42,6 +42,10 @@ app.kubernetes.io/component: {{ .part }}
 {{- .Values.masterKey.existingSecret | default (printf "%s-master-key" (include "gpumeter.fullname" .)) -}}
 {{- end }}
 
+{{- define "gpumeter.signingKeySecret" -}}
+{{- .Values.signingKey.existingSecret | default (printf "%s-signing-key" (include "gpumeter.fullname" .)) -}}
+{{- end }}
+
 {{- define "gpumeter.ledgerClaim" -}}
 {{- .Values.collector.persistence.existingClaim | default (printf "%s-ledger" (include "gpumeter.fullname" .)) -}}
 {{- end }}

@@ -21,8 +21,7 @@ RawRow = tuple[str, int, str, bytes, int, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ContainerFact:
-    """An event of a container, and when it became known. `late_ns` are the ends of the last Final periods at which it
-    was booked as an adjustment; empty where it was in time."""
+    """An event of a container, and when it became known."""
 
     worker_uid: str
     container_id: str
@@ -48,7 +47,8 @@ def count_records(engine: Engine, worker_uid: str) -> int:
 
 
 def heads_before(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) -> dict[str, tuple[int, str]]:
-    """By boot that has records booked in a span, seq and hash of the record before the first of these."""
+    """By boot that has records booked in a span, seq and hash of the record before the first of these; "" for
+    a hash that retention has removed."""
     r = t.records.c
     first = (
         select(r.boot_id, func.min(r.seq))
@@ -59,7 +59,7 @@ def heads_before(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) 
     with reading(engine) as connection:
         for boot_id, seq in connection.execute(first).all():
             of = select(r.hash).where(r.worker_uid == worker_uid, r.boot_id == boot_id, r.seq == seq - 1)
-            found[boot_id] = (seq - 1, connection.scalar(of) or "0" * 64) if seq > 1 else (0, "0" * 64)
+            found[boot_id] = (seq - 1, connection.scalar(of) or "") if seq > 1 else (0, "0" * 64)
     return found
 
 

@@ -55,7 +55,9 @@ CAME = {
     "pod_accounts": "period_end_ns",
     "price_plans": "observed_ns",
     "profiles": "kept_ns",
+    "removals": "removed_ns",
     "reports": "kept_ns",
+    "rollups": "kept_ns",
     "signing_keys": "first_used_ns",
     "workers": "first_seen_ns",
 }
@@ -159,12 +161,7 @@ def make(engine: Engine, of: Due, key: SigningKey, now_ns: int, *, since_ns: int
         key_id=key.key_id,
     )
     body = canonical_entry(entry)
-    return entry if _keep(engine, entry, digest_of(body, key), facts) else None
-
-
-def digest_of(body: bytes, key: SigningKey) -> Digest:
-    """A body with its hash and its signature."""
-    return Digest(body, sha256(body).hexdigest(), key.sign(body))
+    return entry if _keep(engine, entry, _signed(body, key), facts) else None
 
 
 def keep_key(engine: Engine, key: SigningKey, now_ns: int) -> None:
@@ -191,9 +188,10 @@ def last_made(engine: Engine) -> Digest | None:
     )
 
 
-def kept(engine: Engine, after: int = 0) -> Iterator[Kept]:
-    """The digests after a number, in order."""
-    return _kept(engine, select(t.digests).where(t.digests.c.seq > after).order_by(t.digests.c.seq))
+def kept(engine: Engine, after: int | None = None) -> Iterator[Kept]:
+    """The digests after a number (or all that there are, whatever their numbers), in order."""
+    query = select(t.digests) if after is None else select(t.digests).where(t.digests.c.seq > after)
+    return _kept(engine, query.order_by(t.digests.c.seq))
 
 
 def kept_lines(engine: Engine) -> Iterator[tuple[int, int, str, str, bytes]]:
@@ -283,6 +281,11 @@ def _keep(engine: Engine, entry: Entry, digest: Digest, facts: list[tuple[str, s
     except IntegrityError:  # another collector made a digest between our look and our commit
         return False
     return True
+
+
+def _signed(body: bytes, key: SigningKey) -> Digest:
+    """A body with its hash and its signature."""
+    return Digest(body, sha256(body).hexdigest(), key.sign(body))
 
 
 def _uncovered(connection: Connection, since_ns: int) -> Iterator[tuple[str, str, bytes]]:

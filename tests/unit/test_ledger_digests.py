@@ -1,0 +1,298 @@
+"""Digests: what is signed, that it is made once and exported, and that an auditor can check it with his own tools."""
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+from shutil import copyfile
+
+import pytest
+from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from gpumeter_operator.adapters import digest_file
+from gpumeter_operator.adapters.digest_file import FileUnusable
+from gpumeter_operator.adapters.ledger import digests as kept
+from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.billing.digest import entry_of
+from gpumeter_operator.billing.merkle import root_of
+from gpumeter_operator.billing.signing import KeyInvalid, SigningKey, public_pem, signing_key
+from gpumeter_operator.cli.collector_settings import read_settings
+from gpumeter_operator.cli.digests import digests as command
+from gpumeter_operator.environment import SettingsInvalid
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.digests import Digester
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.record import Account
+from rigs.audited import DIGESTED_NS, PRIVATE_PEM, digested, fill, found, key, made, opened_up, run
+from rigs.databases import Database
+from rigs.ledger import FakeWorker, inline, open_ledger, started, worker
+
+DOC = Path(__file__).parents[2] / "docs" / "audit.md"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("ledger") / "ledger.db")
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path) -> Path:
+    copyfile(whole.with_suffix(".jsonl"), tmp_path / "ledger.jsonl")
+    copyfile(whole, tmp_path / "ledger.db")
+    return tmp_path / "ledger.db"
+
+
+def another_key() -> SigningKey:
+    private = Ed25519PrivateKey.from_private_bytes(b"C" * 32)
+    return signing_key(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def public_file(folder: Path, *keys: SigningKey) -> str:
+    (folder / "keys.pem").write_text("".join(f"# {each.key_id}\n{public_pem(each.public_der)}" for each in keys))
+    return str(folder / "keys.pem")
+
+
+def test_the_root_is_that_of_rfc_6962() -> None:
+    """The test vectors of the Certificate Transparency reference, whose leaves these are."""
+    leaves = [bytes.fromhex(each) for each in ("", "00", "10", "2021", "3031", "40414243")]
+    roots = (
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+        "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+        "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+        "d37ee418976dd95753c1c73862b9398fa2a2cf9b4ff0fdfe8b30cd95209614b7",
+        "4e3bbb1f7b478dcfe71fb631631519a3bca12c9aefca1612bfce4c13a86264d4",
+        "76e67dadbcdf1e10e1b74ddc608abd2f98dfb16fbce75277b5232a127f2087ef",
+    )
+    assert tuple(root_of(leaves[:count]) for count in range(7)) == tuple(enumerate(roots))
+
+
+def test_every_final_period_has_one_digest_and_a_second_round_makes_none(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+    fill(ledger)
+    digested(ledger)
+    entries = [entry_of(each.digest.body) for each in kept.kept(ledger.engine)]
+    finals = {(*service, end_ns) for service in ledger.services() for end_ns, _, _ in ledger.final_reports(*service)}
+    assert sorted((each.namespace, each.service, each.period_end_ns) for each in entries) == sorted(finals)
+    assert [each.seq for each in entries] == list(range(1, len(entries) + 1))
+    digested(ledger, DIGESTED_NS + SECOND_NS)
+    assert len(list(kept.kept(ledger.engine))) == len(entries)
+
+
+def test_a_fact_that_comes_between_two_digests_is_covered_by_the_second(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+    fill(ledger)
+    digested(ledger)
+    ledger.raise_alarm("LateRecords", "pod-uid-1", "Something new.", DIGESTED_NS + SECOND_NS)
+    assert found(tmp_path / "ledger.db") == [], "it is newer than the last digest"
+    fake = FakeWorker(worker(3), DIGESTED_NS)
+    fake.spend(Account.IDLE, DIGESTED_NS + 50 * SECOND_NS)
+    ledger.observe(fake.identity, [started("c-9", DIGESTED_NS)], DIGESTED_NS + SECOND_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), DIGESTED_NS + 55 * SECOND_NS)
+    Closer(ledger, 10 * SECOND_NS).close_all(Pricing({}, {}), DIGESTED_NS + 80 * SECOND_NS)
+    before = kept.covered_count(ledger.engine, kept.COVERED[1])
+    digested(ledger, DIGESTED_NS + 90 * SECOND_NS)
+    assert kept.COVERED[1].name == "alarms"
+    assert kept.covered_count(ledger.engine, kept.COVERED[1]) == before + 1
+    assert found(tmp_path / "ledger.db") == []
+
+
+def test_more_facts_than_a_digest_takes_go_into_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "FACTS_PER_DIGEST", 7)
+    ledger = open_ledger(tmp_path / "ledger.db")
+    fill(ledger)
+    digested(ledger)
+    entries = [entry_of(each.digest.body) for each in kept.kept(ledger.engine)]
+    assert max(each.facts for each in entries) == 7
+    assert entries[-1].service == "", "what is left when all periods have theirs"
+    assert found(tmp_path / "ledger.db") == []
+
+
+def test_without_a_key_there_are_no_digests_and_verify_says_so(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+    fill(ledger)
+    asyncio.run(Digester(ledger, inline, None, None).run(DIGESTED_NS))
+    told = found(tmp_path / "ledger.db")
+    assert {each["reason"] for each in told} == {"PeriodWithoutDigest"}
+
+
+def test_digests_of_two_keys_are_verified_each_by_its_own(path: Path, tmp_path: Path) -> None:
+    ledger = open_ledger(path)
+    fake = FakeWorker(worker(3), DIGESTED_NS)
+    fake.spend(Account.IDLE, DIGESTED_NS + MINUTE_NS)
+    ledger.observe(fake.identity, [started("c-9", DIGESTED_NS)], DIGESTED_NS + SECOND_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), DIGESTED_NS + MINUTE_NS)
+    ledger.settle("pod-uid-3", DIGESTED_NS + MINUTE_NS)
+    Closer(ledger, 10 * SECOND_NS).close_all(Pricing({}, {}), DIGESTED_NS + 80 * SECOND_NS)
+    digested(ledger, DIGESTED_NS + 90 * SECOND_NS, path.with_suffix(".jsonl"), another_key())
+    assert found(path, "--digests", str(path.with_suffix(".jsonl"))) == []
+    both = public_file(tmp_path, key(), another_key())
+    assert found(path, "--public-key", both) == []
+    told = found(path, "--public-key", public_file(tmp_path, key()))
+    assert {each["reason"] for each in told} == {"KeyUnknown"}
+
+
+def test_whoever_signs_anew_with_a_key_of_his_own_is_found_by_the_pinned_one(path: Path, tmp_path: Path) -> None:
+    raw = opened_up(path, tmp_path / "forged.db")
+    raw.execute("UPDATE records SET tenant = 'beta-corp' WHERE tenant = 'acme'")
+    for table in ("digests", "digest_facts", "signing_keys"):
+        raw.execute(f"DELETE FROM {table}")
+    raw.close()
+    ledger = open_ledger(tmp_path / "forged.db")
+    digested(ledger, by=another_key())
+    told = found(tmp_path / "forged.db", "--public-key", public_file(tmp_path, key()))
+    assert told[0]["reason"] == "KeyUnknown"
+
+
+def test_an_export_that_was_cut_short_is_mended_and_goes_on(path: Path) -> None:
+    file = path.with_suffix(".jsonl")
+    exported = file.read_bytes()
+    reader = Reader(f"sqlite:///{path}")
+    file.write_bytes(exported[:-200])
+    assert digest_file.last_seq(file) == exported.count(b"\n") - 1
+    asyncio.run(Digester(reader, inline, None, file).run(DIGESTED_NS))
+    assert file.read_bytes() == exported
+    done = CliRunner().invoke(command, ["export", "--after", "2", "--ledger", f"sqlite:///{path}"])
+    assert done.stdout_bytes == exported.split(b"\n", 2)[2]
+    file.write_text("a shopping list\n")
+    with pytest.raises(FileUnusable, match="does not end with a digest"):
+        digest_file.last_seq(file)
+
+
+def test_a_ledger_that_lost_its_end_shows_beside_the_exported_file_only(path: Path, tmp_path: Path) -> None:
+    exported = path.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "more.jsonl").write_text("".join(exported) + exported[-1])
+    assert found(path) == []
+    told = found(path, "--digests", str(tmp_path / "more.jsonl"))
+    assert [each["reason"] for each in told] == ["ExportDiffers"]
+
+
+def test_a_file_is_checked_offline_and_what_was_changed_in_it_is_named(path: Path, tmp_path: Path) -> None:
+    file, pem = path.with_suffix(".jsonl"), public_file(tmp_path, key())
+    arguments = ("--offline", "--digests", str(file), "--public-key", pem)
+    assert run(tmp_path / "absent.db", *arguments).exit_code == 0
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join((lines[0], lines[2], lines[1], *lines[3:])) + "\n")
+    told = run(tmp_path / "absent.db", *arguments)
+    assert told.exit_code == 1
+    assert "DigestMissing: digest 3: follows digest 1" in told.output
+    assert run(tmp_path / "absent.db", "--offline").exit_code == 2
+
+
+def test_the_first_row_that_differs_is_named_with_what_to_do(path: Path, tmp_path: Path) -> None:
+    raw = opened_up(path, tmp_path / "changed.db")
+    raw.execute("UPDATE containers SET at_ns = at_ns + 5 WHERE container_id = 'c-1' AND event = 'ended'")
+    raw.close()
+    told = run(tmp_path / "changed.db")
+    assert told.exit_code == 1
+    first = told.output.splitlines()[0]
+    assert first.startswith(
+        "FIRST    FactChanged: containers (pod-uid-1 c-1 ended): at_ns is 1795255285000000005, digest 1"
+    )
+    assert "Restore the ledger from a backup" in told.output
+    assert told.output.splitlines()[-1] == "ledger verified: NO"
+    data = json.loads(run(tmp_path / "changed.db", "--json").stdout)
+    assert (data["verified"], data["first"]["reason"]) == (False, "FactChanged")
+
+
+def test_a_span_looks_at_its_own_periods_only(path: Path, tmp_path: Path) -> None:
+    raw = opened_up(path, tmp_path / "changed.db")
+    raw.execute(
+        "UPDATE records SET gpu_ns = gpu_ns + 1 WHERE worker_uid = 'pod-uid-1' AND seq = 2 AND boot_id = 'boot-1'"
+    )
+    raw.close()
+    assert found(tmp_path / "changed.db", "--since", "2026-11-21T10:01:00Z") == []
+    told = found(tmp_path / "changed.db", "--until", "2026-11-21T10:01:00Z")
+    assert "boot boot-1 seq 2: the column gpu_ns" in told[0]["message"]
+    assert run(path, "--since", "1h", "--until", "2h").exit_code == 2
+
+
+def test_a_report_that_no_fold_gives_is_found_though_all_its_hashes_are_right(path: Path, tmp_path: Path) -> None:
+    raw = opened_up(path, tmp_path / "changed.db")
+    where = "tenant = '_platform' AND phase = 'Final' AND service = 'smollm2'"
+    body = raw.execute(f"SELECT body FROM reports WHERE {where}").fetchone()[0]
+    forged = body.replace(b"WithinBound", b"WithinBounds")
+    raw.execute("UPDATE reports SET body = ?, digest = ? WHERE body = ?", (forged, sha256(forged).hexdigest(), body))
+    raw.close()
+    assert forged != body
+    assert "ReportBytes" in {each["reason"] for each in found(tmp_path / "changed.db")}
+
+
+def test_a_wrong_signing_key_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "master").write_bytes(b"k" * 32)
+    (tmp_path / "rsa.pem").write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    environment = {"GPUMETER_MASTER_KEY_FILE": str(tmp_path / "master")}
+    for file, told in ((tmp_path / "rsa.pem", "no private key in PEM"), (tmp_path / "none.pem", "cannot be read")):
+        with pytest.raises(SettingsInvalid, match=told):
+            read_settings(environment | {"GPUMETER_SIGNING_KEY_FILE": str(file)})
+    (tmp_path / "key.pem").write_bytes(PRIVATE_PEM)
+    settings = read_settings(environment | {"GPUMETER_SIGNING_KEY_FILE": str(tmp_path / "key.pem")})
+    assert settings.signing_key is not None
+    with pytest.raises(KeyInvalid, match="openssl genpkey -algorithm ed25519"):
+        signing_key(b"nothing")
+
+
+def script() -> str:
+    [found] = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.S)
+    return str(found)
+
+
+def test_the_script_of_the_documentation_checks_ledger_and_file_with_openssl(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "digests.py").write_text(script())
+    keys = CliRunner().invoke(command, ["keys", "--ledger", f"sqlite:///{path}"]).stdout
+    assert keys.startswith(f"# {key().key_id}\n-----BEGIN PUBLIC KEY-----")
+    (tmp_path / "keys.pem").write_text(keys)
+
+    def check(ledger: Path) -> tuple[int, str]:
+        files = (path.with_suffix(".jsonl"), tmp_path / "keys.pem", ledger)
+        done = subprocess.run(
+            [sys.executable, tmp_path / "digests.py", *files], capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, told = check(path)
+    assert (code, "all right: " in told) == (0, True), told
+    for number, (change, expected) in enumerate(
+        (
+            ("UPDATE records SET hash = '" + "0" * 64 + "' WHERE rowid = 1", "are not those that were signed"),
+            ("UPDATE pod_accounts SET idle = idle + 1", "pod_accounts no longer has"),
+            ("UPDATE reports SET body = x'00' WHERE rowid = 1", "reports no longer has"),
+            ("DELETE FROM digests WHERE seq = 2", "the ledger's digests are not those of the file"),
+        )
+    ):
+        raw = opened_up(path, tmp_path / f"changed-{number}.db")
+        raw.execute(change)
+        raw.close()
+        code, told = check(tmp_path / f"changed-{number}.db")
+        assert (code, expected in told) == (1, True), told
+
+
+def test_one_line_is_checked_with_openssl_alone(path: Path, tmp_path: Path) -> None:
+    line = json.loads(path.with_suffix(".jsonl").read_text().splitlines()[-1])
+    (tmp_path / "body").write_text(line["body"])
+    (tmp_path / "signature").write_bytes(bytes.fromhex(line["signature"]))
+    pem = public_file(tmp_path, key())
+    check = "openssl pkeyutl -verify -pubin -inkey keys.pem -rawin -in body -sigfile signature"
+    assert check in DOC.read_text()
+    done = subprocess.run(check.split(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    der = subprocess.run(
+        ["openssl", "pkey", "-pubin", "-in", pem, "-outform", "DER"], capture_output=True, check=True
+    ).stdout
+    assert sha256(der).hexdigest() == json.loads(line["body"])["key_id"] == key().key_id
+
+
+def test_digests_are_the_same_in_every_database(database: Database, whole: Path) -> None:
+    """Roots of the same facts, whichever database orders them."""
+    ledger = open_ledger(database.url)
+    fill(ledger)
+    digested(ledger)
+    ledger.close()
+    bodies = [each.digest.body for each in kept.kept(Reader(database.url).engine)]
+    expected = [each.digest.body for each in kept.kept(Reader(f"sqlite:///{whole}").engine)]
+    assert bodies == expected
