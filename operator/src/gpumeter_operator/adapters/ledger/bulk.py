@@ -7,6 +7,7 @@ the reading of figures and both sides a body that is twice as long. Begins and e
 import struct
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import Connection
@@ -16,7 +17,10 @@ from gpumeter_usage.chain import Link
 from gpumeter_usage.record import Kind, Status
 
 COLUMNS = tuple(column.name for column in t.records.columns)
-INSERT = f"INSERT INTO records ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
+ROWS = 250  # that one statement inserts in SQLite; it takes 32,766 parameters at most
+_ROW = f"({', '.join('?' * len(COLUMNS))})"
+INSERT = f"INSERT INTO records ({', '.join(COLUMNS)}) VALUES {_ROW}"  # noqa: S608
+INSERT_MANY = INSERT + (", " + _ROW) * (ROWS - 1)
 COPY = f"COPY records ({', '.join(COLUMNS)}) FROM STDIN (FORMAT BINARY)"
 
 # PostgreSQL's documentation, "COPY", File Formats, Binary Format: a signature, flags and the length of an extension;
@@ -40,11 +44,21 @@ Booked = Iterable[tuple[Any, Link, int]]
 def insert_records(connection: Connection, booked: Booked) -> None:
     """Insert records straight through the driver: parameters by name cost as much again as the insertion itself."""
     if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql(INSERT, [_row(*each) for each in booked])
+        _insert([_row(*each) for each in booked], connection)
         return
     driver: Any = connection.connection.driver_connection
     with driver.cursor() as cursor, cursor.copy(COPY) as copy:
         copy.write(b"".join((_SIGNATURE, *(_packed(*each) for each in booked), _END)))
+
+
+def _insert(rows: list[tuple[Any, ...]], connection: Connection) -> None:
+    # Each step of a statement gives the interpreter to another thread, which keeps it for milliseconds: a page of
+    # single rows would wait five thousand times for threads that read other pages.
+    whole = len(rows) - len(rows) % ROWS
+    for start in range(0, whole, ROWS):
+        connection.exec_driver_sql(INSERT_MANY, tuple(chain.from_iterable(rows[start : start + ROWS])))
+    if whole < len(rows):
+        connection.exec_driver_sql(INSERT, rows[whole:])
 
 
 def _row(record: Any, link: Link, end_ns: int) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.days import Days
-from gpumeter_operator.adapters.ledger.read import boot_of, last_final_ns, schedule, span_of
+from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
@@ -52,15 +52,6 @@ class ContainerEvent:
     container_id: str
     event: str
     at_ns: int
-
-
-def boot(connection: Connection, worker_uid: str, boot_id: str) -> BootFacts | None:
-    """One chain's cursor."""
-    b = t.boots.c
-    row = connection.execute(select(t.boots).where(b.worker_uid == worker_uid, b.boot_id == boot_id)).one_or_none()
-    if row is None:
-        return None
-    return boot_of(row)
 
 
 def insert_records(
