@@ -48,7 +48,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="which of them, with commas (%(default)s)")
     parser.add_argument("--on", default="sqlite,postgresql", help="which databases (%(default)s)")
-    parser.add_argument("--rows", type=int, default=10_000_000, help="records in each database at the end (%(default)s)")
+    parser.add_argument(
+        "--rows", type=int, default=10_000_000, help="records in each database at the end (%(default)s)"
+    )
     parser.add_argument("--folder", type=Path, help="where the databases are made; 12 GB for ten million rows")
     parser.add_argument("--raw", type=Path, default=RAW, help="where the raw numbers are kept (%(default)s)")
     asked = parser.parse_args()
@@ -66,7 +68,9 @@ def main() -> int:
     asked.raw.write_text(json.dumps(kept, indent=1))
     print(f"\nraw numbers: {asked.raw}")
     for figure in figures:
-        print(f"collection {figure.name} {figure.value:g} {figure.unit} {figure.goal}: {'met' if figure.met else 'short'}")
+        print(
+            f"collection {figure.name} {figure.value:g} {figure.unit} {figure.goal}: {'met' if figure.met else 'short'}"
+        )
     return 0
 
 

@@ -18,7 +18,6 @@ UNCHECKED = (
 """What the API server adds when a type is wrong, because it runs rules on sound objects alone."""
 
 
-
 def plan(rates: str) -> str:
     """A PricePlan with these rates."""
     head = "apiVersion: gpumeter.io/v1alpha1\nkind: PricePlan\nmetadata: {name: mistaken}\n"

@@ -53,7 +53,9 @@ class Database:
                     connection.execute(text(f"DROP TRIGGER {name}"))
             else:
                 connection.execute(text("SET session_replication_role = replica"))
-                tables = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = 'public'::regnamespace"
+                tables = (
+                    "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = 'public'::regnamespace"
+                )
                 for name in connection.execute(text(tables)).scalars().all():
                     connection.execute(text(f'ALTER TABLE "{name}" DISABLE TRIGGER ALL'))
 

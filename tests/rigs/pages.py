@@ -77,6 +77,12 @@ class Boot:
         if kind is Kind.SESSION:
             digest = sha256(b"a profile").hexdigest()
             values |= {"session_id": "MARK", "tenant": "MARK", "status": Status.OPEN, "profile_hash": digest}
-            values |= {"batch_ns": MARK, "decode_ns": MARK, "completion_tokens": 37, "steps": 37, "kv_byte_s": 12_345_678}
+            values |= {
+                "batch_ns": MARK,
+                "decode_ns": MARK,
+                "completion_tokens": 37,
+                "steps": 37,
+                "kv_byte_s": 12_345_678,
+            }
         text = canonical(Record(**values)).decode()  # type: ignore[arg-type]
         return text.replace(str(MARK), "%d").replace("MARK", "%s")

@@ -166,7 +166,9 @@ def _programs() -> tuple[Path, dict[str, str]]:
 def _newest() -> str:
     """The version that the release's own package `postgresql` stands for."""
     try:
-        shown = subprocess.run(["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["apt-cache", "depends", "postgresql"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         raise NoPackages(
             "There is no PostgreSQL to be had: this is no Debian. GPUMETER_POSTGRES_BIN may name a folder with its "
