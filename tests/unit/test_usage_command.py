@@ -1,0 +1,127 @@
+"""`gpumeter usage` as a person meets it, on both databases where the database adds up."""
+
+import json
+from collections import defaultdict
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from gpumeter_operator.cli.usage import usage
+from gpumeter_operator.cli.verify import verify
+from gpumeter_usage.period import SECOND_NS
+from rigs.audited import digested, fill, made
+from rigs.databases import Database
+from rigs.ledger import open_ledger
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{made(tmp_path_factory.mktemp('ledger') / 'ledger.db')}"
+
+
+def run(url: str, *arguments: str) -> Result:
+    return CliRunner().invoke(usage, ["--ledger", url, *arguments])
+
+
+def data(url: str, *arguments: str) -> dict[str, Any]:
+    done = run(url, "-o", "json", *arguments)
+    assert done.exit_code == 0, done.output
+    return dict(json.loads(done.stdout))
+
+
+def test_usage_of_tenants_is_what_their_final_reports_say(database: Database) -> None:
+    ledger = open_ledger(database.url)
+    fill(ledger)
+    digested(ledger)
+    billed: dict[str, list[Decimal]] = defaultdict(lambda: [Decimal(0), Decimal(0)])
+    for service in ledger.services():
+        for _, tenant, body in ledger.final_reports(*service):
+            status = json.loads(body)["status"]
+            billed[tenant][0] += int(status["gpuNanoseconds"])
+            billed[tenant][1] += Decimal(status["amount"])
+    ledger.close()
+    told = data(database.url)
+    del billed["_platform"]
+    found = {
+        line["tenant"]: [Decimal(line["gpuNanoseconds"]), Decimal(line["amounts"]["EUR"])] for line in told["usage"]
+    }
+    assert found == billed
+    assert told["total"]["gpuNanoseconds"] == str(sum(each[0] for each in billed.values()))
+    by_service = data(database.url, "--by", "service,model")
+    assert by_service["total"] == told["total"]
+    assert [(line["service"], line["model"]) for line in by_service["usage"]] == [
+        ("team-a/other", "other"),
+        ("team-a/smollm2", "smollm2"),
+    ]
+    assert data(database.url, "--by", "session")["total"]["gpuSeconds"] == told["total"]["gpuSeconds"]
+    checked = CliRunner().invoke(verify, ["--ledger", database.url, "--json"])
+    assert json.loads(checked.stdout)["findings"] == []
+    database.disarm()
+    database.run("UPDATE pod_accounts SET idle = idle + 1 WHERE worker_uid = 'pod-uid-2' AND host_gap = 0")
+    checked = CliRunner().invoke(verify, ["--ledger", database.url, "--json"])
+    assert json.loads(checked.stdout)["first"]["message"].startswith("pod_accounts (pod-uid-2 ")
+
+
+def test_the_table_has_exact_nanoseconds_seconds_tokens_and_a_total(url: str) -> None:
+    lines = run(url).stdout.splitlines()
+    assert lines[0] == "usage of all periods"
+    header = ["TENANT", "GPU-SECONDS", "GPU-NS", "SESSIONS", "PROMPT", "CACHED", "COMPLETION", "AMOUNT"]
+    assert lines[1].split() == header
+    assert lines[2].split()[:7] == ["acme", "120.000000000", "120000000000", "3", "35", "0", "55"]
+    assert lines[4].startswith("total: 137.000000000 GPU-seconds (137000000000 ns), 5 sessions ended, 144 tokens, ")
+
+
+def test_a_span_takes_whole_periods_and_a_month_all_of_its_own(url: str) -> None:
+    late = data(url, "--since", "2026-11-21T10:01:00Z", "--until", "2026-11-21T10:02:00Z")
+    assert {line["tenant"]: line["gpuSeconds"] for line in late["usage"]} == {"acme": "30", "beta-corp": "10"}
+    assert data(url, "--month", "2026-11")["total"] == data(url)["total"]
+    assert data(url, "--month", "2026-10")["usage"] == []
+    assert data(url, "--since", "2026-11-22")["usage"] == []
+
+
+def test_filters_narrow_and_periods_that_are_incomplete_are_told(url: str) -> None:
+    told = data(url, "-s", "other", "-t", "acme")
+    assert [line["gpuSeconds"] for line in told["usage"]] == ["30"]
+    assert "team-a/other" in told["notes"][0]
+    assert "Complete=False" in told["notes"][0]
+    assert data(url, "-s", "smollm2")["notes"] == []
+
+
+def test_a_session_shows_its_slices_with_times_shares_and_tokens(url: str) -> None:
+    told = data(url, "--session", "s-1")
+    assert [(each["start"], each["end"], each["gpuNanoseconds"], each["status"]) for each in told["slices"]] == [
+        ("2026-11-21T10:00:10.000000000Z", "2026-11-21T10:01:00.000000000Z", str(50 * SECOND_NS), "open"),
+        ("2026-11-21T10:01:00.000000000Z", "2026-11-21T10:01:10.000000000Z", str(10 * SECOND_NS), "finished"),
+    ]
+    assert (told["tenant"], told["total"]["tokens"]["completion"]) == ("acme", 22)
+    table = run(url, "--session", "s-1").stdout.splitlines()
+    assert table[0].startswith("session=s-1  tenant=acme  service=team-a/smollm2  model=smollm2  status=finished")
+    assert table[-1].startswith("total: 60.000000000 GPU-seconds (60000000000 ns) in 2 slices, amount 0.0416666666")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("-t", "acmee"), 1, "The ledger knows no tenant 'acmee'; did you mean acme?"),
+        (("-s", "nothing"), 1, "The ledger knows no service 'nothing'; it has other, smollm2."),
+        (("--session", "s-77"), 1, "has no slice of a session 's-77'"),
+        (("--by", "colour"), 2, "'colour' is no key; write one or more of tenant, service, model, session"),
+        (("--by", "tenant,tenant"), 2, "names a key twice"),
+        (("--since", "soon"), 2, "'soon' is no time; write 2026-11-21T14:00:00Z"),
+        (("--month", "2026-13"), 2, "'2026-13' is no month; write 2026-11"),
+        (("--month", "2026-11", "--since", "1h"), 2, "--month is a span of its own"),
+        (("--since", "1h", "--until", "2h"), 2, "--since must lie before --until"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_in_words(url: str, arguments: tuple[str, ...], code: int, told: str) -> None:
+    done = run(url, *arguments)
+    assert done.exit_code == code
+    assert told in done.output
+
+
+def test_without_a_ledger_it_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
+    done = run(f"sqlite:///{tmp_path}/absent.db")
+    assert (done.exit_code, "There is no ledger at" in done.output) == (2, True)
