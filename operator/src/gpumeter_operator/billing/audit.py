@@ -192,12 +192,14 @@ def check_reports(
     *,
     allocated_ns: Mapping[str, int],
     plan: PeriodPlan | None,
+    pods: Iterable[Pod],
     adjustments: Iterable[Adjustment] = (),
 ) -> list[str]:
     """Compare the Final reports of a service for a period with the raw records of all its pods and their hashes.
 
     `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
-    it. `plan` is the price plan of the period, with all of its versions.
+    it. `plan` is the price plan of the period, with all of its versions. `pods` are its pods as they were known when it
+    was closed: that a container had ended already, which became known later, is booked as an adjustment.
     """
     found, end_ns = list(found), period.end_ns
     problems = []
@@ -214,7 +216,7 @@ def check_reports(
             for name, figure in figures.items():
                 used[tenant][name] += figure
     plan = plan or PeriodPlan("", None)
-    by_stretch = allocated_in([each.pod for each in found if each.pod], adjustments, plan, period)
+    by_stretch = allocated_in(pods, adjustments, plan, period)
     of_classes: dict[str, int] = defaultdict(int)
     for (_, gpu_class), gpu_ns in by_stretch.items():
         of_classes[gpu_class] += gpu_ns
