@@ -219,12 +219,14 @@ def check_reports(
     *,
     allocated_ns: Mapping[str, int],
     plan: PeriodPlan | None,
+    pods: Iterable[Pod],
     adjustments: Iterable[Adjustment] = (),
 ) -> list[str]:
     """Compare the Final reports of a service for a period with the raw records of all its pods and their hashes.
 
     `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
-    it. `plan` is the price plan of the period, with all of its versions.
+    it. `plan` is the price plan of the period, with all of its versions. `pods` are its pods as they were known when it
+    was closed: that a container had ended already, which became known later, is booked as an adjustment.
     """
     found, end_ns = list(found), period.end_ns
     problems = []
@@ -241,9 +243,10 @@ def check_reports(
             for name, figure in figures.items():
                 used[tenant][name] += figure
     plan = plan or PeriodPlan("", None)
-    pods = [(each.pod, each.frozen_ns[end_ns]) for each in found if each.pod and end_ns in each.frozen_ns]
+    frozen_ns = {each.pod.worker.worker_uid: each.frozen_ns.get(end_ns) for each in found if each.pod}
+    known = [(pod, of_pod) for pod in pods if (of_pod := frozen_ns.get(pod.worker.worker_uid)) is not None]
     try:
-        by_stretch = allocated_in(pods, adjustments, plan, period)
+        by_stretch = allocated_in(known, adjustments, plan, period)
     except ValueError as told:
         problems.append(f"{when}: {told}")
         by_stretch = {}

@@ -24,7 +24,8 @@ from gpumeter_operator.adapters.ledger.usage import Asked
 from gpumeter_operator.billing.tariff import plain
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
 from gpumeter_operator.cli.span import Moment, Month, span_of
-from gpumeter_operator.flow.usage import Line, Slice, lines, notes, slices
+from gpumeter_operator.flow.billed import Cost, Plans, bills_that_differ
+from gpumeter_operator.flow.usage import Line, Slice, is_billed, lines, notes, slices
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 KEYS = ("tenant", "service", "model", "session")
@@ -87,12 +88,17 @@ def usage(
     try:
         reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
         if session_id is not None:
-            _print(_of_session(list(slices(reader, session_id)), session_id, output))
+            plans = Plans(reader, Asked(*span_of(None, None, None)))
+            of_session = list(slices(reader, session_id, plans))
+            told = list(bills_that_differ(plans.looked_at()))
+            _print(_of_session(of_session, session_id, output, told))
             return
         _refuse_unknown(reader, asked)
         services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
-        told = notes(reader, services, asked, time.time_ns())
-        found = lines(reader, by, asked)
+        plans, now_ns = Plans(reader, asked), time.time_ns()
+        told = notes(reader, services, asked)
+        told += [] if is_billed(by, asked) else bills_that_differ(plans.opened())
+        found = lines(reader, by, asked, plans, now_ns)
         _print(_as_json(by, found, asked, told) if output == "json" else _as_table(by, found, asked, told))
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
@@ -138,9 +144,14 @@ def _as_table(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: li
         f"total: {_seconds(total.gpu_ns)} GPU-seconds ({total.gpu_ns} ns), {total.sessions} sessions ended, "
         f"{total.prompt_tokens + total.completion_tokens} tokens, amount {_figures(total)[-1]}"
     )
-    yield "AMOUNT as in the reports, before the rounding of an invoice."
-    if total.unpriced_ns:
-        yield f"{_seconds(total.unpriced_ns)} GPU-seconds have no price: no usable PricePlan, or no rate for the GPU."
+    what = "as in the reports" if is_billed(by, asked) else "at the rate of each slice's time"
+    yield f"AMOUNT {what}, before the rounding of an invoice."
+    if total.cost.idle_ns:
+        idle = f"{_seconds(total.cost.idle_ns)} GPU-seconds ({total.cost.idle_ns} ns)"
+        yield f"{idle} of idle time are charged besides, and are in AMOUNT."
+    if total.cost.unpriced_ns:
+        unpriced = _seconds(total.cost.unpriced_ns)
+        yield f"{unpriced} GPU-seconds have no price: no usable PricePlan, or no rate for the GPU."
     yield from told
 
 
@@ -156,7 +167,7 @@ def _columns(header: tuple[str, ...], cells: Iterator[tuple[str, ...]], left: in
 
 
 def _figures(line: Line) -> tuple[str, ...]:
-    amount = " + ".join(f"{plain(amount)} {currency}" for currency, amount in sorted(line.amounts.items())) or "-"
+    amount = " + ".join(f"{plain(amount)} {currency}" for currency, amount in sorted(line.cost.amounts.items())) or "-"
     counts = (line.gpu_ns, line.sessions, line.prompt_tokens, line.cached_tokens, line.completion_tokens)
     return (_seconds(line.gpu_ns), *map(str, counts), amount)
 
@@ -188,12 +199,13 @@ def _data(line: Line) -> dict[str, Any]:
             "cached": line.cached_tokens,
             "completion": line.completion_tokens,
         },
-        "amounts": {currency: plain(amount) for currency, amount in sorted(line.amounts.items())},
-        "unpricedGpuNanoseconds": str(line.unpriced_ns),
+        "amounts": {currency: plain(amount) for currency, amount in sorted(line.cost.amounts.items())},
+        "idleGpuNanoseconds": str(line.cost.idle_ns),
+        "unpricedGpuNanoseconds": str(line.cost.unpriced_ns),
     }
 
 
-def _of_session(found: list[Slice], session_id: str, output: str) -> Iterator[str]:
+def _of_session(found: list[Slice], session_id: str, output: str, told: list[str]) -> Iterator[str]:
     """The slices of one session, which are at most one each five seconds of its life."""
     if not found:
         click.echo(f"The ledger has no slice of a session {session_id!r:.120}; ids are those of the answers.", err=True)
@@ -205,7 +217,9 @@ def _of_session(found: list[Slice], session_id: str, output: str) -> Iterator[st
             for name in ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens"):
                 setattr(total, name, getattr(total, name) + getattr(each, name))
             if each.amount:
-                total.amounts[each.amount[0]] = total.amounts.get(each.amount[0], Decimal(0)) + each.amount[1]
+                total.cost.add(Cost({each.amount[0]: each.amount[1]}))
+            else:
+                total.cost.unpriced_ns += each.gpu_ns
         total.records += 1
     last = found[-1]
     about = {
@@ -216,7 +230,8 @@ def _of_session(found: list[Slice], session_id: str, output: str) -> Iterator[st
         "status": last.status,
     }
     if output == "json":
-        yield json.dumps(about | {"slices": [_slice_data(each) for each in found], "total": _data(total)}, indent=2)
+        data = {"slices": [_slice_data(each) for each in found], "total": _data(total), "notes": told}
+        yield json.dumps(about | data, indent=2)
         return
     yield "  ".join(f"{name}={value}" for name, value in about.items())
     header = (
@@ -237,6 +252,7 @@ def _of_session(found: list[Slice], session_id: str, output: str) -> Iterator[st
     yield from _columns(header, (_slice_cells(each) for each in found), 4)
     time_used = f"{_seconds(total.gpu_ns)} GPU-seconds ({total.gpu_ns} ns)"
     yield f"total: {time_used} in {len(found)} slices, amount {_figures(total)[-1]}"
+    yield from told
 
 
 def _slice_cells(each: Slice) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from gpumeter_operator.billing.audit import (
     recount,
 )
 from gpumeter_operator.billing.facts import Pod
-from gpumeter_operator.flow.refold import known_of, platform_of, refold
+from gpumeter_operator.flow.refold import as_known, known_of, platform_of, refold
 from gpumeter_operator.flow.rollup import check_sums
 from gpumeter_usage.period import rfc3339
 
@@ -133,6 +133,7 @@ def _reports(
             allocated_ns=allocated_ns.get(end_ns, {}),
             plan=reader.period_plan(*service, end_ns),
             adjustments=adjustments,
+            pods=[as_known(pod, period, known) for pod in pods],
         )
         for problem in told:
             yield "ReportDiffers", f"{name}: {problem}"

@@ -22,7 +22,7 @@ from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.close import DEFAULT_PLAN
 from gpumeter_operator.flow.periods import pod_period
 from gpumeter_operator.flow.pricing import parts_of
-from gpumeter_usage.period import Period
+from gpumeter_usage.period import Period, from_rfc3339
 from gpumeter_usage.record import Status
 
 
@@ -116,10 +116,7 @@ def verdict_of(platform: Mapping[str, Any], late: Iterable[str]) -> Verdict:
     status = platform["status"]
     completeness = status["completeness"]
     complete = next(each for each in status["conditions"] if each["type"] == "Complete")
-    missing = [
-        Missing(each["workerUid"], each["pod"], each["reason"], each["message"], each.get("bootId", ""))
-        for each in completeness["missing"]
-    ]
+    missing = [_missing(each) for each in completeness["missing"]]
     count = completeness["expectedWorkers"] - completeness["reportedWorkers"]
     if missing:  # of more than a report names only the first are stated
         missing += [missing[-1]] * (count - len(missing))
@@ -127,6 +124,18 @@ def verdict_of(platform: Mapping[str, Any], late: Iterable[str]) -> Verdict:
     for sentence in reversed(tuple(late)):
         message = message.removesuffix(sentence).removesuffix(" ")
     return Verdict(Phase.FINAL, complete["reason"], message, completeness["expectedWorkers"], tuple(missing))
+
+
+def _missing(stated: Mapping[str, Any]) -> Missing:
+    return Missing(
+        stated["workerUid"],
+        stated["pod"],
+        stated["reason"],
+        stated["message"],
+        stated.get("bootId", ""),
+        since_ns=from_rfc3339(stated["since"]) if "since" in stated else 0,
+        first_seq=stated.get("first", 0),
+    )
 
 
 def platform_of(bodies: Iterable[tuple[str, str, bytes, str]]) -> dict[str, Any] | None:

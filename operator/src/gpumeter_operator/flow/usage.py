@@ -1,8 +1,8 @@
 """Usage for people: sums by key with their price, and how complete they are.
 
-Owns how the sums of periods become lines, at which price, and what is told about periods that are open or incomplete.
+Owns how the sums of periods become lines, and what is told about periods that are open or incomplete.
 Reads the ledger and not the API, because the API holds reports of tenants only, and not for long: sessions, models and
-last month are in the ledger alone. Amounts are those of the reports: reckoned and rounded by (service, tenant, period).
+last month are in the ledger alone. What tenants and services cost is what their reports say.
 """
 
 import json
@@ -14,7 +14,7 @@ from itertools import groupby
 from gpumeter_operator.adapters.ledger import usage as sums_of
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked, Sum
-from gpumeter_operator.billing.tariff import PeriodPlan, price
+from gpumeter_operator.flow.billed import Cost, Plans, billed, measured
 from gpumeter_usage.period import rfc3339
 
 _ADDED = (
@@ -31,7 +31,7 @@ _ADDED = (
 
 @dataclass(slots=True)
 class Line:
-    """What one key used over the whole span. `amounts` by currency; `unpriced_ns` is GPU time without a price."""
+    """What one key used over the whole span, and what it costs."""
 
     key: tuple[str, ...]
     records: int = 0
@@ -42,58 +42,48 @@ class Line:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    unpriced_ns: int = 0
-    amounts: dict[str, Decimal] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
 
     def add(self, other: "Line | Sum") -> None:
-        """Add figures; amounts of a line too."""
+        """Add figures; what a line costs, too."""
         for name in _ADDED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if isinstance(other, Line):
-            self.unpriced_ns += other.unpriced_ns
-            for currency, amount in other.amounts.items():
-                self.amounts[currency] = self.amounts.get(currency, Decimal(0)) + amount
+            self.cost.add(other.cost)
 
 
-class Priced:
-    """The plans of periods, each read once."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._plans: dict[tuple[str, int], tuple[PeriodPlan | None, int]] = {}
-        self._schedule = reader.schedule()
-
-    def amount(self, service: str, end_ns: int, by_class: dict[str, int]) -> tuple[str, Decimal] | None:
-        """(currency, amount) of GPU time of one service in one period; None where it has no price (yet)."""
-        known = self._plans.get((service, end_ns))
-        if known is None:
-            namespace, _, name = service.partition("/")
-            plan = self._reader.period_plan(namespace, name, end_ns)
-            known = self._plans[service, end_ns] = (plan, self._schedule.period_of(end_ns).start_ns)
-        plan, start_ns = known
-        if plan is None or plan.plan is None:
-            return None
-        found = price(plan, by_class, start_ns)
-        return None if found.amount is None else (plan.plan.currency, found.amount)
+def lines(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, now_ns: int) -> Iterator[Line]:
+    """A line a key, in the order of the keys; of finer keys than reports know as they come out of the database."""
+    return _as_billed(reader, by, asked, now_ns) if is_billed(by, asked) else _as_measured(reader, by, asked, plans)
 
 
-def lines(reader: Reader, by: Sequence[str], asked: Asked) -> Iterator[Line]:
-    """A line a key, in the order of the keys, as they come out of the database."""
-    priced = Priced(reader)
-    # Priced by tenant as reports are, so that the amounts of a service are those of its tenants' reports in sum.
+def is_billed(by: Sequence[str], asked: Asked) -> bool:
+    """Whether amounts are those of bills: reports know tenants and services, not models and sessions."""
+    return asked.model is None and set(by) <= {"tenant", "service"}
+
+
+def _as_billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> Iterator[Line]:
+    found: dict[tuple[str, ...], Line] = {}
+    for key, cost in billed(reader, by, asked, now_ns).items():  # first: who pays for idle time may have used nothing
+        found[key] = Line(key, cost=cost)
+    for each in sums_of.sums(reader.engine, by, asked):
+        found.setdefault(each.key, Line(each.key)).add(each)
+    # Who has a report and used nothing, as one whose only records were lost, is on no line.
+    shown = (line for line in found.values() if line.records or line.cost.idle_ns)
+    return iter(sorted(shown, key=lambda line: line.key))
+
+
+def _as_measured(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans) -> Iterator[Line]:
+    # Rounded by tenant as reports are, so that where a service has one model its amounts are those of its reports.
     fine = tuple(by) if "tenant" in by or "session" in by else (*by, "tenant")
-    for key, group in groupby(sums_of.sums(reader.engine, fine, asked), key=lambda each: each.key[: len(by)]):
+    found = sums_of.sums(reader.engine, fine, asked, plans.edges_ns())
+    for key, group in groupby(found, key=lambda each: each.key[: len(by)]):
         line = Line(key)
         for (_, service, end_ns), of_period in groupby(group, key=lambda each: (each.key, each.service, each.end_ns)):
-            by_class: dict[str, int] = {}
-            for each in of_period:
+            of_one = list(of_period)
+            for each in of_one:
                 line.add(each)
-                by_class[each.gpu_class] = by_class.get(each.gpu_class, 0) + each.gpu_ns
-            found = priced.amount(service, end_ns, by_class)
-            if found is None:
-                line.unpriced_ns += sum(by_class.values())
-            else:
-                line.amounts[found[0]] = line.amounts.get(found[0], Decimal(0)) + found[1]
+            line.cost.add(measured(plans, service, end_ns, of_one))
         yield line
 
 
@@ -121,18 +111,17 @@ class Slice:
     amount: tuple[str, Decimal] | None
 
 
-def slices(reader: Reader, session_id: str) -> Iterator[Slice]:
-    """The slices of a session, oldest first."""
-    priced = Priced(reader)
+def slices(reader: Reader, session_id: str, plans: Plans) -> Iterator[Slice]:
+    """The slices of a session, oldest first, each at its measured price."""
     for body, end_ns, pod, gpu_class in sums_of.slices(reader.engine, session_id):
         told = json.loads(body)
-        billed = told["account"] == "attributed"
+        used = [(told["ended_at"], gpu_class, told["gpu_ns"])] if told["account"] == "attributed" else []
         yield Slice(
             started_ns=told["started_at"],
             ended_ns=told["ended_at"],
             pod=pod,
             booked_end_ns=end_ns,
-            amount=priced.amount(told["service"], end_ns, {gpu_class: told["gpu_ns"]}) if billed else None,
+            amount=next(iter(plans.cost(told["service"], end_ns, used).amounts.items()), None),
             **{name: told[name] for name in _TOLD},
         )
 
@@ -140,7 +129,7 @@ def slices(reader: Reader, session_id: str) -> Iterator[Slice]:
 _TOLD = ("service", "tenant", "model", "account", "status", "steps", "batch_ns", *_ADDED[2:])
 
 
-def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked, now_ns: int) -> list[str]:
+def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked) -> list[str]:
     """What must be known of the periods of the span: which are open, and which were closed incomplete."""
     incomplete: dict[str, list[int]] = {}
     for service, end_ns, body in sums_of.platform_reports(reader.engine, asked):

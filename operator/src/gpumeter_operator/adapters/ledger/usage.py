@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, and_, case, func, select
+from sqlalchemy import ColumnElement, Engine, and_, case, func, literal_column, select
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
@@ -17,6 +17,7 @@ from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_usage.record import ENDED, Account, Kind
 
 _READ_AT_ONCE = 5_000
+_LAST_NS = 2**62
 _SUMMED = ("gpu_ns", "prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
 _NAMED = {
     "tenant": t.records.c.tenant,
@@ -40,12 +41,13 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """What one key used in one period on one class of GPU."""
+    """What one key used in one period on one class of GPU, of what ended until `until_ns` and after the edge before."""
 
     key: tuple[str, ...]
     service: str
     end_ns: int
     gpu_class: str
+    until_ns: int
     records: int
     sessions: int
     gpu_ns: int
@@ -56,11 +58,18 @@ class Sum:
     completion_tokens: int
 
 
-def sums(engine: Engine, by: Sequence[str], asked: Asked) -> Iterator[Sum]:
-    """The sums of sessions' slices, in the order of the keys; `by` are of tenant, service, model, session."""
+def sums(engine: Engine, by: Sequence[str], asked: Asked, edges_ns: Sequence[int] = ()) -> Iterator[Sum]:
+    """The sums of sessions' slices, in the order of the keys; `by` are of tenant, service, model, session.
+
+    What ended on different sides of an edge is summed apart; `edges_ns` ascend.
+    """
     r, w = t.records.c, t.workers.c
     key = [_NAMED[name] for name in by]
-    group = [*key, r.service, r.booked_end_ns, w.gpu_class]
+    group: list[ColumnElement[Any]] = [*key, r.service, r.booked_end_ns, w.gpu_class]
+    if edges_ns:
+        # Written out: of two parameters PostgreSQL does not know that they are the same.
+        edges: list[ColumnElement[Any]] = [literal_column(str(int(edge_ns))) for edge_ns in edges_ns]
+        group.append(case(*((r.ended_at <= edge, edge) for edge in edges), else_=literal_column(str(_LAST_NS))))
     ended = case((r.status.in_([status.value for status in ENDED]), 1), else_=0)
     # In two halves, for SQLite refuses a sum beyond 64 bits.
     halves = [half for name in _SUMMED for half in (func.sum(r[name] // HALF), func.sum(r[name] % HALF))]
@@ -74,11 +83,18 @@ def sums(engine: Engine, by: Sequence[str], asked: Asked) -> Iterator[Sum]:
     width = len(by)
     with reading(engine) as connection:
         for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
-            numbers = [int(number) for number in row[width + 5 :]]
+            records, sessions, *numbers = (int(number) for number in row[len(group) :])
             figures = [high * HALF + low for high, low in zip(numbers[::2], numbers[1::2], strict=True)]
-            service, end_ns, gpu_class = row[width : width + 3]
+            service, end_ns, gpu_class, *until_ns = row[width : len(group)]
             yield Sum(
-                tuple(row[:width]), service, end_ns, gpu_class, int(row[width + 3]), int(row[width + 4]), *figures
+                tuple(row[:width]),
+                service,
+                end_ns,
+                gpu_class,
+                int(until_ns[0]) if until_ns else _LAST_NS,
+                records,
+                sessions,
+                *figures,
             )
 
 
@@ -122,14 +138,41 @@ def platform_reports(engine: Engine, asked: Asked) -> Iterator[tuple[str, int, b
     query = select(r.namespace, r.service, r.period_end_ns, r.body).where(
         r.tenant == PLATFORM,
         r.phase == Phase.FINAL.value,
-        r.period_end_ns > asked.since_ns,
-        r.period_end_ns <= asked.until_ns,
-        *([r.namespace == asked.namespace] if asked.namespace else []),
-        *([r.service == asked.service] if asked.service else []),
+        *_of_span(asked, r.period_end_ns, r.namespace, r.service),
     )
     with reading(engine) as connection:
         for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
             yield f"{row[0]}/{row[1]}", row[2], bytes(row[3])
+
+
+def tenant_reports(engine: Engine, asked: Asked) -> Iterator[tuple[str, str, int, bytes]]:
+    """(service, tenant, end, bytes) of the Final reports of tenants in the span."""
+    r = t.reports.c
+    query = select(r.namespace, r.service, r.tenant, r.period_end_ns, r.body).where(
+        r.tenant != PLATFORM,
+        r.phase == Phase.FINAL.value,
+        *_of_span(asked, r.period_end_ns, r.namespace, r.service),
+        *([r.tenant == asked.tenant] if asked.tenant is not None else []),
+    )
+    with reading(engine) as connection:
+        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+            yield f"{row[0]}/{row[1]}", row[2], row[3], bytes(row[4])
+
+
+def opened(engine: Engine, asked: Asked) -> list[tuple[str, int]]:
+    """(service, end) of the periods of the span that were opened."""
+    p = t.periods.c
+    query = select(p.namespace, p.service, p.end_ns).where(*_of_span(asked, p.end_ns, p.namespace, p.service))
+    with reading(engine) as connection:
+        return [(f"{row[0]}/{row[1]}", row[2]) for row in connection.execute(query.order_by(*t.periods.primary_key))]
+
+
+def _of_span(
+    asked: Asked, end_ns: ColumnElement[int], namespace: ColumnElement[str], service: ColumnElement[str]
+) -> list[ColumnElement[bool]]:
+    found = [end_ns > asked.since_ns, end_ns <= asked.until_ns]
+    found += [namespace == asked.namespace] if asked.namespace is not None else []
+    return found + ([service == asked.service] if asked.service is not None else [])
 
 
 def _where(asked: Asked) -> list[Any]:

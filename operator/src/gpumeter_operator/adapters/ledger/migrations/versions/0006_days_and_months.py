@@ -6,6 +6,8 @@ Owns the step that adds the table. A day that was over before it was there is su
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0006"
 down_revision = "0005"
 
@@ -27,10 +29,4 @@ def upgrade() -> None:
     )
     op.create_index("rollups_by_end", "rollups", ["period_end_ns"])
     op.create_index("rollups_by_name", "rollups", ["namespace", "name"])
-    if op.get_bind().dialect.name != "sqlite":
-        return
-    for action in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER rollups_no_{action.lower()} BEFORE {action} ON rollups BEGIN "
-            f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on rollups is refused'); END"
-        )
+    dialect.append_only(op.get_bind(), "rollups")

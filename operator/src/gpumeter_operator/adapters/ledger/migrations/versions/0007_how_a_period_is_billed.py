@@ -6,6 +6,8 @@ Owns the step that adds it. Periods that were opened before say nothing, and wer
 import sqlalchemy as sa
 from alembic import op
 
+from gpumeter_operator.adapters.ledger import dialect
+
 revision = "0007"
 down_revision = "0006"
 
@@ -21,10 +23,4 @@ def upgrade() -> None:
         sa.Column("owner", sa.String(64), nullable=False),
         sa.PrimaryKeyConstraint("namespace", "service", "end_ns"),
     )
-    if op.get_bind().dialect.name != "sqlite":
-        return  # there the ledger's role may neither update nor delete
-    for action in ("UPDATE", "DELETE"):
-        op.execute(
-            f"CREATE TRIGGER period_terms_no_{action.lower()} BEFORE {action} ON period_terms BEGIN "
-            f"SELECT RAISE(ABORT, 'the ledger is append-only: {action} on period_terms is refused'); END"
-        )
+    dialect.append_only(op.get_bind(), "period_terms")
