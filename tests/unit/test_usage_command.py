@@ -99,7 +99,9 @@ def test_a_session_shows_its_slices_with_times_shares_and_tokens(url: str) -> No
     assert (told["tenant"], told["total"]["tokens"]["completion"]) == ("acme", 22)
     table = run(url, "--session", "s-1").stdout.splitlines()
     assert table[0].startswith("session=s-1  tenant=acme  service=team-a/smollm2  model=smollm2  status=finished")
-    assert table[-1].startswith("total: 60.000000000 GPU-seconds (60000000000 ns) in 2 slices, amount 0.040138888888 EUR")
+    assert table[-1].startswith(
+        "total: 60.000000000 GPU-seconds (60000000000 ns) in 2 slices, amount 0.040138888888 EUR"
+    )
 
 
 @pytest.mark.parametrize(

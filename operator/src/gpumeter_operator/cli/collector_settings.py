@@ -42,7 +42,7 @@ class Settings:
     master_key: bytes
     http_host: str
     http_port: int
-    keep: Keep = Keep()
+    keep: Keep = DEFAULT_KEEP
     signing_key: SigningKey | None = None
     digests_file: Path | None = None
 

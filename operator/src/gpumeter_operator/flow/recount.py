@@ -117,7 +117,8 @@ def _reports(
     reader: Reader, service: tuple[str, str], span: Span, counts: Counts, folded: Folded, *, removed_ns: int
 ) -> Iterator[tuple[str, str]]:
     """The Final reports beside the raw records, and beside themselves folded anew."""
-    (pods, recounts, hashed, allocated_ns), name, schedule = folded, "/".join(service), reader.schedule()
+    (pods, recounts, hashed, allocated_ns), name = folded, "/".join(service)
+    schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     known = known_of(reader, service, pods)
     ends = {end_ns for end_ns, _ in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
     for end_ns in sorted(each for each in ends | allocated_ns.keys() if each > removed_ns):

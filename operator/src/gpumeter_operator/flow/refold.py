@@ -16,7 +16,7 @@ from gpumeter_operator.adapters.ledger import audit
 from gpumeter_operator.adapters.ledger.audit import Allocation, ContainerFact
 from gpumeter_operator.adapters.ledger.read import Reader, span_of
 from gpumeter_operator.billing.close import Missing, Phase, Verdict, lived_in
-from gpumeter_operator.billing.facts import PLATFORM, Pod
+from gpumeter_operator.billing.facts import PLATFORM, Line, Pod
 from gpumeter_operator.billing.report import ServicePeriod, canonical_report, reports
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.close import DEFAULT_PLAN
@@ -60,9 +60,11 @@ def refold(
 
     `platform` is the platform's report as it is kept, `digests` those of the period's records by owner.
     """
-    lines = list(reader.lines(*service, period.end_ns))
+    lines: dict[str, tuple[Line, ...]] = {}
+    for line in reader.lines(*service, period.end_ns):
+        lines[line.worker_uid] = (*lines.get(line.worker_uid, ()), line)
     adjustments = reader.adjustments(*service, period.end_ns)
-    booked = {line.worker_uid for line in lines} | {adjustment.worker_uid for adjustment in adjustments}
+    booked = lines.keys() | {adjustment.worker_uid for adjustment in adjustments}
     pods = []
     for now in known.pods:
         then = as_known(now, period, known)
