@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gpumeter_operator.billing.keep import Keep
+from gpumeter_operator.billing.keep import DEFAULT_KEEP, Keep
 from gpumeter_operator.environment import Environment
 from gpumeter_usage.period import Granularity
 
@@ -35,7 +35,7 @@ class Settings:
     master_key: bytes
     http_host: str
     http_port: int
-    keep: Keep = Keep()
+    keep: Keep = DEFAULT_KEEP
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
