@@ -18,6 +18,9 @@ class Keep:
     months: int = 400
 
 
+DEFAULT_KEEP = Keep()
+
+
 def leaves_ns(period: Period, keep: Keep) -> int:
     """When a report of this period leaves the API, provided that what holds it is Final."""
     if period.granularity is Granularity.MONTH:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpumeter_operator.billing.keep import Keep
+from gpumeter_operator.billing.keep import DEFAULT_KEEP, Keep
 from gpumeter_operator.billing.signing import KeyInvalid, SigningKey, signing_key
 from gpumeter_operator.environment import Environment
 from gpumeter_usage.period import Granularity

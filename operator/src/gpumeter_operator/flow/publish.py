@@ -17,7 +17,7 @@ from gpumeter_operator.adapters.kubernetes import USAGE_REPORTS, Refused, Resour
 from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.close import Phase
-from gpumeter_operator.billing.keep import Keep, holder_of, leaves_ns, stay_since_ns
+from gpumeter_operator.billing.keep import DEFAULT_KEEP, Keep, holder_of, leaves_ns, stay_since_ns
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL
 from gpumeter_operator.flow.collect import Execute
@@ -34,7 +34,6 @@ MAX_WRITES = 8  # at the same time: the API server's clients share its attention
 NAMESPACE_RETRY_NS = 600 * SECOND_NS  # a namespace that is gone may come back under the same name
 
 _GRANULARITIES = (Granularity.HOUR, Granularity.DAY, Granularity.MONTH)  # HOUR stands for all closing periods
-DEFAULT_KEEP = Keep()
 
 Key = tuple[str, str]
 
