@@ -24,7 +24,8 @@ from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Status
 from rigs.ledger import START_NS, FakeWorker, ended, gone, inline, open_ledger, started, worker
 
-DIGESTED_NS = START_NS + 6 * 3600 * SECOND_NS
+HOUR_NS = 3600 * SECOND_NS
+DIGESTED_NS = START_NS + 20 * HOUR_NS
 """When the digests are made: hours later, so that nothing that claims to be older can still be on its way."""
 
 DAY_NS = 24 * 3600 * SECOND_NS
@@ -52,7 +53,8 @@ def fill(ledger: Ledger) -> None:
     closer.close_all(Pricing({}, plans), START_NS + 30 * SECOND_NS)  # a version of the open period
     closer.close_all(Pricing({}, plans), START_NS + 4 * MINUTE_NS + 10 * SECOND_NS)
     _come_late(ledger, another)
-    closer.close_all(Pricing({}, plans), START_NS + 7 * MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 20 * MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 15 * HOUR_NS)  # the day is over
 
 
 def digested(ledger: Ledger, now_ns: int = DIGESTED_NS, file: Path | None = None, by: SigningKey | None = None) -> None:

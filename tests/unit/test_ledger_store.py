@@ -11,7 +11,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from gpumeter_operator.adapters.ledger import rollups
+from gpumeter_operator.adapters.ledger import digests, rollups
+from gpumeter_operator.adapters.ledger.digests import Due
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
@@ -23,6 +24,7 @@ from gpumeter_usage.chain import Link, link
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, day_of
 from gpumeter_usage.record import Account, Status, canonical, parse
+from rigs.audited import key
 from rigs.databases import Database
 from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, started, worker
 
@@ -123,6 +125,8 @@ def fill(ledger: Ledger) -> None:
     assert rollups.keep_rollup(
         ledger.engine, SERVICE, replace(day, end_ns=START_NS), of_day, made_from=before, now_ns=NOW_NS
     )
+    digests.keep_key(ledger.engine, key(), NOW_NS)
+    assert digests.make(ledger.engine, Due(), key(), NOW_NS, since_ns=-1)
 
 
 def test_a_duplicate_page_changes_nothing(ledger: Ledger) -> None:

@@ -222,7 +222,7 @@ def _came_before(
 ) -> bool:
     """Whether a digest should cover this row: it claims to be older than one, or to be of a period that has one."""
     row = fact.row
-    if fact.table in ("reports", "periods", "pod_accounts"):
+    if fact.table in ("reports", "periods", "period_terms", "pod_accounts"):
         service = (
             of_worker.get(row["worker_uid"], ("", "")) if "worker_uid" in row else (row["namespace"], row["service"])
         )

@@ -50,6 +50,7 @@ CAME = {
     "alarms": "raised_ns",
     "containers": "observed_ns",
     "granularities": "set_ns",
+    "period_terms": "end_ns",
     "periods": "opened_ns",
     "plan_observations": "observed_ns",
     "pod_accounts": "period_end_ns",

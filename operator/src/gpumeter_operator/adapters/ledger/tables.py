@@ -312,10 +312,12 @@ for _came in (
     adjustments.c.made_ns,
     alarms.c.raised_ns,
     containers.c.observed_ns,
+    period_terms.c.end_ns,
     periods.c.opened_ns,
     plan_observations.c.observed_ns,
     pod_accounts.c.period_end_ns,
     reports.c.kept_ns,
+    rollups.c.kept_ns,
     workers.c.first_seen_ns,
 ):
     Index(f"{_came.table.name}_by_coming", _came)

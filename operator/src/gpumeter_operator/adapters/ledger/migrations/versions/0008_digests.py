@@ -16,10 +16,12 @@ CAME = {
     "adjustments": "made_ns",
     "alarms": "raised_ns",
     "containers": "observed_ns",
+    "period_terms": "end_ns",
     "periods": "opened_ns",
     "plan_observations": "observed_ns",
     "pod_accounts": "period_end_ns",
     "reports": "kept_ns",
+    "rollups": "kept_ns",
     "workers": "first_seen_ns",
 }
 
