@@ -1,7 +1,5 @@
 """Whoever may write the ledger's file, and has no signing key, changes a row: `gpumeter verify` finds and names it."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,18 +7,21 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpumeter_operator.adapters.ledger.tables import FACTS
-from rigs.audited import found, made, opened_up
+from gpumeter_operator.flow.verify import Finding
+from rigs.audited import Arena, made
 
-NAMES = tuple(table.name for table in FACTS)
-COLUMNS = tuple((table.name, column.name) for table in FACTS for column in table.columns)
+FILLED = tuple(table for table in FACTS if table.name != "removals")  # for those ninety days would have to pass
+NAMES = tuple(table.name for table in FILLED)
+COLUMNS = tuple((table.name, column.name) for table in FILLED for column in table.columns)
 KEYS = {table.name: tuple(column.name for column in table.primary_key) for table in FACTS}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = made(tmp_path_factory.mktemp("ledger") / "ledger.db")
-    assert found(path) == []
-    yield path
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    folder = tmp_path_factory.mktemp("ledger")
+    arena = Arena(made(folder / "ledger.db"), folder / "copy.db")
+    assert arena.found() == []
+    return arena
 
 
 def another(value: Any, choice: int) -> Any:
@@ -38,7 +39,7 @@ def another(value: Any, choice: int) -> Any:
 
 def tampering(test: Any) -> Any:
     quick = settings(
-        max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+        max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
     )
     return quick(given(row=st.integers(0, 10_000), choice=st.integers(0, 10_000), which=st.integers(0, 10_000))(test))
 
@@ -51,15 +52,15 @@ def one_of(raw: Any, table: str, row: int) -> tuple[int, dict[str, Any]]:
     return rows[row % len(rows)][0], values
 
 
-def names_the_row(findings: list[dict[str, str]], table: str, *values: dict[str, Any]) -> bool:
+def names_the_row(findings: list[Finding], table: str, *values: dict[str, Any]) -> bool:
     """Whether the first findings say which row it is: by its key, or by the digest that its leaf belongs to."""
-    told = findings[0]["message"]
+    told = findings[0].message
     for each in values:
-        if table == "records" and f"boot {each['boot_id']}" in " ".join(one["message"] for one in findings):
+        if table == "records" and f"boot {each['boot_id']}" in " ".join(one.message for one in findings):
             return True
         if table in ("digests", "digest_facts") and "digest" in told:
             return True
-        if any(" ".join(str(each[name]) for name in KEYS[table]) in one["message"] for one in findings):
+        if any(" ".join(str(each[name]) for name in KEYS[table]) in one.message for one in findings):
             return True
     return False
 
@@ -71,10 +72,11 @@ def names_the_row(findings: list[dict[str, str]], table: str, *values: dict[str,
 @example(row=0, choice=0, which=COLUMNS.index(("digest_facts", "position")))
 @example(row=0, choice=0, which=COLUMNS.index(("signing_keys", "public_der")))
 def test_any_column_of_any_fact_that_is_changed_is_found_and_named(
-    whole: Path, tmp_path: Path, row: int, choice: int, which: int
+    arena: Arena, row: int, choice: int, which: int
 ) -> None:
     table, column = COLUMNS[which % len(COLUMNS)]
-    raw = opened_up(whole, tmp_path / "ledger.db")
+    arena.put_back()
+    raw = arena.raw
     rowid, values = one_of(raw, table, row)
     value = another(values[column], choice)
     if value == values[column]:
@@ -84,33 +86,31 @@ def test_any_column_of_any_fact_that_is_changed_is_found_and_named(
     except Exception as refused:
         assert "UNIQUE" in str(refused)
         return
-    raw.close()
-    findings = found(tmp_path / "ledger.db")
+    findings = arena.found()
     assert findings, f"{table}.{column} of {values}: {value!r}"
     assert names_the_row(findings, table, values, values | {column: value}), findings
 
 
 @tampering
-def test_any_fact_that_is_taken_out_is_found_and_named(
-    whole: Path, tmp_path: Path, row: int, choice: int, which: int
-) -> None:
+def test_any_fact_that_is_taken_out_is_found_and_named(arena: Arena, row: int, choice: int, which: int) -> None:
     table = NAMES[which % len(NAMES)]
-    raw = opened_up(whole, tmp_path / "ledger.db")
+    arena.put_back()
+    raw = arena.raw
     rowid, values = one_of(raw, table, row)
     raw.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
-    raw.close()
-    findings = found(tmp_path / "ledger.db")
+    findings = arena.found()
     assert findings, f"{table}: {values}"
     assert names_the_row(findings, table, values), findings
 
 
 @tampering
 def test_any_fact_that_is_put_in_as_an_old_one_is_found_and_named(
-    whole: Path, tmp_path: Path, row: int, choice: int, which: int
+    arena: Arena, row: int, choice: int, which: int
 ) -> None:
     """A copy of a row under another key. What claims to be newer than the last digest is not yet proved by any."""
     table = NAMES[which % len(NAMES)]
-    raw = opened_up(whole, tmp_path / "ledger.db")
+    arena.put_back()
+    raw = arena.raw
     _, values = one_of(raw, table, row)
     key = KEYS[table][choice % len(KEYS[table])]
     put = values | {key: another(values[key], choice)}
@@ -123,19 +123,17 @@ def test_any_fact_that_is_put_in_as_an_old_one_is_found_and_named(
     except Exception as refused:
         assert "UNIQUE" in str(refused)
         return
-    raw.close()
-    findings = found(tmp_path / "ledger.db")
+    findings = arena.found()
     assert findings, f"{table}: {put}"
     assert names_the_row(findings, table, values, put), findings
 
 
 @tampering
-def test_two_facts_that_change_places_are_found_and_named(
-    whole: Path, tmp_path: Path, row: int, choice: int, which: int
-) -> None:
+def test_two_facts_that_change_places_are_found_and_named(arena: Arena, row: int, choice: int, which: int) -> None:
     """Everything but their keys is exchanged."""
     table = NAMES[which % len(NAMES)]
-    raw = opened_up(whole, tmp_path / "ledger.db")
+    arena.put_back()
+    raw = arena.raw
     one, first = one_of(raw, table, row)
     two, second = one_of(raw, table, choice)
     rest = [name for name in first if name not in KEYS[table] and name != "fingerprint"]
@@ -148,7 +146,27 @@ def test_two_facts_that_change_places_are_found_and_named(
     except Exception as refused:
         assert "UNIQUE" in str(refused)
         return
-    raw.close()
-    findings = found(tmp_path / "ledger.db")
+    findings = arena.found()
     assert findings, f"{table}: {first} and {second}"
     assert names_the_row(findings, table, first, second), findings
+
+
+@pytest.mark.parametrize("table", ["rollups", "period_terms"])
+def test_days_months_and_terms_are_facts_of_which_no_column_can_be_changed(arena: Arena, table: str) -> None:
+    for column in (column for name, column in COLUMNS if name == table):
+        arena.put_back()
+        rowid, values = one_of(arena.raw, table, 1)
+        value = another(values[column], 0)
+        arena.raw.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (value, rowid))
+        findings = arena.found()
+        assert findings and names_the_row(findings, table, values, values | {column: value}), (column, findings)
+    arena.put_back()
+    rowid, values = one_of(arena.raw, table, 1)
+    arena.raw.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+    assert [each.reason for each in arena.found()][:1] == ["FactMissing"]
+    arena.put_back()
+    put = values | {"service": "smollm3"}
+    marks = ", ".join("?" * len(put))
+    arena.raw.execute(f"INSERT INTO {table} ({', '.join(put)}) VALUES ({marks})", tuple(put.values()))
+    assert [each.reason for each in arena.found()][:1] == ["FactInserted"]
+    arena.put_back()

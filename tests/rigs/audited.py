@@ -12,12 +12,14 @@ from shutil import copyfile
 
 from click.testing import CliRunner, Result
 
+from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.billing.signing import SigningKey, signing_key
+from gpumeter_operator.billing.signing import Keyring, SigningKey, signing_key
 from gpumeter_operator.billing.tariff import canonical_spec
-from gpumeter_operator.cli.verify import verify
+from gpumeter_operator.cli.verify import verify as command
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.digests import Digester
+from gpumeter_operator.flow.verify import Audit, Finding, Tally, verify
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Status
 from rigs.ledger import START_NS, FakeWorker, ended, gone, inline, open_ledger, started, worker
@@ -25,6 +27,8 @@ from rigs.ledger import START_NS, FakeWorker, ended, gone, inline, open_ledger, 
 HOUR_NS = 3600 * SECOND_NS
 DIGESTED_NS = START_NS + 20 * HOUR_NS
 """When the digests are made: hours later, so that nothing that claims to be older can still be on its way."""
+
+DAY_NS = 24 * 3600 * SECOND_NS
 
 PRIVATE_PEM = b"""-----BEGIN PRIVATE KEY-----
 MC4CAQAwBQYDK2VwBCIEIEJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJC
@@ -47,10 +51,9 @@ def fill(ledger: Ledger) -> None:
     another = _serve_another(ledger)
     closer = Closer(ledger, MINUTE_NS)
     closer.close_all(Pricing({}, plans), START_NS + 30 * SECOND_NS)  # a version of the open period
-    for minutes in (3, 10):
-        closer.close_all(Pricing({}, plans), START_NS + minutes * MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 4 * MINUTE_NS + 10 * SECOND_NS)
     _come_late(ledger, another)
-    closer.close_all(Pricing({}, plans), START_NS + 20 * MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 7 * MINUTE_NS)
     closer.close_all(Pricing({}, plans), START_NS + 15 * HOUR_NS)  # the day is over
 
 
@@ -75,7 +78,7 @@ def made(path: Path) -> Path:
 def run(ledger_path: Path, *arguments: str) -> Result:
     """`gpumeter verify` on this ledger, with nothing of the environment."""
     return CliRunner(env={"GPUMETER_SIGNING_KEY_FILE": None}).invoke(
-        verify, ["--ledger", f"sqlite:///{ledger_path}", *arguments]
+        command, ["--ledger", f"sqlite:///{ledger_path}", *arguments]
     )
 
 
@@ -86,6 +89,29 @@ def found(path: Path, *arguments: str) -> list[dict[str, str]]:
     told = json.loads(done.stdout)
     assert told["verified"] is (done.exit_code == 0)
     return list(told["findings"])
+
+
+class Arena:
+    """A copy of a ledger that is changed and put back again and again, without its triggers: what somebody can do who
+    may write the file, and what an auditor finds who has it open."""
+
+    def __init__(self, source: Path, file: Path) -> None:
+        self._source = sqlite3.connect(source)
+        opened_up(source, file).close()
+        self._reader = Reader(f"sqlite:///{file}")
+        self.raw = sqlite3.connect(file, isolation_level=None)
+        self._pristine = sqlite3.connect(":memory:")
+        self.raw.backup(self._pristine)
+
+    def put_back(self) -> None:
+        """Undo every change."""
+        self._pristine.backup(self.raw)
+
+    def found(self, by: SigningKey | None = None) -> list[Finding]:
+        """What an auditor finds who believes one key."""
+        own = by or key()
+        audit = Audit(self._reader, Keyring({own.key_id: own.public_der}), DIGESTED_NS + DAY_NS)
+        return list(verify(audit, Tally()))
 
 
 def opened_up(source: Path, target: Path) -> sqlite3.Connection:
@@ -133,7 +159,7 @@ def _serve_another(ledger: Ledger) -> FakeWorker:
 
 def _come_late(ledger: Ledger, fake: FakeWorker) -> None:
     """What the other service's worker did, told after its periods were closed without it."""
-    now_ns = START_NS + 11 * MINUTE_NS
+    now_ns = START_NS + 5 * MINUTE_NS + SECOND_NS
     sent = len(fake.boot.links)
     fake.serve("s-5", "beta-corp", START_NS + 65 * SECOND_NS)
     fake.seal()

@@ -18,7 +18,7 @@ from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.audit import check_kept
 from gpumeter_operator.billing.digest import Digest, DigestInvalid, Entry, check_chain, columns_of, fact_line
 from gpumeter_operator.billing.merkle import Tree, root_of
-from gpumeter_operator.billing.signing import Keyring
+from gpumeter_operator.billing.signing import Keyring, key_id_of
 from gpumeter_operator.flow.recount import Span, Whole, recount_service
 from gpumeter_usage.period import rfc3339
 
@@ -29,6 +29,7 @@ ADVICE = {
     "DigestChainBroken": "Compare with an exported file of digests: from the first that differs on, nothing is proved.",
     "DigestColumns": "The body is what is signed; whoever wrote the columns beside it changed the file.",
     "DigestDoubled": "Ask who made two digests of one period; one of them is not the collector's.",
+    "KeyDiffers": "Somebody put it there: a key is called by its own SHA-256. Believe your own copy with --public-key.",
     "KeyUnknown": "Name the public key with --public-key; keys of former times are in earlier exports.",
     "SignatureInvalid": "Somebody without the signing key wrote this digest. Restore the ledger from a backup.",
     "FactsRoot": "The rows of digest_facts were changed. Restore the ledger from a backup.",
@@ -174,6 +175,9 @@ def _digests(of: Audit, tally: Tally, entries: dict[int, Entry]) -> Iterator[Fin
             )
     if of_seq is not None:
         yield Finding("FactsRoot", f"digest_facts of digest {of_seq[0]}: there is no such digest.")
+    for key_id, der in digests.kept_keys(of.reader.engine).items():
+        if key_id_of(der) != key_id:
+            yield Finding("KeyDiffers", f"signing_keys ({key_id}): the key that is kept there is {key_id_of(der)}.")
     if file is not None and (more := next(file, None)) is not None:
         yield Finding(
             "ExportDiffers", f"The exported file goes on after digest {tally.digests} with {more.digest:.16}…"
