@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpumeter_operator.adapters.workers import Workers
+from gpumeter_operator.billing.keep import Keep
 from gpumeter_operator.cli.collector import Process
 from gpumeter_operator.cli.collector_settings import Settings
 from gpumeter_usage.period import Granularity
@@ -24,7 +25,7 @@ class Broken:
 
 async def test_a_mirror_that_ended_is_told_to_the_probe(tmp_path: Path) -> None:
     port, stop = free_port(), asyncio.Event()
-    settings = Settings("", Granularity.MINUTE, 100, 500, 1, b"k" * 32, "127.0.0.1", port)
+    settings = Settings("", Granularity.MINUTE, 100, 500, 1, Keep(), b"k" * 32, "127.0.0.1", port)
     workers, threads = Workers(), ThreadPoolExecutor(1)
     process = Process(settings, open_ledger(tmp_path / "ledger.db"), Broken(), workers, threads)  # type: ignore[arg-type]
     running = asyncio.create_task(process.run(stop))
