@@ -149,3 +149,24 @@ def test_two_facts_that_change_places_are_found_and_named(arena: Arena, row: int
     findings = arena.found()
     assert findings, f"{table}: {first} and {second}"
     assert names_the_row(findings, table, first, second), findings
+
+
+@pytest.mark.parametrize("table", ["rollups", "period_terms"])
+def test_days_months_and_terms_are_facts_of_which_no_column_can_be_changed(arena: Arena, table: str) -> None:
+    for column in (column for name, column in COLUMNS if name == table):
+        arena.put_back()
+        rowid, values = one_of(arena.raw, table, 1)
+        value = another(values[column], 0)
+        arena.raw.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (value, rowid))
+        findings = arena.found()
+        assert findings and names_the_row(findings, table, values, values | {column: value}), (column, findings)
+    arena.put_back()
+    rowid, values = one_of(arena.raw, table, 1)
+    arena.raw.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+    assert [each.reason for each in arena.found()][:1] == ["FactMissing"]
+    arena.put_back()
+    put = values | {"service": "smollm3"}
+    marks = ", ".join("?" * len(put))
+    arena.raw.execute(f"INSERT INTO {table} ({', '.join(put)}) VALUES ({marks})", tuple(put.values()))
+    assert [each.reason for each in arena.found()][:1] == ["FactInserted"]
+    arena.put_back()

@@ -53,7 +53,7 @@ def fill(ledger: Ledger) -> None:
     closer.close_all(Pricing({}, plans), START_NS + 30 * SECOND_NS)  # a version of the open period
     closer.close_all(Pricing({}, plans), START_NS + 4 * MINUTE_NS + 10 * SECOND_NS)
     _come_late(ledger, another)
-    closer.close_all(Pricing({}, plans), START_NS + 20 * MINUTE_NS)
+    closer.close_all(Pricing({}, plans), START_NS + 7 * MINUTE_NS)
     closer.close_all(Pricing({}, plans), START_NS + 15 * HOUR_NS)  # the day is over
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from gpumeter_operator.billing.tariff import BillingMode, Terms
 from gpumeter_operator.cli.usage import usage
 from gpumeter_operator.cli.verify import verify
-from gpumeter_usage.period import SECOND_NS
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.record import Account
 from rigs.audited import digested, fill, made
 from rigs.databases import Database
-from rigs.ledger import open_ledger
+from rigs.ledger import FakeWorker, finals, open_ledger
+from rigs.pricing import PricedHour, at, plan, rate
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,86 @@ def test_what_cannot_be_answered_is_told_in_words(url: str, arguments: tuple[str
 def test_without_a_ledger_it_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
     done = run(f"sqlite:///{tmp_path}/absent.db")
     assert (done.exit_code, "There is no ledger at" in done.output) == (2, True)
+
+
+TOKENS = {
+    "standardRates": [
+        {"model": "smollm2", "perThousandPromptTokens": "0.5", "perThousandCompletionTokens": "2"},
+    ]
+}
+
+
+def priced(folder: Path, terms: Terms | None = None, **plan_of: Any) -> tuple[PricedHour, str]:
+    """An hour in which a new version doubles the price from half past on, and acme and beta are served around it."""
+    hour = PricedHour(folder, terms)
+    hour.see(plan(rate("3.60"), **plan_of), 0)
+    hour.see(plan(rate("7.20"), **plan_of), 29.5)
+
+    def live(fake: FakeWorker) -> None:
+        fake.serve("s-1", "acme", at(20))
+        fake.serve("s-2", "beta", at(35))
+        fake.spend(Account.IDLE, at(50))
+        fake.serve("s-3", "acme", at(55))
+
+    hour.pod(live)
+    hour.run(30)  # opened, so that the first version prices it
+    return hour, str(hour.ledger.engine.url)
+
+
+def amounts(told: dict[str, Any], key: str) -> dict[str, str]:
+    return {line[key]: line["amounts"].get("USD", "-") for line in told["usage"]}
+
+
+def test_a_period_of_two_versions_is_priced_by_each_and_slices_are_what_the_report_says(tmp_path: Path) -> None:
+    hour, url = priced(tmp_path)
+    assert amounts(data(url), "tenant") == {"acme": "1.8", "beta": "1.2"}, "of a period that is still open"
+    hour.close()
+    assert amounts(data(url), "tenant") == {"acme": "1.8", "beta": "1.2"}
+    assert amounts(data(url, "--by", "model"), "model") == {"smollm2": "3"}
+    assert amounts(data(url, "-m", "smollm2"), "tenant") == {"acme": "1.8", "beta": "1.2"}
+    assert amounts(data(url, "--by", "session"), "session") == {"s-1": "1.2", "s-2": "1.2", "s-3": "0.6"}
+    of_session = data(url, "--session", "s-2")
+    assert of_session["total"]["amounts"] == {"USD": "1.2"}
+    assert {each["amount"] for each in of_session["slices"]} == {"0.06", "0.12"}, "a minute before, a minute after"
+    assert data(url)["notes"] == data(url, "--by", "model")["notes"] == of_session["notes"] == []
+
+
+def test_idle_time_that_tenants_pay_for_is_on_their_bills_and_on_no_session(tmp_path: Path) -> None:
+    hour, url = priced(tmp_path, idlePayer="tenant")
+    for final in (False, True):
+        if final:
+            hour.close()
+        told = data(url)
+        report = {tenant: of["status"] for (_, tenant), of in finals(hour.ledger).items()}
+        if final:
+            assert amounts(told, "tenant") == {tenant: report[tenant]["amount"] for tenant in ("acme", "beta")}
+        idle_ns = {line["tenant"]: int(line["idleGpuNanoseconds"]) for line in told["usage"]}
+        assert sum(idle_ns.values()) == 20 * MINUTE_NS, "all of it, in this hour, in which somebody used each stretch"
+        assert sum(Decimal(each) for each in amounts(told, "tenant").values()) == Decimal("5.4")
+    assert amounts(data(url, "--by", "service"), "service") == {"team-a/smollm2": "5.4"}
+    by_model = data(url, "--by", "model")
+    assert amounts(by_model, "model") == {"smollm2": "3"}
+    assert by_model["notes"] == [
+        "team-a/smollm2: idle time of 1 of its periods charged to tenants. AMOUNT is the measured price of what was "
+        "used; see --by tenant for the bill."
+    ]
+    assert data(url, "--session", "s-1")["notes"] == by_model["notes"]
+    assert "of idle time are charged besides, and are in AMOUNT." in run(url).stdout
+
+
+def test_an_owner_who_used_nothing_has_a_line_for_the_idle_time(tmp_path: Path) -> None:
+    hour, url = priced(tmp_path, Terms(owner="landlord"), idlePayer="owner")
+    hour.close()
+    assert amounts(data(url), "tenant") == {"acme": "1.8", "beta": "1.2", "landlord": "2.4"}
+    assert amounts(data(url, "-t", "landlord"), "tenant") == {"landlord": "2.4"}
+
+
+def test_standard_rates_are_what_tenants_owe_and_sessions_show_what_was_measured(tmp_path: Path) -> None:
+    hour, url = priced(tmp_path, Terms(BillingMode.STANDARD_RATE), **TOKENS)
+    hour.close()
+    report = {tenant: of["status"] for (_, tenant), of in finals(hour.ledger).items()}
+    told = data(url)
+    assert amounts(told, "tenant") == {tenant: report[tenant]["amount"] for tenant in ("acme", "beta")}
+    by_session = data(url, "--by", "session")
+    assert amounts(by_session, "session") == {"s-1": "1.2", "s-2": "1.2", "s-3": "0.6"}
+    assert "1 of its periods billed by standard rates of tokens." in by_session["notes"][0]
