@@ -126,7 +126,8 @@ def _run(ring: Ring) -> Outcome:
         command = [sys.executable, "-m", "pytest", f"tests/{ring.name}", f"--junit-xml={report}", "--durations=5"]
         if ring.shared:
             command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES_MAX)), "--dist", "worksteal"]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if ring.shared else {})  # a processor for each process
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         seconds = time.monotonic() - started
         if not report.exists():
             return Outcome(ring.name, failed=1, seconds=seconds, note=f"pytest ended with {code} and no report")
