@@ -51,6 +51,7 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_WORKER_IMAGE": "localhost/gpumeter-worker:dev",
         "GPUMETER_WORKER_IMAGE_PULL_POLICY": "IfNotPresent",
         "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
+        "GPUMETER_GATEWAY_SERVICE": "gpumeter-system/gpumeter-gateway",
     }
     assert environment(pods["gpumeter-collector"]) == {
         **shared,
