@@ -119,6 +119,23 @@ def test_a_kept_secret_without_a_key_is_refused(namespace: str, helm: Run, kubec
     ) in refused.stderr
 
 
+def test_a_named_signing_key_must_be_there(release: str, helm: Run) -> None:
+    refused = install_dry(helm, "signingKey.existingSecret=ours")
+    assert (
+        'signingKey.existingSecret is "ours" and there is no such Secret with the entry signing-key in namespace '
+        "gpumeter-system; make it with: openssl genpkey"
+    ) in refused.stderr
+
+
+def test_a_kept_secret_without_a_signing_key_is_refused(namespace: str, helm: Run, kubectl: Run) -> None:
+    kubectl("create", "secret", "generic", "gpumeter-signing-key", "--from-literal=key=x", "-n", namespace)
+    refused = install_dry(helm, namespace=namespace)
+    assert (
+        f"The Secret gpumeter-signing-key in namespace {namespace} exists without an entry called signing-key; add the "
+        "key that signed the ledger's digests, or delete the Secret for"
+    ) in refused.stderr
+
+
 def install_dry(helm: Run, *settings: str, namespace: str = NAMESPACE) -> Any:
     arguments = ["--dry-run=server", "--skip-crds", *sets(*IMAGES, *settings)]
     return helm("upgrade", "--install", "gpumeter", str(CHART), "-n", namespace, *arguments, check=False)
