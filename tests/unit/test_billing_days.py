@@ -346,3 +346,43 @@ def test_a_day_that_was_changed_is_found(tmp_path: Path) -> None:
     raw.close()
     [told] = audit(open_ledger(tmp_path / "ledger.db", Granularity.HOUR), SERVICE)
     assert told.endswith("acme's report is not the sum of its periods' reports")
+
+
+class Interrupted(Ledger):
+    """A ledger into which an ordinary new pod comes, once, while the first day is folded."""
+
+    asked = 0
+
+    def opened_ends(self, namespace: str, service: str, final_ns: int) -> list[int]:
+        self.asked += 1
+        if self.asked == 2:  # first for the hours, then for the day
+            self.observe(worker(9), [started("c9", THREE_DAYS_ON_NS - 5 * 10**9)], THREE_DAYS_ON_NS)
+        return super().opened_ends(namespace, service, final_ns)
+
+
+THREE_DAYS_ON_NS = DAY.end_ns + 3 * DAY_NS
+
+
+def test_of_days_that_wait_no_later_one_is_closed_over_the_head_of_an_earlier(tmp_path: Path) -> None:
+    open_ledger(tmp_path / "ledger.db", Granularity.HOUR).close()
+    ledger = Interrupted(f"sqlite:///{tmp_path / 'ledger.db'}")
+    lived(ledger, 1, 60)  # three days
+    closer = Closer(ledger, GRACE_NS)
+    closer.close_all(Pricing({}, {}), THREE_DAYS_ON_NS)
+    assert days(ledger) == {}, "a fact came in while the first was folded"
+    for number in range(1, 4):
+        closer.close_all(Pricing({}, {}), THREE_DAYS_ON_NS + number * 10**10)
+    assert sorted({end_ns for end_ns, _ in days(ledger)}) == [DAY.end_ns + number * DAY_NS for number in range(3)]
+    assert audit(ledger, SERVICE) == []
+
+
+def test_a_day_that_is_missing_before_a_later_one_is_found(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db", Granularity.HOUR)
+    lived(ledger, 1, 60)
+    closed(ledger, THREE_DAYS_ON_NS)
+    ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.db") as connection:
+        connection.execute("DROP TRIGGER rollups_no_delete")
+        connection.execute("DELETE FROM rollups WHERE period_end_ns = ?", (DAY.end_ns,))
+    told = audit(Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), SERVICE)
+    assert any(f"the day that ended {rfc3339(DAY.end_ns)}: it has no report" in problem for problem in told), told

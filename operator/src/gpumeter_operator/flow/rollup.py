@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from gpumeter_operator.adapters.ledger import rollups
+from gpumeter_operator.adapters.ledger.audit import final_ends
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
 from gpumeter_operator.billing.close import Phase
@@ -69,6 +70,8 @@ class Roller:
         for running in [state.days[end_ns] for end_ns in sorted(state.days)]:
             found = self._reports(service, schedule, running, unclosed, now_ns=now_ns)
             manifests += found
+            if self._services.get(service) is not state:
+                return manifests  # it could not be kept, and is read anew: what comes after it waits for it
             if _is_final(found):
                 del state.days[running.period.end_ns]
                 month = month_of(running.period.end_ns)
@@ -78,6 +81,8 @@ class Roller:
             waiting = [*unclosed, *(day.period for day in open_days if day.period not in unclosed)]
             found = self._reports(service, schedule, running, waiting, now_ns=now_ns, open_days=open_days)
             manifests += found
+            if self._services.get(service) is not state:
+                return manifests
             if _is_final(found):
                 del state.months[running.period.end_ns]
         return manifests
@@ -124,6 +129,7 @@ class Roller:
         made_from = rollups.facts_before(self._engine, service, period.end_ns)  # read before anything that it counts
         waiting = open_periods(self._ledger, service, schedule, now_ns)
         if any(each.end_ns <= period.end_ns for each in waiting):
+            self._services.pop(service, None)
             return []  # a fact came in meanwhile: its period comes first
         manifests = folded(self._ledger, service, period, verdict)
         if not rollups.keep_rollup(self._engine, service, period, manifests, made_from=made_from, now_ns=now_ns):
@@ -150,15 +156,21 @@ def folded(reader: Reader, service: ServiceName, period: Period, verdict: RollUp
 
 
 def check_sums(reader: Reader, service: ServiceName) -> Iterator[tuple[int, str]]:
-    """Every Final day and month of a service that is not, to the byte, the sum of what it is made of: its end, and a
-    sentence.
+    """Every Final day and month of a service that is not, to the byte, the sum of what it is made of, and each that is
+    not there though a later one is: its end, and a sentence.
 
     One whose closing periods have left the ledger (retention removes them in whole) can be summed no more, and is left.
     """
+    parts = [end_ns for end_ns, _ in final_ends(reader.engine, *service)]
     for granularity, period_of in ((Granularity.DAY, day_of), (Granularity.MONTH, month_of)):
         kept: dict[int, dict[str, bytes]] = {}
         for end_ns, tenant, body in rollups.rollup_bodies(reader.engine, service, granularity, 0):
             kept.setdefault(end_ns, {})[tenant] = body
+        for end_ns in sorted({period_of(each).end_ns for each in parts} - kept.keys()):
+            if kept and end_ns < max(kept):
+                which = f"the {granularity.value.lower()} that ended {rfc3339(end_ns)}"
+                yield end_ns, f"{which}: it has no report, though periods of it and a later one are Final"
+        parts = sorted(kept)
         for end_ns, reports in sorted(kept.items()):
             period = period_of(end_ns)
             if _is_retired(reader, service, period, reports):

@@ -179,7 +179,8 @@ class CollectRound:
             # Kept even if it was never seen alive: its containers were allocated all the same.
             events = await self._as_last_seen(uid, events_of_removed(pod, at_ns), at_ns)
             if uid in self._workers or len(events) > 1:
-                await self._execute(partial(self._ledger.observe, worker, events, at_ns))
+                # Its events have times of their own; what is written now is observed now, however long it had to wait.
+                await self._execute(partial(self._ledger.observe, worker, events, now_ns))
         self._forget(uid)
 
     async def _keep_lost(self, worker: Worker, events: tuple[ContainerEvent, ...], now_ns: int) -> None:

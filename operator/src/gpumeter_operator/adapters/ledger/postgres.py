@@ -37,6 +37,8 @@ def open_engine(url: URL, *, read_only: bool) -> Engine:
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         connect_args=given,
+        # Whatever the database's default is: what is read after a lock must be as its former holder left it.
+        isolation_level="READ COMMITTED",
         pool_size=POOL_SIZE,
         max_overflow=0,
         pool_timeout=POOL_WAIT_S,

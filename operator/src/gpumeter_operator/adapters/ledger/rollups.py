@@ -142,12 +142,15 @@ def keep_rollup(
 ) -> bool:
     """Keep the Final reports of a day or month, all or none, once.
 
-    False, with nothing kept, where a fact for one of its periods came in since `made_from` was read, or it is there.
+    False, with nothing kept, where a fact for one of its periods came in since `made_from` was read, where it is there,
+    and where one before it is not, though something that belongs to that is Final: after a later one nobody would look
+    for it again.
     """
     with writing(engine) as connection:
         if _facts_before(connection, service, period.end_ns) != made_from:
             return False
-        if _last_rollup_ns(connection, service, period.granularity) >= period.end_ns:
+        last_ns = _last_rollup_ns(connection, service, period.granularity)
+        if last_ns >= period.end_ns or _is_final_between(connection, service, period, last_ns):
             return False
         rows = []
         for manifest in manifests:
@@ -175,6 +178,20 @@ def _last_rollup_ns(connection: Connection, service: Service, granularity: Granu
         d.namespace == service[0], d.service == service[1], d.granularity == granularity.value
     )
     return int(connection.scalar(newest) or 0)
+
+
+def _is_final_between(connection: Connection, service: Service, period: Period, last_ns: int) -> bool:
+    """Whether a part of an earlier day (a closing period) or month (a day) is Final, after the last that was kept."""
+    of = t.rollups if period.granularity is Granularity.MONTH else t.reports
+    part = [of.c.granularity == Granularity.DAY.value] if of is t.rollups else [of.c.phase == Phase.FINAL.value]
+    query = select(of.c.tenant).where(
+        of.c.namespace == service[0],
+        of.c.service == service[1],
+        of.c.period_end_ns > last_ns,
+        of.c.period_end_ns <= period.start_ns,
+        *part,
+    )
+    return connection.scalar(query.limit(1)) is not None
 
 
 def _facts_before(connection: Connection, service: Service, end_ns: int) -> Version:
