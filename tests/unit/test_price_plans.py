@@ -15,7 +15,7 @@ from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.billing.rollup import Part, RollUp, add, rolled_up
 from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plain, plan_from
-from gpumeter_usage.period import SECOND_NS, Granularity, period_of
+from gpumeter_usage.period import SECOND_NS, Granularity, day_of
 from gpumeter_usage.record import Account
 from rigs.ledger import START_NS, FakeWorker, finals
 from rigs.pricing import SERVICE, PricedHour, Status, at, plan, priced, rate, seconds
@@ -373,7 +373,7 @@ def test_a_contradictory_plan_is_refused_with_what_is_wrong(spec: bytes, told: s
 
 def test_a_day_costs_what_its_hours_were_published_to_cost() -> None:
     """What an accountant adds up. A day reckoned anew from nanoseconds would differ by the hours' roundings."""
-    period = period_of(START_NS, Granularity.DAY)
+    period = day_of(START_NS)
     closed = RollUp(Phase.FINAL, "AllPeriodsFinal", "All periods of the day are Final.")
 
     def hour(amount: Decimal, currency: str = "USD") -> Part:
