@@ -218,10 +218,6 @@ async def test_a_worker_gets_no_more_at_once_than_it_computes_and_queues(rig: Ri
     [
         ({"annotations": {"gpumeter.io/stop": "true"}}, "Stopped: Stopped by the annotation"),
         ({"replicas": 0}, "ScaledToZero: spec.replicas is 0"),
-        (
-            {"conditions": [{"type": "BudgetExhausted", "status": "True", "reason": "Spent", "message": "No more."}]},
-            "Spent: No more.",
-        ),
     ],
 )
 async def test_who_would_wait_in_vain_is_told_at_once_with_the_services_own_reason(

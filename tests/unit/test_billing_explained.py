@@ -15,6 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from devcluster.layout import REPOSITORY
+from gpumeter_operator.adapters.ledger.days import DAY_NS
+from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.billing.accounts import fold
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod, Span, Worker
@@ -242,6 +244,55 @@ def test_the_auditors_script_finds_nothing_in_an_honest_ledger(ledger: Path) -> 
     assert [line.split(": ", 1)[1] for line in until] == [
         "closed until 2026-11-21 10:03:00+00:00, 0 later periods with records"
     ] * 2
+
+
+@pytest.fixture
+def old_ledger(tmp_path: Path) -> Path:
+    """A pod that served through midnight, its hours all Final; retention removed the records of its first day."""
+    path = tmp_path / "ledger.db"
+    kept = open_ledger(path, Granularity.HOUR)
+    hour_ns = 60 * MINUTE_NS
+    midnight_ns = START_NS // DAY_NS * DAY_NS + DAY_NS
+    fake = FakeWorker(worker(), midnight_ns - hour_ns // 2)
+    until_ns = midnight_ns + 2 * hour_ns
+    kept.observe(fake.identity, [started("c", fake.frontier_ns)], until_ns)
+    while fake.frontier_ns < until_ns:
+        fake.serve(f"s-{fake.frontier_ns}", "acme", fake.frontier_ns + 300 * SECOND_NS)
+        fake.spend(Account.IDLE, fake.frontier_ns + 300 * SECOND_NS)
+    fake.seal()
+    kept.observe(fake.identity, [ended("c", until_ns), gone(until_ns)], until_ns)
+    kept.take(fake.identity, fake.page("boot-1", 0), until_ns)
+    prices = canonical_spec({"currency": "USD", "rates": [{"gpuClass": "h100", "perGpuHour": "2.50"}]})
+    plans = {"default": kept.keep_plan("default", 1, prices, START_NS)}
+    Closer(kept, MINUTE_NS).close_all(Pricing({}, plans), until_ns + 4 * hour_ns)
+    [removed] = remove_old(kept, 90, midnight_ns + 90 * DAY_NS)
+    assert removed.records
+    kept.close()
+    return path
+
+
+def test_the_auditors_script_finds_nothing_in_an_honest_ledger_after_retention(old_ledger: Path) -> None:
+    done = verify(old_ledger)
+    assert (done.stdout.splitlines()[0], done.stderr) == ("all right: 1 chains, 2 closed periods", "")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "statement", "told"),
+    [
+        ("records", "DELETE FROM records WHERE seq = (SELECT MIN(seq) FROM records)", "the chain breaks here"),
+        ("records", "DELETE FROM records", "does not end where the collector left it"),
+        ("removals", "DELETE FROM removals", "the chain breaks here"),
+        ("removals", "UPDATE removals SET last_hash = 'forged'", "the chain breaks here"),
+        ("pod_accounts", "UPDATE pod_accounts SET unaccounted = unaccounted - 1", "the accounts do not add up"),
+    ],
+)
+def test_the_auditors_script_finds_what_was_changed_beside_a_removal(
+    old_ledger: Path, table: str, statement: str, told: str
+) -> None:
+    change(old_ledger, table, statement)
+    done = verify(old_ledger)
+    assert (done.returncode, told in done.stdout) == (1, True), done.stdout
 
 
 @pytest.mark.parametrize(

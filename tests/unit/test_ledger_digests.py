@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from gpumeter_operator.adapters import digest_file
 from gpumeter_operator.adapters.digest_file import FileUnusable
 from gpumeter_operator.adapters.ledger import digests as kept
+from gpumeter_operator.adapters.ledger.days import DAY_NS
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.billing.digest import entry_of
 from gpumeter_operator.billing.merkle import root_of
 from gpumeter_operator.billing.signing import KeyInvalid, SigningKey, public_pem, signing_key
@@ -270,6 +272,20 @@ def test_the_script_of_the_documentation_checks_ledger_and_file_with_openssl(pat
         raw.close()
         code, told = check(tmp_path / f"changed-{number}.db")
         assert (code, expected in told) == (1, True), told
+
+
+def test_the_script_of_the_documentation_finds_nothing_where_retention_removed_records(
+    path: Path, tmp_path: Path
+) -> None:
+    ledger = open_ledger(path)
+    [removed] = remove_old(ledger, 90, DIGESTED_NS + 100 * DAY_NS)
+    assert removed.records
+    ledger.close()
+    (tmp_path / "digests.py").write_text(script())
+    files = (path.with_suffix(".jsonl"), public_file(tmp_path, key()), path)
+    check = [sys.executable, tmp_path / "digests.py", *files]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
 def test_one_line_is_checked_with_openssl_alone(path: Path, tmp_path: Path) -> None:

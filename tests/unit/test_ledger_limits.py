@@ -157,3 +157,6 @@ def test_a_boot_began_with_the_earliest_of_its_records_whichever_comes_first(led
         begun_ns = START_NS + number * minute_ns
         fake._append(Kind.ACCOUNT, Account.IDLE, begun_ns, begun_ns + minute_ns, gpu_ns=minute_ns)
     ledger.take(POD, fake.page("boot-1", 0), now_ns)
+    [boot] = ledger.boots(POD.worker_uid)
+    assert boot.started_ns == START_NS
+    assert boot.accounts_ns == 10 * minute_ns + SECOND_NS

@@ -5,18 +5,20 @@ product's second reckoning agree with each.
 """
 
 from decimal import Decimal
+from functools import reduce
 from pathlib import Path
 
 import pytest
 
 from gpumeter_operator.adapters.ledger.engine import writing
+from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
-from gpumeter_operator.billing.statement import rolled_up
+from gpumeter_operator.billing.rollup import Part, RollUp, add, rolled_up
 from gpumeter_operator.billing.tariff import BillingMode, PlanInvalid, Terms, plain, plan_from
-from gpumeter_usage.period import SECOND_NS, Granularity
+from gpumeter_usage.period import SECOND_NS, Granularity, day_of
 from gpumeter_usage.record import Account
-from rigs.ledger import FakeWorker, finals
-from rigs.pricing import PricedHour, at, plan, priced, rate, seconds
+from rigs.ledger import START_NS, FakeWorker, finals
+from rigs.pricing import SERVICE, PricedHour, Status, at, plan, priced, rate, seconds
 
 FLAT = plan(rate("3.60"))  # a thousandth of a dollar for each GPU-second
 
@@ -371,11 +373,24 @@ def test_a_contradictory_plan_is_refused_with_what_is_wrong(spec: bytes, told: s
 
 def test_a_day_costs_what_its_hours_were_published_to_cost() -> None:
     """What an accountant adds up. A day reckoned anew from nanoseconds would differ by the hours' roundings."""
-    hours: list[tuple[Decimal | None, str]] = [(Decimal("0.333333333333"), "USD")] * 24
-    assert rolled_up(hours).amount == Decimal("7.999999999992")
-    assert rolled_up(hours).currency == "USD"
-    assert rolled_up([*hours[1:], (None, "")]).reason == "PartUnpriced"
-    assert rolled_up([*hours[1:], (Decimal(1), "EUR")]).reason == "CurrencyChanged"
-    assert rolled_up([(Decimal("1" * 30), "USD"), (Decimal("0.000000000001"), "USD")]).amount == Decimal(
-        "1" * 30 + ".000000000001"
-    ), "no digit is lost"
+    period = day_of(START_NS)
+    closed = RollUp(Phase.FINAL, "AllPeriodsFinal", "All periods of the day are Final.")
+
+    def hour(amount: Decimal, currency: str = "USD") -> Part:
+        amounts = {"amount": amount, "measuredAmount": amount}
+        return Part(periods=1, complete=1, amounts=amounts, currencies=frozenset({currency}))
+
+    def day(*hours: Part) -> Status:
+        of = reduce(add, hours)
+        status: Status = rolled_up(SERVICE, "acme", period, of, of, verdict=closed, pods={})["status"]
+        return status
+
+    thirds = [hour(Decimal("0.333333333333"))] * 24
+    assert (day(*thirds)["amount"], day(*thirds)["currency"]) == ("7.999999999992", "USD")
+    hidden = day(*thirds[1:], Part(unpriced=1, unpriced_first=(START_NS, "NoPlan", "No plan.")))
+    mixed = day(*thirds[1:], hour(Decimal(1), "EUR"))
+    for status, reason in ((hidden, "NoPlan"), (mixed, "CurrenciesDiffer")):
+        assert "amount" not in status
+        assert priced(status)["reason"] == reason
+    long = day(hour(Decimal("1" * 30)), hour(Decimal("0.000000000001")))
+    assert long["amount"] == "1" * 30 + ".000000000001", "no digit is lost"

@@ -3,7 +3,6 @@
 Owns how charges are written. Reckons nothing that billing.charges did not.
 """
 
-from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -15,7 +14,6 @@ from gpumeter_operator.billing.tariff import (
     per_thousand,
     plain,
     rounded,
-    sum_of_amounts,
 )
 from gpumeter_usage.period import rfc3339
 
@@ -48,24 +46,6 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
     if tokens and as_measured is not None:
         found["pricePerThousandTokens"] = plain(per_thousand(as_measured, tokens))
     return found
-
-
-def rolled_up(published: Sequence[tuple[Decimal | None, str]]) -> Priced:
-    """The amount of a span from those of its parts as they were published (amount, currency): a day from its hours.
-
-    None where a part has none, or two have different currencies; what a part of nothing costs is left to the caller.
-    """
-    unpriced = sum(amount is None for amount, _ in published)
-    if unpriced:
-        message = f"{unpriced} of {len(published)} parts have no amount; their own conditions say why."
-        return Priced(None, "PartUnpriced", message)
-    currencies = sorted({currency for _, currency in published})
-    if len(currencies) > 1:
-        told = f"The parts are in {' and '.join(currencies)}, and amounts of two currencies do not add up."
-        return Priced(None, "CurrencyChanged", told)
-    total = sum_of_amounts(amount for amount, _ in published if amount is not None)
-    message = f"The sum of the published amounts of {len(published)} parts."
-    return Priced(total, "Priced", message, currencies[0] if currencies else "")
 
 
 _OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM)

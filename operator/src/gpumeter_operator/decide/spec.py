@@ -136,7 +136,7 @@ def _gpu_class(gpu: Mapping[str, Any]) -> str:
 
 def is_stopped(service: Mapping[str, Any]) -> bool:
     """Whether the user stopped the service by annotation."""
-    annotations = service["metadata"].get("annotations") or {}
+    annotations = (service.get("metadata") or {}).get("annotations") or {}
     return str(annotations.get(STOP_ANNOTATION, "")).lower() == "true"
 
 

@@ -236,12 +236,12 @@ class Scaler:
             known = self._crews[uid] = version, replica_of(pod)
         return known[1]
 
-    def _sight(self, held: _Held, service: Manifest, crew: list[Replica], loads: Mapping[str, Load]) -> Sight:
+    def _sight(self, held: _Held, crew: list[Replica], loads: Mapping[str, Load]) -> Sight:
         spec = held.spec
         serving = [one for one in crew if not one.draining]
         blocked = replica_failure(self._fleet.deployment(spec.namespace, spec.name))
         if blocked is None and any(not one.placed for one in serving):
-            blocked = self._unplaced(service, spec)
+            blocked = self._unplaced(spec)
         return Sight(
             replicas=held.wanted or 0,
             workers=tuple(Worker(one.ready, one.placed, loads.get(one.uid)) for one in serving),
@@ -254,7 +254,7 @@ class Scaler:
         one, known = self._doors.asked().get(spec.reference), not self._doors.silent()
         return Door(known=known) if one is None else Door(one.waiting, one.in_flight, known)
 
-    def _unplaced(self, service: Manifest, spec: ServiceSpec) -> Problem | None:
+    def _unplaced(self, spec: ServiceSpec) -> Problem | None:
         """The scheduler's words about a pod that has no node."""
         for pod in self._fleet.pods_of(spec.namespace, spec.name):
             if belongs(pod, spec.uid) and not (pod.get("spec") or {}).get("nodeName"):
@@ -276,7 +276,7 @@ class Scaler:
         if held.wanted is None or held.spec.scaling is None or (held.acting is not None and not held.acting.done()):
             return
         now, now_ms = self._clock(), self._clock_ms()
-        sight = self._sight(held, service, crew, loads)
+        sight = self._sight(held, crew, loads)
         decision, held.memory = decide(held.spec.scaling, sight, held.memory, now_ms)
         if (news := _note(held, decision, now, now_ms)) is not None:
             held.news.append((news, decision.able, now))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumeter_operator.decide.names import STOP_ANNOTATION
+from gpumeter_operator.decide.spec import is_stopped
 
 # Reasons of the condition Ready that last until a person changes something.
 _LASTING = frozenset(
@@ -46,16 +47,13 @@ class Outlook:
 def outlook(service: Mapping[str, Any]) -> Outlook:
     """Read an InferenceService."""
     metadata, spec, status = service.get("metadata") or {}, service.get("spec") or {}, service.get("status") or {}
-    if (metadata.get("annotations") or {}).get(STOP_ANNOTATION) == "true":
+    if is_stopped(service):
         return Outlook(
             False, "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
         )
     if spec.get("replicas") == 0:
         return Outlook(False, "ScaledToZero", "spec.replicas is 0, so nothing answers; raise it to start workers.")
     conditions = {one.get("type"): one for one in status.get("conditions") or ()}
-    exhausted = conditions.get("BudgetExhausted") or {}
-    if exhausted.get("status") == "True":
-        return Outlook(False, exhausted.get("reason") or "BudgetExhausted", exhausted.get("message") or "")
     ready = conditions.get("Ready") or {}
     if ready.get("status") == "True":
         return Outlook(True)

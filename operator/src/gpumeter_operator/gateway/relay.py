@@ -39,12 +39,10 @@ class Errand:
 
 @dataclass(slots=True)
 class Answer:
-    """A worker's answer whose body has not been read. `sent_at_s` and `first_byte_at_s` are monotonic seconds."""
+    """A worker's answer whose body has not been read. `sent_at_s` is in monotonic seconds."""
 
-    endpoint: Endpoint
     response: aiohttp.ClientResponse
     sent_at_s: float
-    first_byte_at_s: float
 
     @property
     def is_stream(self) -> bool:
@@ -156,7 +154,7 @@ class Relay:
         except aiohttp.ClientError as error:
             message = f"The worker of {errand.service} does not speak HTTP as expected ({type(error).__name__})."
             raise Refusal(502, "worker_broken", message) from None
-        return Answer(endpoint, response, notes.sent_at_s, time.monotonic())
+        return Answer(response, notes.sent_at_s)
 
 
 async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:

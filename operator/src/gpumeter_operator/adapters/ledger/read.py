@@ -211,20 +211,6 @@ class Reader:
         with reading(self.engine) as connection:
             return prices.period_plan(connection, namespace, service, end_ns)
 
-    def final_names(self, since_end_ns: int) -> set[tuple[str, str]]:
-        """(namespace, name) of the Final reports whose periods ended after `since_end_ns`."""
-        r = t.reports.c
-        query = select(r.namespace, r.name).where(r.phase == Phase.FINAL.value, r.period_end_ns > since_end_ns)
-        with reading(self.engine) as connection:
-            return {(row[0], row[1]) for row in connection.execute(query)}
-
-    def final_report(self, namespace: str, name: str) -> bytes | None:
-        """The bytes of a Final report, as it was published and will be again."""
-        r = t.reports.c
-        query = select(r.body).where(r.phase == Phase.FINAL.value, r.namespace == namespace, r.name == name)
-        with reading(self.engine) as connection:
-            return connection.scalar(query)
-
     def final_reports(self, namespace: str, service: str) -> list[tuple[int, str, bytes]]:
         """(end of the period, tenant, bytes) of all Final reports of a service, by period and tenant."""
         r = t.reports.c
