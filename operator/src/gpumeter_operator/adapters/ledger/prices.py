@@ -31,6 +31,15 @@ def keep_terms(engine: Engine, service: tuple[str, str], period: Period, terms: 
         return  # another collector said it in the same moment
 
 
+def last_terms(engine: Engine, service: tuple[str, str]) -> Terms:
+    """How a service was billed in its latest period; as measured where it had none. Raises LedgerUnavailable."""
+    p = t.period_terms.c
+    latest = select(p.billing_mode, p.owner).where(p.namespace == service[0], p.service == service[1])
+    with reading(engine) as connection:
+        row = connection.execute(latest.order_by(p.end_ns.desc()).limit(1)).one_or_none()
+    return Terms() if row is None else Terms(BillingMode(row.billing_mode), row.owner)
+
+
 def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
     """The two newest versions of a price plan that were seen, the newest last. Raises LedgerUnavailable."""
     o, p = t.plan_observations.c, t.price_plans.c
