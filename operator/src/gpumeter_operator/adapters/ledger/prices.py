@@ -50,6 +50,15 @@ def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
         return [SeenVersion(row.version, row.hash, row.spec, row.observed_ns) for row in rows][::-1]
 
 
+def newest_hashes(engine: Engine) -> dict[str, str]:
+    """By name, the hash of the version of each price plan that was seen last; "" where it was gone then. Raises
+    LedgerUnavailable."""
+    o = t.plan_observations.c
+    with reading(engine) as connection:
+        rows = connection.execute(select(o.name, o.hash).order_by(o.observed_ns, o.id))
+        return {row.name: row.hash for row in rows}
+
+
 def in_force(connection: Connection, name: str, at_ns: int, until_ns: int | None = None) -> tuple[str, int] | None:
     """(hash, when it was seen) of the version of a price plan that was in force at a time, as far as anyone saw; ""
     where the plan was deleted then. Where nothing had been seen of it yet: the first that was seen after, up to
