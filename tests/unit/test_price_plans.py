@@ -339,6 +339,20 @@ def test_how_a_service_is_billed_is_fixed_when_its_period_is_opened(tmp_path: Pa
     assert amounts(hour.close()) == {"acme": "1.8", "beta": "0.6", PLATFORM: "1.2"}
 
 
+def test_what_comes_late_of_a_service_that_was_deleted_is_billed_as_its_last_period_was(tmp_path: Path) -> None:
+    hour = PricedHour(tmp_path, Terms(BillingMode.STANDARD_RATE))
+    hour.see(plan(rate("3.60"), standardRates=[STANDARD]), 0)
+    late = hour.pod(served, collect=False)
+    hour.run(1)
+    hour.close()
+    hour.terms = {}  # nobody knows the service any more
+    hour.collect(late, at(66))
+    hour.run(125)
+    found = finals(hour.ledger)[at(120), "acme"]["status"]
+    assert found["billingMode"] == "standardRate"
+    assert {each["kind"] for each in found["charges"]} == {"Usage", "Tokens"}
+
+
 def test_how_a_period_is_billed_cannot_be_changed_in_the_database(tmp_path: Path) -> None:
     hour = PricedHour(tmp_path)
     hour.pod(served)

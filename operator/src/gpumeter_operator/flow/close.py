@@ -129,9 +129,9 @@ class Closer:
         return facts, verdict if waiting is None else after_earlier(verdict, waiting)
 
     def _plan(self, service: ServiceName, period: Period, pricing: Pricing, now_ns: int) -> PeriodPlan:
-        # A deleted service keeps the plan of its last period: its last usage is priced as the rest was.
+        # A deleted service keeps plan and terms of its last period: its last usage is priced as the rest was.
         name = pricing.plan_names.get(service) or self._ledger.last_plan_name(*service) or DEFAULT_PLAN
-        plan_hash, terms = pricing.plan_hashes.get(name, ""), pricing.terms.get(service, Terms())
+        plan_hash, terms = pricing.plan_hashes.get(name, ""), pricing.terms.get(service)
         opened = open_with_plan(
             self._ledger, service, period, name=name, now_hash=plan_hash, terms=terms, now_ns=now_ns
         )

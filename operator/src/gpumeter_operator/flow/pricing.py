@@ -22,14 +22,15 @@ Service = tuple[str, str]
 
 
 def open_with_plan(
-    ledger: Ledger, service: Service, period: Period, *, name: str, now_hash: str, terms: Terms, now_ns: int
+    ledger: Ledger, service: Service, period: Period, *, name: str, now_hash: str, terms: Terms | None, now_ns: int
 ) -> PeriodPlan | None:
-    """The plan of a period; the first call fixes it. `now_hash` is the plan's version now ("" for none)."""
+    """The plan of a period; the first call fixes it. `now_hash` is the plan's version now ("" for none), `terms` are
+    those that the service states now (None where it is not there any more: those of its last period hold on)."""
     opened = ledger.period_plan(*service, period.end_ns)
     if opened is None:
         # After an outage a period is opened long after it began, and the plan may have changed since.
         seen = ledger.plan_in_force(name, period.start_ns, now_ns)
-        prices.keep_terms(ledger.engine, service, period, terms)
+        prices.keep_terms(ledger.engine, service, period, terms or prices.last_terms(ledger.engine, service))
         ledger.open_period(service, period, name, now_hash if seen is None else seen, now_ns)
         opened = ledger.period_plan(*service, period.end_ns)
     return opened

@@ -7,6 +7,7 @@ command joins it to those. Every round can be repeated; nothing is lost when one
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from hashlib import sha256
 
 from gpumeter_operator.adapters.kubernetes import Refused, Unreachable
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
@@ -255,8 +256,6 @@ class CloseRound:
         self._teller = teller
         self._restore_every_ns = restore_every_ns
         self._restore_at_ns = 0
-        self._plans_seen: dict[str, tuple[bytes, str]] = {}  # by name, the spec that is in force, and its hash
-        self._plans_noted: set[str] | None = None
 
     async def run(self, now_ns: int) -> None:
         """One round. Raises LedgerUnavailable; a cluster that does not answer is tried again in the next round."""
@@ -273,17 +272,17 @@ class CloseRound:
 
     async def _pricing(self, now_ns: int) -> Pricing:
         plans = {plan["metadata"]["name"]: plan for plan in list(self._plans().values())}
-        if self._plans_noted != plans.keys():
+        # The ledger is asked, and nothing remembered: another collector may have led since the last round.
+        known = await self._execute(self._ledger.newest_plans)
+        if any(digest and name not in plans for name, digest in known.items()):
             await self._execute(partial(self._ledger.note_plans, set(plans), now_ns))
-            self._plans_noted = set(plans)
-            self._plans_seen = {name: seen for name, seen in self._plans_seen.items() if name in plans}
+        hashes: dict[str, str] = {}
         for name, plan in plans.items():
             spec = canonical_spec(plan.get("spec") or {})
-            if self._plans_seen.get(name, (b"", ""))[0] != spec:
+            hashes[name] = sha256(spec).hexdigest()
+            if known.get(name) != hashes[name]:
                 version = int(plan["metadata"].get("generation", 1))
-                digest = await self._execute(partial(self._ledger.keep_plan, name, version, spec, now_ns))
-                self._plans_seen[name] = (spec, digest)
-        hashes = {name: digest for name, (_, digest) in self._plans_seen.items()}
+                await self._execute(partial(self._ledger.keep_plan, name, version, spec, now_ns))
         names = {
             key: ((service.get("spec", {}).get("pricing") or {}).get("planRef") or {}).get("name") or DEFAULT_PLAN
             for key, service in self._services().items()

@@ -31,6 +31,15 @@ def keep_terms(engine: Engine, service: tuple[str, str], period: Period, terms: 
         return  # another collector said it in the same moment
 
 
+def last_terms(engine: Engine, service: tuple[str, str]) -> Terms:
+    """How a service was billed in its latest period; as measured where it had none. Raises LedgerUnavailable."""
+    p = t.period_terms.c
+    latest = select(p.billing_mode, p.owner).where(p.namespace == service[0], p.service == service[1])
+    with reading(engine) as connection:
+        row = connection.execute(latest.order_by(p.end_ns.desc()).limit(1)).one_or_none()
+    return Terms() if row is None else Terms(BillingMode(row.billing_mode), row.owner)
+
+
 def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
     """The two newest versions of a price plan that were seen, the newest last. Raises LedgerUnavailable."""
     o, p = t.plan_observations.c, t.price_plans.c
@@ -39,6 +48,15 @@ def seen_versions(engine: Engine, name: str) -> list[SeenVersion]:
     with reading(engine) as connection:
         rows = connection.execute(query.where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc()).limit(2))
         return [SeenVersion(row.version, row.hash, row.spec, row.observed_ns) for row in rows][::-1]
+
+
+def newest_hashes(engine: Engine) -> dict[str, str]:
+    """By name, the hash of the version of each price plan that was seen last; "" where it was gone then. Raises
+    LedgerUnavailable."""
+    o = t.plan_observations.c
+    with reading(engine) as connection:
+        rows = connection.execute(select(o.name, o.hash).order_by(o.observed_ns, o.id))
+        return {row.name: row.hash for row in rows}
 
 
 def in_force(connection: Connection, name: str, at_ns: int, until_ns: int | None = None) -> tuple[str, int] | None:

@@ -206,6 +206,10 @@ class Reader:
             found = prices.in_force(connection, name, at_ns, until_ns)
             return None if found is None else found[0]
 
+    def newest_plans(self) -> dict[str, str]:
+        """By name, the hash of the version of each price plan that was seen last; "" where it was gone then."""
+        return prices.newest_hashes(self.engine)
+
     def period_plan(self, namespace: str, service: str, end_ns: int) -> PeriodPlan | None:
         """The price plan of a period; None where it was not opened."""
         with reading(self.engine) as connection:

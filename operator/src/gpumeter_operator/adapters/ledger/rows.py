@@ -19,6 +19,7 @@ from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
+from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import BootFacts, Span, Worker
 from gpumeter_operator.billing.reading import Row
 from gpumeter_operator.billing.report import Manifest, canonical_report
@@ -221,14 +222,23 @@ def observe(connection: Connection, worker: Worker, event: ContainerEvent, final
 
 
 def observe_plan(connection: Connection, name: str, digest: str, now_ns: int) -> None:
-    """Keep that this version of a price plan ("" for none) is in force from now on, unless it is known to be."""
+    """Keep that this version of a price plan ("" for none) is in force from now on, unless it is known to be.
+
+    Versions only ever go forward: where a clock stepped back, or another collector's is behind, "now" is right after
+    what is known. A closed period must be priced tomorrow as it was when it was closed, and one that is open goes on
+    from the version that it was opened with.
+    """
     o = t.plan_observations.c
-    latest = connection.scalar(
-        select(o.hash).where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc()).limit(1)
-    )
-    if latest != digest:
-        values = {"name": name, "hash": digest, "observed_ns": now_ns}
-        connection.execute(insert(t.plan_observations).values(values))
+    of_plan = select(o.hash, o.observed_ns).where(o.name == name).order_by(o.observed_ns.desc(), o.id.desc())
+    latest = connection.execute(of_plan.limit(1)).one_or_none()
+    if latest is not None and latest.hash == digest:
+        return
+    seen_ns = 0 if latest is None else latest.observed_ns
+    opened_ns = int(connection.scalar(select(func.max(t.periods.c.opened_ns))) or 0)
+    of_final = select(func.max(t.reports.c.period_end_ns)).where(t.reports.c.phase == Phase.FINAL.value)
+    final_ns = int(connection.scalar(of_final) or 0)
+    values = {"name": name, "hash": digest, "observed_ns": max(now_ns, seen_ns + 1, opened_ns + 1, final_ns)}
+    connection.execute(insert(t.plan_observations).values(values))
 
 
 def raise_alarm(
