@@ -12,7 +12,11 @@ from shutil import copyfile
 
 from click.testing import CliRunner, Result
 
+from gpumeter_operator.adapters.ledger import digests
+from gpumeter_operator.adapters.ledger.days import day_end_ns
+from gpumeter_operator.adapters.ledger.digests import Due
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.signing import Keyring, SigningKey, signing_key
 from gpumeter_operator.billing.tariff import canonical_spec
@@ -29,6 +33,10 @@ DIGESTED_NS = START_NS + 20 * HOUR_NS
 """When the digests are made: hours later, so that nothing that claims to be older can still be on its way."""
 
 DAY_NS = 24 * 3600 * SECOND_NS
+
+DAY_END_NS = day_end_ns(START_NS + HOUR_NS)
+OLD_NS = DAY_END_NS + 90 * DAY_NS
+"""When retention may remove its records."""
 
 PRIVATE_PEM = b"""-----BEGIN PRIVATE KEY-----
 MC4CAQAwBQYDK2VwBCIEIEJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJC
@@ -91,12 +99,22 @@ def found(path: Path, *arguments: str) -> list[dict[str, str]]:
     return list(told["findings"])
 
 
+def made_old(path: Path, *, covered: bool = True) -> Path:
+    """The same after retention removed the day of its records; a digest covers the removals too, or none does yet."""
+    ledger = Ledger(f"sqlite:///{made(path)}")
+    assert [each.chains for each in remove_old(ledger, 90, OLD_NS)] == [3]
+    if covered:
+        assert digests.make(ledger.engine, Due(), key(), OLD_NS + DAY_NS, since_ns=-1) is not None
+    ledger.close()
+    return path
+
+
 class Arena:
     """A copy of a ledger that is changed and put back again and again, without its triggers: what somebody can do who
     may write the file, and what an auditor finds who has it open."""
 
-    def __init__(self, source: Path, file: Path) -> None:
-        self._source = sqlite3.connect(source)
+    def __init__(self, source: Path, file: Path, now_ns: int = DIGESTED_NS + DAY_NS) -> None:
+        self._now_ns = now_ns
         opened_up(source, file).close()
         self._reader = Reader(f"sqlite:///{file}")
         self.raw = sqlite3.connect(file, isolation_level=None)
@@ -110,7 +128,7 @@ class Arena:
     def found(self, by: SigningKey | None = None) -> list[Finding]:
         """What an auditor finds who believes one key."""
         own = by or key()
-        audit = Audit(self._reader, Keyring({own.key_id: own.public_der}), DIGESTED_NS + DAY_NS)
+        audit = Audit(self._reader, Keyring({own.key_id: own.public_der}), self._now_ns)
         return list(verify(audit, Tally()))
 
 

@@ -8,10 +8,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger.days import DAY_NS
-from gpumeter_operator.adapters.ledger.retention import Removed, remove_old, removed_until_ns
+from gpumeter_operator.adapters.ledger.retention import Removed, remove_old
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.cli.accounts import audit
 from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.removals import removed_of
 from gpumeter_usage.period import SECOND_NS, Granularity
 from gpumeter_usage.record import Account
 from rigs.databases import Database
@@ -67,9 +68,10 @@ def test_a_whole_final_day_goes_after_its_time_and_a_fact_says_what_went(ledger:
     assert (fact["first_seq"], fact["last_seq"], fact["last_hash"]) == (went[0][0], went[-1][0], went[-1][1])
     assert fact["digest"] == sha256("".join(digest for _, digest in went).encode()).hexdigest()
     assert (fact["retention_days"], fact["removed_ns"], fact["service"]) == (90, OLD_ENOUGH_NS, "team-a/smollm2")
-    assert removed_until_ns(ledger, *SERVICE) == MIDNIGHT_NS
+    removed, unproved = removed_of(ledger, SERVICE, None, OLD_ENOUGH_NS)
+    assert (removed.day_ends_ns, unproved) == ({MIDNIGHT_NS}, [])
     assert ledger.final_reports(*SERVICE) == reports, "the bills stay"
-    assert audit(ledger, SERVICE) == []
+    assert audit(ledger, SERVICE, OLD_ENOUGH_NS) == []
     assert remove_old(ledger, 90, OLD_ENOUGH_NS) == []
 
     ledger.take(POD, fake.page("boot-1", 0), OLD_ENOUGH_NS)  # a journal that was found in a drawer
@@ -84,7 +86,7 @@ def test_what_is_damaged_beside_a_removal_is_found_all_the_same(ledger: Ledger, 
     first = kept(ledger)[0][0]
     database.disarm()
     database.run("DELETE FROM records WHERE seq = :seq", seq=first)
-    assert any("is not in the ledger" in problem for problem in audit(ledger, SERVICE))
+    assert any("is not in the ledger" in problem for problem in audit(ledger, SERVICE, OLD_ENOUGH_NS))
 
 
 def test_a_day_with_an_open_period_stays_however_old_it_is(ledger: Ledger) -> None:

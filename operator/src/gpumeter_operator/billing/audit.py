@@ -17,6 +17,7 @@ from typing import Any
 from gpumeter_operator.billing.accounts import Accounts
 from gpumeter_operator.billing.audit_prices import Due, RawMinute, allocated_in, bills_due, minute_end_ns
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
+from gpumeter_operator.billing.removals import NOTHING, Chains, Removed
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import AMOUNT_STEP, PeriodPlan
 from gpumeter_usage.period import Period, rfc3339
@@ -75,10 +76,6 @@ class Recount:
             yield RawMinute(at_ns, worker.gpu_class, worker.model, used, of_minute[""][0] if "" in of_minute else 0)
 
 
-Gone = Mapping[str, Iterable[tuple[int, int, str]]]
-"""By boot, (first seq, last seq, hash of the last) of what retention has removed, as the ledger's facts have it."""
-
-
 def recount(
     pod: Pod,
     rows: Iterable[RawRow],
@@ -86,7 +83,7 @@ def recount(
     adjustments: Iterable[Adjustment],
     hashed: HashedRecords,
     *,
-    gone: Gone | None = None,
+    gone: Chains | None = None,
     heads: Mapping[str, tuple[int, str]] | None = None,
 ) -> Recount:
     """Verify every chain of a pod and sum its records anew.
@@ -156,17 +153,17 @@ def check_accounts(
     adjustments: Iterable[Adjustment],
     final_ns: int,
     *,
-    removed_ns: int = 0,
+    removed: Removed = NOTHING,
     whole: bool = True,
 ) -> list[str]:
     """Compare the frozen accounts of a pod's Final periods, the last of which ended at `final_ns`, with its raw records
-    and, where `frozen` is the `whole` of them, with its container spans. Of periods up to `removed_ns` retention
-    removed the records: only spans count."""
+    and, where `frozen` is the `whole` of them, with its container spans. Of periods that `removed` holds there
+    are no records any more: only spans count."""
     problems = []
     name = f"{pod.worker.namespace}/{pod.worker.pod}"
     allocated_ns = 0
     for end_ns, accounts in frozen:
-        if end_ns <= removed_ns:
+        if removed.holds(end_ns):
             allocated_ns += accounts.allocated
             continue
         where = f"{name} in the period that ended {rfc3339(end_ns)}"

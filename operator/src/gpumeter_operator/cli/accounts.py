@@ -22,6 +22,7 @@ from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
 from gpumeter_operator.cli.span import Moment
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_operator.flow.recount import Whole, recount_service
+from gpumeter_operator.flow.removals import removed_of
 from gpumeter_operator.flow.verify import Tally
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 
@@ -98,9 +99,11 @@ def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
     return sorted(rows, key=lambda row: (row.namespace, row.service, row.period, row.pod))
 
 
-def audit(reader: Reader, service: Service) -> list[str]:
+def audit(reader: Reader, service: Service, now_ns: int | None = None) -> list[str]:
     """Every difference between the raw records of a service, its pods' accounts and its reports."""
-    return [problem for _, problem in recount_service(reader, service, Whole, Tally(), lambda *_: None)]
+    removed, unproved = removed_of(reader, service, None, time.time_ns() if now_ns is None else now_ns)
+    found = recount_service(reader, service, Whole, Tally(), lambda *_: None, removed=removed)
+    return [problem for _, problem in (*unproved, *found)]
 
 
 def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from gpumeter_operator.adapters.ledger import audit as raw
 from gpumeter_operator.adapters.ledger.read import Reader
-from gpumeter_operator.adapters.ledger.retention import removed_seqs, removed_until_ns
 from gpumeter_operator.billing.audit import (
     HashedRecords,
     RawRow,
@@ -23,6 +22,7 @@ from gpumeter_operator.billing.audit import (
     recount,
 )
 from gpumeter_operator.billing.facts import Pod
+from gpumeter_operator.billing.removals import Removed
 from gpumeter_operator.flow.refold import as_known, known_of, platform_of, refold
 from gpumeter_operator.flow.rollup import check_sums
 from gpumeter_usage.period import rfc3339
@@ -58,16 +58,15 @@ class Counts(Protocol):
 
 
 def recount_service(
-    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, progress: Count
+    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, progress: Count, *, removed: Removed
 ) -> Iterator[tuple[str, str]]:
     """(reason, sentence) for every difference between the raw records of a service, its pods' accounts and its reports.
 
     In a part of the ledger, chains are followed from the record before it, and what only the whole can tell (where a
-    chain ends, all of a pod's allocation) is left out.
+    chain ends, all of a pod's allocation) is left out. Of what is `removed` there are no raw records any more.
     """
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     final_ns = reader.last_final_ns(*service)
-    removed_ns = removed_until_ns(reader, *service)  # of periods up to here there are no raw records any more
     pods = reader.pods(*service, 0)
     of_records = sum(raw.count_records(reader.engine, pod.worker.worker_uid) for pod in pods)
     seen = 0
@@ -87,13 +86,10 @@ def recount_service(
 
         uid = pod.worker.worker_uid
         heads = None if span == Whole else raw.heads_before(reader.engine, uid, span.since_ns, span.until_ns)
-        gone = removed_seqs(reader, uid)
-        found = recount(pod, counted(), schedule, adjustments, hashed, gone=gone, heads=heads)
+        found = recount(pod, counted(), schedule, adjustments, hashed, gone=removed.chains.get(uid), heads=heads)
         for problem in found.problems:
             yield "RecordDiffers", problem
-        for problem in check_accounts(
-            pod, frozen, found, adjustments, final_ns, removed_ns=removed_ns, whole=span == Whole
-        ):
+        for problem in check_accounts(pod, frozen, found, adjustments, final_ns, removed=removed, whole=span == Whole):
             yield "AccountsDiffer", problem
         found.problems.clear()
         found.frozen_ns = {end_ns: of_period.allocated for end_ns, of_period in frozen}
@@ -106,7 +102,7 @@ def recount_service(
     for problem in check_kept((each for each in reader.kept_reports(*service) if span.holds(each[0])), []):
         yield "ReportDiffers", f"{name}: {problem}"
     folded = (pods, recounts, hashed, allocated_ns)
-    yield from _reports(reader, service, span, counts, folded, removed_ns=removed_ns)
+    yield from _reports(reader, service, span, counts, folded, removed=removed)
 
 
 Folded = tuple[tuple[Pod, ...], list[Recount], HashedRecords, dict[int, dict[str, int]]]
@@ -114,14 +110,14 @@ Folded = tuple[tuple[Pod, ...], list[Recount], HashedRecords, dict[int, dict[str
 
 
 def _reports(
-    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, folded: Folded, *, removed_ns: int
+    reader: Reader, service: tuple[str, str], span: Span, counts: Counts, folded: Folded, *, removed: Removed
 ) -> Iterator[tuple[str, str]]:
     """The Final reports beside the raw records, and beside themselves folded anew."""
     (pods, recounts, hashed, allocated_ns), name = folded, "/".join(service)
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     known = known_of(reader, service, pods)
     ends = {end_ns for end_ns, _ in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
-    for end_ns in sorted(each for each in ends | allocated_ns.keys() if each > removed_ns):
+    for end_ns in sorted(each for each in ends | allocated_ns.keys() if not removed.holds(each)):
         counts.periods += 1
         period = schedule.period_of(end_ns)
         bodies = raw.final_bodies(reader.engine, *service, end_ns)

@@ -15,12 +15,14 @@ from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.digests import COVERED, LATE_NS, Compared
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
-from gpumeter_operator.adapters.ledger.retention import removed_until_ns
+from gpumeter_operator.adapters.ledger.retention import strangers
 from gpumeter_operator.billing.audit import check_kept
 from gpumeter_operator.billing.digest import Digest, DigestInvalid, Entry, check_chain, columns_of, fact_line
 from gpumeter_operator.billing.merkle import Tree, root_of
+from gpumeter_operator.billing.removals import DAY_NS, Removed
 from gpumeter_operator.billing.signing import Keyring, key_id_of
 from gpumeter_operator.flow.recount import Span, Whole, recount_service
+from gpumeter_operator.flow.removals import removed_of
 from gpumeter_usage.period import rfc3339
 
 ADVICE = {
@@ -37,6 +39,8 @@ ADVICE = {
     "FactChanged": "Restore the ledger from a backup made before; the digest states what the row was.",
     "FactMissing": "A row was taken out. Restore the ledger from a backup made before.",
     "FactInserted": "A row was put in behind the collector's back: it claims to be older than a digest that lacks it.",
+    "FactAhead": "No clock of a collector said this yet: a row was put in, or this machine's clock is behind.",
+    "RemovalUnproved": "Retention did not write this row, so it excuses nothing. Restore the ledger from a backup.",
     "RecordsRoot": "Records of this period were changed, taken out or put in. Restore the ledger from a backup.",
     "PeriodWithoutDigest": "A collector with a signing key makes it within seconds: where one runs, it was taken out.",
     "RecordDiffers": "Compare with the worker's journal or a backup; nothing after this row of its chain is proved.",
@@ -105,11 +109,14 @@ def verify(of: Audit, tally: Tally) -> Iterator[Finding]:
         yield Finding("RecordStray", message)
     for worker_uid, boot_id in raw.stray_boots(of.reader.engine):
         yield Finding("RecordStray", f"worker {worker_uid} boot {boot_id}: a cursor of no worker that is known.")
+    for worker_uid, boot_id, day_end_ns, first_seq, name in strangers(of.reader):
+        key = f"{worker_uid} {boot_id} {day_end_ns} {first_seq}"
+        yield Finding("RemovalUnproved", f"removals ({key}): it names {name:.80}, of which its worker is none.")
     for service in raw.final_services(of.reader.engine):
         of_service = {
             entry.period_end_ns: entry for entry in entries.values() if (entry.namespace, entry.service) == service
         }
-        yield from _service(of, tally, service, of_service)
+        yield from _service(of, tally, service, of_service if entries else None)
     yield from _apart(lambda: _plans(of.reader), "price plans")
 
 
@@ -202,7 +209,10 @@ def _facts(of: Audit, tally: Tally, entries: Mapping[int, Entry]) -> Iterator[Fi
             tally.facts += 1
             of.progress("facts", tally.facts, 0)
             if each.line is None:
-                if _came_before(each, made_ns, closed_ns, of_worker):
+                if (came_ns := each.came_ns) is not None and _is_ahead(each.table, came_ns, of.now_ns):
+                    told = f"it came {rfc3339(came_ns)}, it says, and it is {rfc3339(of.now_ns)}"
+                    yield Finding("FactAhead", f"{each.table} ({each.key}): {told}.")
+                elif _came_before(each, made_ns, closed_ns, of_worker):
                     yield Finding("FactInserted", f"{each.table} ({each.key}): stands in no digest, and should.")
                 else:
                     tally.pending += 1
@@ -215,6 +225,11 @@ def _facts(of: Audit, tally: Tally, entries: Mapping[int, Entry]) -> Iterator[Fi
                 yield Finding("FactMissing", f"{table.name} ({lost}): digest {seq} covers it, and it is not there.")
     for name in sorted(digests.covered_tables(of.reader.engine) - {table.name for table in COVERED}):
         yield Finding("FactsRoot", f"digest_facts: it states rows of {name:.64}, which is no table of facts.")
+
+
+def _is_ahead(table: str, came_ns: int, now_ns: int) -> bool:
+    """Whether a row says that it came later than now. How a service is billed stands there before the period ends."""
+    return isinstance(came_ns, int) and came_ns > now_ns + (32 * DAY_NS if table == "period_terms" else LATE_NS)
 
 
 def _came_before(
@@ -248,26 +263,33 @@ def _changed(fact: Compared) -> str:
     return "; ".join(told) + "." if told else ""
 
 
-def _service(of: Audit, tally: Tally, service: tuple[str, str], entries: Mapping[int, Entry]) -> Iterator[Finding]:
+def _service(
+    of: Audit, tally: Tally, service: tuple[str, str], signed: Mapping[int, Entry] | None
+) -> Iterator[Finding]:
+    entries = signed or {}
+    removed, unproved = removed_of(of.reader, service, signed, of.now_ns)
+    for day_end_ns, message in unproved:
+        if of.span.since_ns < day_end_ns and day_end_ns - DAY_NS < of.span.until_ns:
+            yield Finding("RemovalUnproved", message)
+
     def look() -> Iterator[Finding]:
         def count(records: int, most: int) -> None:
             of.progress(f"records of {'/'.join(service)}", records, most)
 
-        for reason, message in recount_service(of.reader, service, of.span, tally, count):
+        for reason, message in recount_service(of.reader, service, of.span, tally, count, removed=removed):
             yield Finding(reason, message if message.endswith(".") else f"{message}.")
 
     yield from _apart(look, "/".join(service))
-    yield from _roots(of, service, entries)
+    yield from _roots(of, service, entries, removed)
     for end_ns, kept_ns in raw.final_ends(of.reader.engine, *service):
         just_now = isinstance(kept_ns, int) and abs(of.now_ns - kept_ns) < LATE_NS and end_ns > max(entries, default=0)
         if of.span.holds(end_ns) and end_ns not in entries and not just_now:
             yield Finding("PeriodWithoutDigest", f"{_period(*service, end_ns)} is Final and has no digest.")
 
 
-def _roots(of: Audit, service: tuple[str, str], entries: Mapping[int, Entry]) -> Iterator[Finding]:
-    removed_ns = removed_until_ns(of.reader, *service)  # their records went as whole days; facts say which
+def _roots(of: Audit, service: tuple[str, str], entries: Mapping[int, Entry], removed: Removed) -> Iterator[Finding]:
     for end_ns, entry in sorted(entries.items()):
-        if not of.span.holds(end_ns) or end_ns <= removed_ns:
+        if not of.span.holds(end_ns) or removed.holds(end_ns):
             continue
         tree = Tree()
         try:

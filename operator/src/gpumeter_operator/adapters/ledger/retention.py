@@ -7,20 +7,20 @@ fact names.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import Connection, func, insert, or_, select, text
 
 from gpumeter_operator.adapters.ledger import days, locks
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
 from gpumeter_operator.adapters.ledger.read import Reader, last_final_ns
 from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.billing.removals import LEAST_DAYS, Removal
 
-LEAST_DAYS = 90
 AT_A_TIME = 20_000  # records that one transaction deletes in SQLite: others write in between
 
 
@@ -50,21 +50,47 @@ def remove_old(ledger: Ledger, retention_days: int, now_ns: int) -> list[Removed
     return removed
 
 
-def removed_until_ns(reader: Reader, namespace: str, service: str) -> int:
-    """Records of a service that were booked in periods up to this end are removed; 0 where none are."""
-    query = select(func.max(t.removals.c.last_end_ns)).where(t.removals.c.service == f"{namespace}/{service}")
+def removals_of(reader: Reader, namespace: str, service: str) -> list[Removal]:
+    """What the log says was removed of a service, by day. Whether that is so, `billing.removals` judges."""
+    columns = [t.removals.c[each.name] for each in fields(Removal)]
+    query = select(*columns).where(t.removals.c.service == f"{namespace}/{service}")
     with reading(reader.engine) as connection:
-        return int(connection.scalar(query) or 0)
+        return [Removal(*row) for row in connection.execute(query.order_by(*t.removals.primary_key))]
 
 
-def removed_seqs(reader: Reader, worker_uid: str) -> dict[str, list[tuple[int, int, str]]]:
-    """By boot, (first seq, last seq, hash of the last) of what was removed of its chain, in the order of days."""
-    m = t.removals.c
-    query = select(m.boot_id, m.first_seq, m.last_seq, m.last_hash).where(m.worker_uid == worker_uid)
-    found: dict[str, list[tuple[int, int, str]]] = {}
+def strangers(reader: Reader) -> list[tuple[str, str, int, int, str]]:
+    """(worker_uid, boot_id, end of day, first seq, service) of rows in the log that name a service that their worker is
+    not of."""
+    m, w = t.removals.c, t.workers.c
+    key = w.namespace.concat("/").concat(w.service)
+    query = (
+        select(m.worker_uid, m.boot_id, m.day_end_ns, m.first_seq, m.service)
+        .select_from(t.removals.outerjoin(t.workers, w.worker_uid == m.worker_uid))
+        .where(or_(w.worker_uid.is_(None), m.service != key))
+    )
     with reading(reader.engine) as connection:
-        for boot_id, *span in connection.execute(query.order_by(m.day_end_ns, m.first_seq)):
-            found.setdefault(boot_id, []).append((span[0], span[1], span[2]))
+        rows = connection.execute(query.order_by(*t.removals.primary_key))
+        return [(row[0], row[1], row[2], row[3], row[4]) for row in rows]
+
+
+def worker_uids(reader: Reader, namespace: str, service: str) -> set[str]:
+    """All workers that a service ever had."""
+    w = t.workers.c
+    with reading(reader.engine) as connection:
+        query = select(w.worker_uid).where(w.namespace == namespace, w.service == service)
+        return set(connection.scalars(query))
+
+
+def first_left(reader: Reader, namespace: str, service: str, day_ends_ns: Iterable[int]) -> dict[int, str]:
+    """By end of day, for those of these days in which records of a service are booked that are there: one of them."""
+    r, found = t.records.c, {}
+    with reading(reader.engine) as connection:
+        for end_ns in day_ends_ns:  # one index seek each, in one partition
+            query = select(r.worker_uid, r.boot_id, r.seq).where(
+                r.service == f"{namespace}/{service}", r.booked_end_ns > end_ns - days.DAY_NS, r.booked_end_ns <= end_ns
+            )
+            if (row := connection.execute(query.limit(1)).first()) is not None:
+                found[end_ns] = f"worker {row[0]} boot {row[1]} seq {row[2]}"
     return found
 
 
