@@ -8,10 +8,11 @@ import pytest
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import DatabaseError
 
-from gpumeter_operator.adapters.ledger import rows
+from gpumeter_operator.adapters.ledger import days, rows
 from gpumeter_operator.adapters.ledger.days import DAY_NS, day_end_ns
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, writing
 from gpumeter_operator.adapters.ledger.grants import migrate
+from gpumeter_operator.adapters.ledger.intake import take_all
 from gpumeter_operator.adapters.ledger.locks import of_service, of_worker
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.retention import remove_old
@@ -224,3 +225,51 @@ def test_a_database_without_room_takes_nothing_and_says_so(postgres: Server, url
     postgres.execute(database, "DROP TRIGGER full_disk ON records")
     assert ledger.take(POD, fake.page("boot-1", 10), NOW_NS).inserted == 30
     ledger.close()
+
+
+def test_a_day_that_another_process_removed_is_made_again_and_no_page_is_held_up(url: str) -> None:
+    ledger, another = open_ledger(url), open_ledger(url)
+    fakes = [a_worker(number) for number in (1, 2)]
+    day_ns = day_end_ns(START_NS + MINUTE_NS)
+    for each in (ledger, another):
+        each.days.make([day_ns])
+    for end_ns in (day_ns, day_ns + DAY_NS):
+        with another.writing() as connection:
+            days.drop(connection, end_ns)
+    given = [(fake.identity, fake.page("boot-1", 0)) for fake in fakes]
+    assert [taken.inserted for taken in take_all(ledger, given, NOW_NS)] == [40, 40]  # type: ignore[union-attr]
+    assert count(url) == 80
+    ledger.close()
+    another.close()
+
+
+def test_a_page_that_a_constraint_refuses_holds_up_no_other(postgres: Server, url: str) -> None:
+    ledger, fakes = open_ledger(url), [a_worker(number) for number in (1, 2)]
+    database = url.partition("@/")[2].partition("?")[0]
+    ledger.days.make([day_end_ns(START_NS + MINUTE_NS)])
+    postgres.execute(database, "ALTER TABLE records ADD CONSTRAINT odd CHECK (worker_uid <> 'pod-uid-1' OR seq < 30)")
+    refused, taken = take_all(ledger, [(fake.identity, fake.page("boot-1", 0)) for fake in fakes], NOW_NS)
+    assert isinstance(refused, LedgerUnavailable)
+    assert "what worker pod-uid-1 sent" in str(refused) and '"odd"' in str(refused)
+    assert isinstance(taken, rows.Taken) and taken.inserted == 40
+    assert count(url) == 40, "the other worker's page"
+    ledger.close()
+
+
+def test_of_two_that_remove_the_same_day_at_once_one_does_and_the_other_goes_on(url: str) -> None:
+    ledgers = [open_ledger(url, Granularity.HOUR) for _ in range(2)]
+    fake = a_worker()
+    ledgers[0].observe(POD, [started("c", START_NS), ended("c", NOW_NS), gone(NOW_NS)], NOW_NS)
+    ledgers[0].take(POD, fake.page("boot-1", 0), NOW_NS)
+    Closer(ledgers[0], SECOND_NS).close_all(Pricing({}, {}), START_NS + 3 * 3600 * SECOND_NS)
+    together = threading.Barrier(2)
+
+    def remove(ledger: Ledger) -> int:
+        together.wait()
+        return sum(each.records for each in remove_old(ledger, 90, day_end_ns(START_NS) + 90 * DAY_NS))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(remove, ledgers)) == [0, 40]
+    assert count(url) == 0
+    for ledger in ledgers:
+        ledger.close()

@@ -10,7 +10,10 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
+import psycopg
+from psycopg import errors
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_usage.chain import Link
@@ -41,14 +44,26 @@ Booked = Iterable[tuple[Any, Link, int]]
 """Each record, its link, and the end of the period in which it is booked."""
 
 
+class NoPartition(Exception):
+    """A record is booked in a day that PostgreSQL has no partition for."""
+
+
 def insert_records(connection: Connection, booked: Booked) -> None:
-    """Insert records straight through the driver: parameters by name cost as much again as the insertion itself."""
+    """Insert records straight through the driver: parameters by name cost as much again as the insertion itself.
+
+    Raises NoPartition, and SQLAlchemy's IntegrityError for what a constraint refuses.
+    """
     if connection.dialect.name == "sqlite":
         _insert([_row(*each) for each in booked], connection)
         return
     driver: Any = connection.connection.driver_connection
-    with driver.cursor() as cursor, cursor.copy(COPY) as copy:
-        copy.write(b"".join((_SIGNATURE, *(_packed(*each) for each in booked), _END)))
+    try:
+        with driver.cursor() as cursor, cursor.copy(COPY) as copy:
+            copy.write(b"".join((_SIGNATURE, *(_packed(*each) for each in booked), _END)))
+    except psycopg.IntegrityError as error:  # as SQLAlchemy has it, which this goes past
+        if isinstance(error, errors.CheckViolation) and not error.diag.constraint_name:
+            raise NoPartition from error  # the message depends on the server's language; a constraint has a name
+        raise IntegrityError(COPY, None, error) from error
 
 
 def _insert(rows: list[tuple[Any, ...]], connection: Connection) -> None:

@@ -60,6 +60,12 @@ class Days:
                     connection.execute(select(func.ledger_make_day(bindparam("end", end_ns, BigInteger))))
             self._known |= wanted
 
+    def gone(self, booked_ends_ns: Iterable[int]) -> DayMissing:
+        """What to raise where a day that was there is not any more: another process removed it. It is made again."""
+        day_ends_ns = {day_end_ns(end_ns) for end_ns in booked_ends_ns if end_ns > EARLY_END_NS}
+        self.forget(day_ends_ns)
+        return DayMissing(day_ends_ns)
+
     def forget(self, day_ends_ns: Iterable[int]) -> None:
         """These days were removed."""
         with self._lock:

@@ -123,3 +123,8 @@ def _alone(ledger: Ledger, worker: Worker, page: Page, now_ns: int) -> Taken | R
         return ledger.take(worker, page, now_ns)
     except (PageRefused, LedgerUnavailable) as refusal:
         return refusal
+    except IntegrityError as error:  # a fault of this page or of the schema; others' pages must not wait for it
+        told = str(error.orig).strip().splitlines()
+        return LedgerUnavailable(
+            f"The database refuses what worker {worker.worker_uid} sent: {told[0] if told else ''}"
+        )

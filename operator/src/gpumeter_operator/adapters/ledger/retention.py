@@ -46,7 +46,8 @@ def remove_old(ledger: Ledger, retention_days: int, now_ns: int) -> list[Removed
         one = _remove(ledger, end_ns, retention_days, now_ns)
         if one is None:
             break
-        removed.append(one)
+        if one.chains:
+            removed.append(one)
     return removed
 
 
@@ -97,11 +98,15 @@ def first_left(reader: Reader, namespace: str, service: str, day_ends_ns: Iterab
 def _oldest(ledger: Ledger) -> int | None:
     """The end of the oldest day that holds records."""
     with reading(ledger.engine) as connection:
-        services = connection.execute(select(t.workers.c.namespace, t.workers.c.service).distinct()).all()
-        firsts = [  # one index seek a service
-            connection.scalar(select(func.min(t.records.c.booked_end_ns)).where(t.records.c.service == f"{name}/{of}"))
-            for name, of in services
-        ]
+        return _oldest_in(connection)
+
+
+def _oldest_in(connection: Connection) -> int | None:
+    services = connection.execute(select(t.workers.c.namespace, t.workers.c.service).distinct()).all()
+    firsts = [  # one index seek a service
+        connection.scalar(select(func.min(t.records.c.booked_end_ns)).where(t.records.c.service == f"{name}/{of}"))
+        for name, of in services
+    ]
     return min((days.day_end_ns(first) for first in firsts if first is not None), default=None)
 
 
@@ -109,6 +114,9 @@ def _remove(ledger: Ledger, end_ns: int, retention_days: int, now_ns: int) -> Re
     with ledger.writing(locks.RETENTION) as connection:
         if not _is_final(connection, end_ns):
             return None
+        if _oldest_in(connection) != end_ns:  # another collector was faster while this one waited
+            ledger.days.forget([end_ns])
+            return Removed(end_ns, 0, 0)
         found = []
         for chain in _chains(connection, end_ns):
             found.append(chain | {"day_end_ns": end_ns, "retention_days": retention_days, "removed_ns": now_ns})

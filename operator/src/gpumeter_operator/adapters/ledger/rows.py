@@ -90,7 +90,10 @@ def insert_pages(
         of_page, late = _booked(records, links, periods, final_ns, days)
         booked += of_page
         belated.append((worker, late, periods.period_of(final_ns + 1).end_ns))
-    bulk.insert_records(connection, booked)
+    try:
+        bulk.insert_records(connection, booked)
+    except bulk.NoPartition:
+        raise days.gone(end_ns for _, _, end_ns in booked) from None
     for worker, late, next_open_ns in belated:
         _tell_late(connection, worker, late, next_open_ns, now_ns)
 
