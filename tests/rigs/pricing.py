@@ -99,9 +99,13 @@ def check_parts(status: Status) -> None:
     if "amount" not in status or not charges:
         return
     by_tokens = status.get("billingMode") == "standardRate"
-    counted = [each for each in charges if not (by_tokens and each["kind"] == "Usage")]
+    counted = [each for each in charges if _is_counted(each, by_tokens=by_tokens)]
     parts = sum(Fraction(Decimal(each["amount"])) for each in counted)
     assert abs(parts - Fraction(Decimal(status["amount"]))) <= Fraction(len(counted) + 1, 2 * 10**12)
+
+
+def _is_counted(charge: dict[str, Any], *, by_tokens: bool) -> bool:
+    return not by_tokens or charge["kind"] != "Usage" or charge.get("billingMode") == "measured"
 
 
 def priced(status: Status) -> dict[str, str]:

@@ -58,10 +58,10 @@ def bills_due(
     at = {stretch.start_ns: stretch for stretch in cut}
     used: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     idle: dict[tuple[int, str], int] = defaultdict(int)
-    by_tokens = plan.terms.billing_mode is BillingMode.STANDARD_RATE
     for minute in minutes:
         stretch = stretch_at(cut, minute.end_ns)
         key = stretch.start_ns, minute.gpu_class
+        by_tokens = stretch.terms.billing_mode is BillingMode.STANDARD_RATE
         idle[key] += minute.idle_ns
         for tenant, (gpu_ns, *tokens) in minute.used.items():
             if tenant == PLATFORM:
@@ -76,7 +76,7 @@ def bills_due(
                 due[PLATFORM].add(gap, stretch)
     for key in sorted(allocated_ns.keys() | used.keys() | idle.keys()):
         stretch, gpu_class = at[key[0]], key[1]
-        shares = {} if by_tokens else _idle_due(stretch, idle[key], used[key], plan.terms.owner, period)
+        shares = _idle_due(stretch, idle[key], used[key], period)
         for tenant, gpu_ns in shares.items():
             due[tenant].gpu_ns += gpu_ns
             due[tenant].idle_ns += gpu_ns
@@ -155,7 +155,10 @@ def _of_tokens(stretch: Stretch, model: str, prompt: int, cached: int, completio
     return sum((count * price / 1000 for count, price in zip(counts, prices, strict=True)), Fraction(0))
 
 
-def _idle_due(stretch: Stretch, idle_ns: int, used: Mapping[str, int], owner: str, period: Period) -> dict[str, int]:
+def _idle_due(stretch: Stretch, idle_ns: int, used: Mapping[str, int], period: Period) -> dict[str, int]:
+    if stretch.terms.billing_mode is BillingMode.STANDARD_RATE:
+        return {}
+    owner = stretch.terms.owner
     payer = IdlePayer.PLATFORM if stretch.version.plan is None else stretch.version.plan.idle_payer
     if payer is IdlePayer.OWNER:
         return {owner: idle_ns} if owner and idle_ns else {}

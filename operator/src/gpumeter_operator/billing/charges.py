@@ -25,7 +25,7 @@ from fractions import Fraction
 
 from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
 from gpumeter_operator.billing.stretches import Stretch, stretches
-from gpumeter_operator.billing.tariff import BillingMode, HourPrice, IdlePayer, PeriodPlan, StandardRate, rounded
+from gpumeter_operator.billing.tariff import HourPrice, IdlePayer, PeriodPlan, StandardRate, rounded
 from gpumeter_usage.apportion import largest_remainder
 from gpumeter_usage.period import Period, rfc3339
 from gpumeter_usage.record import Account, Kind
@@ -130,25 +130,24 @@ def bills(parts: Iterable[PodStretch], plan: PeriodPlan, period: Period) -> dict
                 used[key][line.owner] += line.gpu_ns
                 left[key] -= line.gpu_ns
                 count = Tokens(line.prompt_tokens, line.cached_tokens, line.completion_tokens)
-                tokens[start_ns, part.worker.model][line.owner] += count
-    by_tokens = plan.terms.billing_mode is BillingMode.STANDARD_RATE
+                if part.stretch.by_tokens:
+                    tokens[start_ns, part.worker.model][line.owner] += count
     found: dict[str, list[Charge]] = {PLATFORM: []}
     for start_ns, gpu_class in sorted(left):
         key, stretch = (start_ns, gpu_class), at[start_ns]
         for tenant, gpu_ns in used[key].items():
-            usage = _of_time(ChargeKind.USAGE, stretch, gpu_class, gpu_ns, counted=not by_tokens)
+            usage = _of_time(ChargeKind.USAGE, stretch, gpu_class, gpu_ns, counted=not stretch.by_tokens)
             found.setdefault(tenant, []).append(usage)
         # A price of tokens is the whole price: who pays by it pays for no idle time besides.
-        charged = {} if by_tokens else _idle_shares(stretch, idle[key], used[key], plan.terms.owner, period)
+        charged = {} if stretch.by_tokens else _idle_shares(stretch, idle[key], used[key], period)
         for tenant, gpu_ns in charged.items():
             found.setdefault(tenant, []).append(_of_time(ChargeKind.IDLE, stretch, gpu_class, gpu_ns))
         rest_ns = left[key] - sum(charged.values())
         found[PLATFORM].append(_of_time(ChargeKind.PLATFORM, stretch, gpu_class, rest_ns))
-    if by_tokens:
-        for (start_ns, model), of_tenants in tokens.items():
-            for tenant, count in of_tenants.items():
-                found.setdefault(tenant, []).append(_of_tokens(at[start_ns], model, count))
-        found[PLATFORM] += _differences(at, [charge for tenant in found for charge in found[tenant]])
+    for (start_ns, model), of_tenants in tokens.items():
+        for tenant, count in of_tenants.items():
+            found.setdefault(tenant, []).append(_of_tokens(at[start_ns], model, count))
+    found[PLATFORM] += _differences(at, [charge for tenant in found for charge in found[tenant]])
     return {owner: Bill(tuple(sorted(charges, key=_in_order))) for owner, charges in found.items()}
 
 
@@ -207,11 +206,11 @@ def _of_time(kind: ChargeKind, stretch: Stretch, gpu_class: str, gpu_ns: int, *,
     return Charge(kind, stretch, gpu_class, exact, gpu_ns, found, counted=counted)
 
 
-def _idle_shares(stretch: Stretch, idle_ns: int, used: Mapping[str, int], owner: str, period: Period) -> dict[str, int]:
+def _idle_shares(stretch: Stretch, idle_ns: int, used: Mapping[str, int], period: Period) -> dict[str, int]:
     """Who of the tenants carries how much of the idle time of one class in one stretch; the rest is the platform's."""
     payer = IdlePayer.PLATFORM if stretch.version.plan is None else stretch.version.plan.idle_payer
-    if payer is IdlePayer.OWNER and owner and idle_ns:
-        return {owner: idle_ns}
+    if payer is IdlePayer.OWNER and stretch.terms.owner and idle_ns:
+        return {stretch.terms.owner: idle_ns}
     # What came late is not shared out again: most of those who used that stretch were billed for it in its own period.
     late = stretch.end_ns <= period.start_ns
     if payer is not IdlePayer.TENANT or late or idle_ns <= 0 or not any(used.values()):
@@ -236,10 +235,11 @@ def _of_tokens(stretch: Stretch, model: str, count: Tokens) -> Charge:
 
 
 def _differences(at: Mapping[int, Stretch], charges: Iterable[Charge]) -> Iterable[Charge]:
-    """By stretch, what the time of tenants costs less what they pay for its tokens; None where either has no price."""
+    """By stretch that is billed by tokens, what the time of tenants costs less what they pay for its tokens; None where
+    either has no price."""
     found: dict[int, Fraction | None] = {}
     for charge in charges:
-        if charge.kind in (ChargeKind.USAGE, ChargeKind.TOKENS):
+        if charge.stretch.by_tokens and charge.kind in (ChargeKind.USAGE, ChargeKind.TOKENS):
             so_far, exact = found.get(charge.stretch.start_ns, Fraction(0)), charge.exact
             if so_far is None or exact is None:
                 found[charge.stretch.start_ns] = None
@@ -298,8 +298,8 @@ def _told(bill: Bill, plan: PeriodPlan, period: Period) -> str:
         told += f"; prices or versions changed at {', '.join(map(rfc3339, cuts))}" if cuts else ""
         told += "; what became known late is priced by when it was used" if late else ""
         told += "."
-    payers = {charge.stretch.version.plan.idle_payer for charge in bill.charges if charge.stretch.version.plan}
-    if IdlePayer.OWNER in payers and not plan.terms.owner:
+    unowned = [charge.stretch.version.plan for charge in bill.charges if not charge.stretch.terms.owner]
+    if IdlePayer.OWNER in {each.idle_payer for each in unowned if each is not None}:
         told += (
             " The plan charges idle time to the service's owner; spec.pricing.owner names none, so the platform pays."
         )

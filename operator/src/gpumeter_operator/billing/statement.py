@@ -27,9 +27,11 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
     found: dict[str, Any] = {}
     if bill.idle_ns:
         found["idleGpuNanoseconds"] = str(bill.idle_ns)
-    if plan.terms.billing_mode is not BillingMode.MEASURED:
-        found["billingMode"] = plan.terms.billing_mode.value
-    charges = [_charge(charge) for charge in bill.charges if charge.gpu_ns or charge.kind not in _OF_TIME]
+    by_tokens = _by_tokens(bill, plan)
+    if by_tokens:
+        found["billingMode"] = BillingMode.STANDARD_RATE.value
+    shown = [charge for charge in bill.charges if charge.gpu_ns or charge.kind not in _OF_TIME]
+    charges = [_charge(charge, by_tokens=by_tokens) for charge in shown]
     if charges and any(charge.stretch.version.plan for charge in bill.charges):
         found["charges"] = charges[:MAX_CHARGES]
     if versions := _versions(bill, plan):
@@ -42,7 +44,7 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
         found["measuredAmount"] = plain(priced.measured)
     if priced.difference is not None:
         found["standardRateDifference"] = plain(priced.difference)
-    as_measured = _as_measured(priced, plan)
+    as_measured = priced.measured if by_tokens else priced.amount
     if tokens and as_measured is not None:
         found["pricePerThousandTokens"] = plain(per_thousand(as_measured, tokens))
     return found
@@ -51,15 +53,21 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
 _OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM)
 
 
-def _as_measured(priced: Priced, plan: PeriodPlan) -> Decimal | None:
-    return priced.amount if plan.terms.billing_mode is BillingMode.MEASURED else priced.measured
+def _by_tokens(bill: Bill, plan: PeriodPlan) -> bool:
+    """Whether anything on a bill is billed by tokens."""
+    if not bill.charges:
+        return plan.terms.billing_mode is BillingMode.STANDARD_RATE
+    return any(charge.stretch.by_tokens for charge in bill.charges)
 
 
-def _charge(charge: Charge) -> dict[str, Any]:
+def _charge(charge: Charge, *, by_tokens: bool) -> dict[str, Any]:
     version = charge.stretch.version.plan
     found: dict[str, Any] = {"kind": charge.kind.value, "from": rfc3339(charge.stretch.start_ns)}
     if version is not None:
         found["planVersion"] = version.version
+    # A service may have been billed otherwise when late time was used: this line is a part of the amount, too.
+    if by_tokens and charge.kind is ChargeKind.USAGE and charge.counted:
+        found["billingMode"] = BillingMode.MEASURED.value
     if charge.kind in _OF_TIME:
         found |= {"gpuClass": charge.of, "gpuNanoseconds": str(charge.gpu_ns)}
         if charge.price is not None:

@@ -4,24 +4,31 @@ Owns where a period is cut. Pure; does not know what was used.
 
 A version of a plan holds from the whole minute after it was first seen, never before: no edit changes what earlier
 usage costs, whatever its rates' effectiveFrom say. Facts that were booked late are priced by the stretch in which they
-happened, so the stretches may begin before the period.
+happened and by the terms of that period, so the stretches may begin before the period.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gpumeter_operator.billing.tariff import PeriodPlan, Version
+from gpumeter_operator.billing.tariff import BillingMode, PeriodPlan, Terms, Version
 from gpumeter_usage.period import MINUTE_NS, Period
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A piece of time with one version and no change of price; like a period it holds what ends after its start."""
+    """A piece of time with one version, no change of price and one set of terms; like a period it holds what ends
+    after its start."""
 
     start_ns: int
     end_ns: int
     version: Version
+    terms: Terms
+
+    @property
+    def by_tokens(self) -> bool:
+        """Tenants pay for tokens, and not for time."""
+        return self.terms.billing_mode is BillingMode.STANDARD_RATE
 
 
 def stretches(of: PeriodPlan, period: Period) -> tuple[Stretch, ...]:
@@ -33,7 +40,8 @@ def stretches(of: PeriodPlan, period: Period) -> tuple[Stretch, ...]:
             edges |= {edge_ns for edge_ns in version.plan.edges_ns if version.from_ns < edge_ns < end_ns}
     if versions[0].from_ns < period.start_ns:
         edges.add(period.start_ns)
-    return tuple(Stretch(start, end, version_at(versions, end)) for start, end in pairwise(sorted(edges)))
+    cut = [(start, end, version_at(versions, end)) for start, end in pairwise(sorted(edges))]
+    return tuple(Stretch(start, end, version, version.terms or of.terms) for start, end, version in cut)
 
 
 def version_at(versions: Iterable[Version], ended_ns: int) -> Version:

@@ -134,11 +134,15 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What was known of a price plan from a time on: a plan, or a sentence why there is none that can be used."""
+    """What was known of a price plan from a time on: a plan, or a sentence why there is none that can be used.
+
+    `terms` are those of the closed period to which a late fact belongs; None: those of the period itself.
+    """
 
     from_ns: int
     plan: PricePlan | None
     problem: str = ""
+    terms: Terms | None = None
 
 
 @dataclass(frozen=True, slots=True)

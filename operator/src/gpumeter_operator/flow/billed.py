@@ -21,7 +21,7 @@ from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.stretches import Stretch, stretch_at, stretches
-from gpumeter_operator.billing.tariff import BillingMode, IdlePayer, PeriodPlan, rounded, sum_of_amounts
+from gpumeter_operator.billing.tariff import IdlePayer, PeriodPlan, rounded, sum_of_amounts
 from gpumeter_operator.flow.close import DEFAULT_PLAN
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_operator.flow.pricing import parts_of
@@ -156,8 +156,8 @@ def bills_that_differ(periods: Iterable[tuple[str, PeriodPlan, tuple[Stretch, ..
     """A sentence for every service whose tenants are billed other sums than the price of what they used."""
     idle: dict[str, int] = defaultdict(int)
     by_tokens: dict[str, int] = defaultdict(int)
-    for service, plan, cut in periods:
-        if plan.terms.billing_mode is BillingMode.STANDARD_RATE:
+    for service, _, cut in periods:
+        if any(each.by_tokens for each in cut):
             by_tokens[service] += 1
         elif any(each.version.plan and each.version.plan.idle_payer is not IdlePayer.PLATFORM for each in cut):
             idle[service] += 1

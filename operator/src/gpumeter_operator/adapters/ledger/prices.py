@@ -4,6 +4,7 @@ Owns the queries for it and the table `period_terms`. Interprets no plan beyond 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, and_, exists, insert, literal, select
@@ -86,12 +87,17 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     opened_with, _ = _read(connection, row.plan_name, {row.plan_hash}).get(row.plan_hash, (None, ""))
     earlier: list[Version] = []
     for each in connection.execute(closed):
-        earlier += _versions(connection, each)[0]
-    s = t.period_terms.c
-    of_period = and_(s.namespace == namespace, s.service == service, s.end_ns == end_ns)
-    stated = connection.execute(select(s.billing_mode, s.owner).where(of_period)).one_or_none()
-    terms = Terms() if stated is None else Terms(BillingMode(stated.billing_mode), stated.owner)
-    return PeriodPlan(row.plan_name, opened_with, as_of_ns, (*earlier, *own), terms)
+        billed = _terms(connection, each)
+        earlier += [replace(version, terms=billed) for version in _versions(connection, each)[0]]
+    return PeriodPlan(row.plan_name, opened_with, as_of_ns, (*earlier, *own), _terms(connection, row))
+
+
+def _terms(connection: Connection, period: Row[Any]) -> Terms:
+    """How the service was billed in a period (a row of `periods`); an older ledger knows of one way only."""
+    p = t.period_terms.c
+    of_period = and_(p.namespace == period.namespace, p.service == period.service, p.end_ns == period.end_ns)
+    stated = connection.execute(select(p.billing_mode, p.owner).where(of_period)).one_or_none()
+    return Terms() if stated is None else Terms(BillingMode(stated.billing_mode), stated.owner)
 
 
 def _versions(connection: Connection, period: Row[Any]) -> tuple[list[Version], int]:
