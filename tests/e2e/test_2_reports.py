@@ -34,9 +34,11 @@ def refusal(release: steps.Demo, *arguments: str) -> str:
 def test_a_final_report_cannot_be_edited_and_the_refusal_says_why(release: steps.Demo, final: str):
     cheaper = ("--type=merge", "-p", json.dumps({"status": {"gpuNanoseconds": "1"}}))
     told = refusal(release, "patch", REPORTS, final, "--subresource=status", *cheaper)
-    assert "because it is a bill" in told
+    assert "A Final usage report cannot be changed; book a correction as an adjustment" in told
     other = ("--type=merge", "-p", json.dumps({"spec": {"tenant": "somebody-else"}}))
-    assert "because it is a bill" in refusal(release, "patch", REPORTS, final, *other)
+    assert "cannot be changed" in refusal(release, "patch", REPORTS, final, *other)
+    labelled = ("--type=merge", "-p", json.dumps({"metadata": {"labels": {"gpumeter.io/tenant": "somebody-else"}}}))
+    assert "because it is a bill" in refusal(release, "patch", REPORTS, final, *labelled)
 
 
 def test_a_final_report_cannot_be_deleted_and_the_refusal_says_why(release: steps.Demo, final: str):

@@ -3,7 +3,6 @@
 Owns how charges are written. Reckons nothing that billing.charges did not.
 """
 
-from decimal import Decimal
 from typing import Any
 
 from gpumeter_operator.billing.charges import Bill, Charge, ChargeKind, Priced
