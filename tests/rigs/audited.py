@@ -109,6 +109,12 @@ def made_old(path: Path, *, covered: bool = True) -> Path:
     return path
 
 
+def audited(reader: Reader, now_ns: int = DIGESTED_NS + DAY_NS, by: SigningKey | None = None) -> list[Finding]:
+    """What an auditor finds at a time of the test's, who believes one key."""
+    own = by or key()
+    return list(verify(Audit(reader, Keyring({own.key_id: own.public_der}), now_ns), Tally()))
+
+
 class Arena:
     """A copy of a ledger that is changed and put back again and again, without its triggers: what somebody can do who
     may write the file, and what an auditor finds who has it open."""
@@ -127,9 +133,7 @@ class Arena:
 
     def found(self, by: SigningKey | None = None) -> list[Finding]:
         """What an auditor finds who believes one key."""
-        own = by or key()
-        audit = Audit(self._reader, Keyring({own.key_id: own.public_der}), self._now_ns)
-        return list(verify(audit, Tally()))
+        return audited(self._reader, self._now_ns, by)
 
 
 def opened_up(source: Path, target: Path) -> sqlite3.Connection:

@@ -30,7 +30,7 @@ from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.digests import Digester
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
-from rigs.audited import DIGESTED_NS, PRIVATE_PEM, digested, fill, found, key, made, opened_up, run
+from rigs.audited import DIGESTED_NS, PRIVATE_PEM, audited, digested, fill, found, key, made, opened_up, run
 from rigs.databases import Database
 from rigs.ledger import FakeWorker, inline, open_ledger, started, worker
 
@@ -91,7 +91,7 @@ def test_a_fact_that_comes_between_two_digests_is_covered_by_the_second(tmp_path
     fill(ledger)
     digested(ledger)
     ledger.raise_alarm("LateRecords", "pod-uid-1", "Something new.", DIGESTED_NS + SECOND_NS)
-    assert found(tmp_path / "ledger.db") == [], "it is newer than the last digest"
+    assert audited(ledger) == [], "it is newer than the last digest"
     fake = FakeWorker(worker(3), DIGESTED_NS)
     fake.spend(Account.IDLE, DIGESTED_NS + 50 * SECOND_NS)
     ledger.observe(fake.identity, [started("c-9", DIGESTED_NS)], DIGESTED_NS + SECOND_NS)
@@ -119,8 +119,8 @@ def test_without_a_key_there_are_no_digests_and_verify_says_so(tmp_path: Path) -
     ledger = open_ledger(tmp_path / "ledger.db")
     fill(ledger)
     asyncio.run(Digester(ledger, inline, None, None).run(DIGESTED_NS))
-    told = found(tmp_path / "ledger.db")
-    assert {each["reason"] for each in told} == {"PeriodWithoutDigest"}
+    told = audited(ledger)
+    assert {each.reason for each in told} == {"PeriodWithoutDigest"}
 
 
 def test_digests_of_two_keys_are_verified_each_by_its_own(path: Path, tmp_path: Path) -> None:
