@@ -16,7 +16,7 @@ from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, 
 POD = worker()
 SERVICE = ("team-a", "smollm2")
 NOW_NS = START_NS + 3 * MINUTE_NS
-DOCS = Path(__file__).parents[2] / "docs/ledger.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_a_restored_ledger_goes_on_where_the_copy_was_made_and_doubles_nothing(
@@ -52,15 +52,18 @@ def test_a_restored_ledger_goes_on_where_the_copy_was_made_and_doubles_nothing(
 def copied(database: Database, databases: tuple[str, Databases], tmp_path: Path) -> str:
     """A copy made by the documented command, restored beside the original; its URL."""
     if database.file is not None:
-        program = re.search(r"python3? -c \"\n(.*?)\" > ledger.db", DOCS.read_text(), re.DOTALL)
-        assert program, "docs/ledger.md has lost its command"
+        page = (DOCS / "billing-explained.md").read_text()
+        program = re.search(r"python3? -c \"\n(.*?)\" > ledger.db", page, re.DOTALL)
+        assert program, "docs/billing-explained.md has lost its command"
+        assert "billing-explained.md" in (DOCS / "ledger.md").read_text(), "docs/ledger.md leads there"
         source = program[1].replace("/var/lib/gpumeter/ledger.db", str(database.file))
+        source = source.replace("/var/lib/gpumeter", str(tmp_path))
         copy = subprocess.run([sys.executable, "-c", source], capture_output=True, check=True).stdout
         (tmp_path / "restored.db").write_bytes(copy)
         return f"sqlite:///{tmp_path / 'restored.db'}"
     server = database.server
     assert server is not None
-    assert "pg_dump --format=custom" in DOCS.read_text()
+    assert "pg_dump --format=custom" in (DOCS / "ledger.md").read_text()
     dump = tmp_path / "ledger.dump"
     dump.write_bytes(server.run("pg_dump", "--format=custom", database.name))
     name = server.database()
