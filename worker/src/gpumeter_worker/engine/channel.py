@@ -59,25 +59,28 @@ class Known:
 
     def short(self, message: object) -> object:
         """Lists of events without the rows that the other end has; anything else as it is."""
-        return [self._step(event, known=()) for event in message] if isinstance(message, list) else message
+        return [self._shortened(event) for event in message] if isinstance(message, list) else message
 
     def whole(self, message: Any) -> Any:
         """What `short` was given at the other end."""
-        return [self._step(event, known=None) for event in message] if isinstance(message, list) else message
+        return [self._completed(event) for event in message] if isinstance(message, list) else message
 
-    def _step(self, event: object, known: tuple[()] | None) -> object:
-        """`known`: what stands for the parts that both ends know; None: put them back in its place."""
+    def _shortened(self, event: object) -> object:
         if not isinstance(event, StepReport):
             return event
         parts = event.parts
-        if not isinstance(parts, Onward):
-            self._parts = parts
-        elif known is None and not parts.first:
+        if isinstance(parts, Onward) and parts.first is self._parts:
+            return replace(event, parts=Onward((), parts.further))
+        self._parts = parts.first if isinstance(parts, Onward) else parts
+        return event
+
+    def _completed(self, event: object) -> object:
+        if not isinstance(event, StepReport):
+            return event
+        parts = event.parts
+        if isinstance(parts, Onward) and not parts.first:
             return replace(event, parts=Onward(self._parts, parts.further))
-        elif known is not None and parts.first is self._parts:
-            return replace(event, parts=Onward(known, parts.further))
-        else:
-            self._parts = parts.first
+        self._parts = parts.first if isinstance(parts, Onward) else parts
         return event
 
 
