@@ -76,7 +76,7 @@ class Sampler:
                 if isinstance(last, Sample):
                     young = 0
                     tell(self._keep, last)
-            if isinstance(last, Absence):
+            if isinstance(last, Absence) and not stop.is_set():  # ended by us: says nothing of the GPU
                 tell(self._lose, last)
                 if last.reason in FOR_GOOD:
                     break
