@@ -11,7 +11,7 @@ import pytest
 
 from e2e import audit
 from e2e.story import SERVICE, Evidence
-from traffic.exchange import Outcome
+from traffic.exchange import Exchange, Outcome
 from traffic.summary import surprises
 
 SECOND_NS = 10**9
@@ -42,6 +42,11 @@ def by_outcome(evidence: Evidence, *outcomes: Outcome) -> list:
     found = [one for one in evidence.exchanges if one.outcome in outcomes and one.session]
     assert found, f"the traffic held no {outcomes} request; nothing would be tested"
     return found
+
+
+def died_with_the_worker(evidence: Evidence, one: Exchange) -> bool:
+    """Whether it ended in the last seconds of the killed worker, so that its last slice may have died with it."""
+    return one.ended_at_ns > evidence.killed_at_ns - 6 * SECOND_NS and one.started_at_ns < evidence.killed_at_ns
 
 
 def test_every_record_is_in_the_ledger_once_and_in_an_unbroken_chain(records: list[dict]):
@@ -104,7 +109,9 @@ def test_what_stays_unaccounted_is_within_the_stated_bound(
 
 
 def test_an_aborted_request_is_billed(evidence: Evidence, sessions: dict[str, dict]):
-    billed = [sessions[one.session] for one in by_outcome(evidence, Outcome.ABORTED)]
+    lasting = [one for one in by_outcome(evidence, Outcome.ABORTED) if not died_with_the_worker(evidence, one)]
+    assert lasting
+    billed = [sessions[one.session] for one in lasting]
     assert all(session["gpu_ns"] > 0 and session["ends"] <= 1 for session in billed)
     assert any(session["status"] == "cancelled" for session in billed)
 
@@ -113,8 +120,8 @@ def test_a_finished_request_is_billed_what_its_answer_said(evidence: Evidence, s
     told = [one for one in by_outcome(evidence, Outcome.FINISHED) if one.gpu_seconds]
     assert told
     for one in told:
-        if one.ended_at_ns > evidence.killed_at_ns - 6 * SECOND_NS and one.started_at_ns < evidence.killed_at_ns:
-            continue  # ended in the last seconds of the killed worker: its last slice may have died with it
+        if died_with_the_worker(evidence, one):
+            continue
         assert Decimal(sessions[one.session]["gpu_ns"]) / SECOND_NS == Decimal(one.gpu_seconds), one.session
         assert sessions[one.session]["status"] == "finished"
 
