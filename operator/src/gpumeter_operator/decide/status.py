@@ -140,6 +140,10 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
         return not_ready(problem)
     if current_ready < wanted:
         loading = [pod for pod in current if pod.started and not pod.ready]
+        if (stuck := _out_of_time(seen.deployment)) is not None and not _progress(loading):
+            return not_ready(
+                Problem(stuck.reason, f"{current_ready} of {_count(wanted, 'worker')}: {stuck.message}{former}")
+            )
         if loading:
             told = _progress(loading)
             far = f"{len(loading)} loading the model{f': {told}' if told else ''}"
@@ -170,8 +174,8 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
     """Ready tells whether requests are answered; its reason tells what is wrong even while some are."""
     ready = sum(pod.ready for pod in alive)
     if seen.problems:
-        serving = f" {_count(ready, 'former worker')} still running." if ready else ""
-        return Condition("Ready", "False", workloads.reason, workloads.message + serving)
+        serving = f" {_count(ready, 'former worker')} still serving." if ready else ""
+        return Condition("Ready", "True" if ready else "False", workloads.reason, workloads.message + serving)
     if seen.spec.stopped:
         return Condition(
             "Ready", "False", "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
@@ -250,7 +254,7 @@ def _failure_info(failures: Sequence[Failure]) -> dict[str, Any] | None:
         return None
     last = max(failures, key=lambda failure: failure.finished_at)
     info = {"reason": last.problem.reason, "message": last.problem.message}
-    return {**info, "time": last.finished_at or None}
+    return {**info, "modelRevision": last.revision or None, "time": last.finished_at or None}
 
 
 def replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
@@ -263,6 +267,18 @@ def replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
                 reason,
                 f"The cluster refuses to create worker pods: {message.strip().rstrip('.')}. Lower spec.resources or "
                 "spec.replicas, or ask who runs the cluster for more.",
+            )
+    return None
+
+
+def _out_of_time(deployment: Mapping[str, Any] | None) -> Problem | None:
+    """A rollout that the Deployment has given up, while no pod of it says what is wrong."""
+    for condition in ((deployment or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
+            return Problem(
+                "ProgressDeadlineExceeded",
+                f"no further worker got ready in {workload.START_TIMEOUT_S // 60} minutes; see "
+                "kubectl describe pod and kubectl logs of those that are not.",
             )
     return None
 

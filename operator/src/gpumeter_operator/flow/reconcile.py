@@ -19,6 +19,7 @@ from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.crew import is_marked
 from gpumeter_operator.decide.events import event
+from gpumeter_operator.decide.placement import placement_problems
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
 from gpumeter_operator.decide.replicas import Replicas, decide_replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
@@ -112,6 +113,7 @@ class Reconciler:
 
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)
+        problems += placement_problems(spec, self._installation.gpu_classes)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
         described = tuple(self._with_answer(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
@@ -122,6 +124,8 @@ class Reconciler:
             template_hash = workload.template_hash
             stuck = any(pod.stuck for pod in described)  # a deleted Secret is one of the things that pods wait for
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
+        elif spec.stopped:
+            written = await self._children.stop(spec)
         seen = decide.Seen(
             spec=spec,
             replicas=replicas,
@@ -143,10 +147,14 @@ class Reconciler:
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known, *, marked: bool) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
-        key = (spec.generation, replicas.wanted, marked)
+        monitored = self._fleet.has_pod_monitors
+        key = (spec.generation, replicas.wanted, marked, monitored)
         if known.workload is None or known.workload[0] != key:
             credentials = credentials_of(self._master_key, spec.uid)
-            known.workload = key, build(spec, replicas.wanted, self._installation, credentials, marked=marked)
+            known.workload = (
+                key,
+                build(spec, replicas.wanted, self._installation, credentials, marked=marked, monitored=monitored),
+            )
         return known.workload[1]
 
     async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:
