@@ -307,6 +307,24 @@ async def test_the_stop_annotation_stops_a_service_whose_spec_cannot_be_run_too(
     assert "Deployment" in await world.look()
 
 
+async def test_a_notebooks_token_is_there_before_its_pod_and_no_worker_is_left_beside_it(world: World) -> None:
+    await world.look()
+    edited = world.service()
+    edited["metadata"]["generation"] = 2
+    edited["spec"]["development"] = {"jupyter": True}
+    world.api.put(edited)
+    await world.look()
+    assert world.ready()["reason"] == "DevelopmentImageMissing"
+    world.installation = replace(INSTALLATION, development_image="development:1")
+    world.restart()
+    written = await world.look()
+    assert written[:3] == ["Secret", "Secret", "Deployment"], "the pod's Secrets come first"
+    secret = world.api.objects["Secret", "team-a", "smollm2-jupyter"]["data"]
+    assert secret.keys() == {"token"}
+    world.restart()
+    assert await world.look() == []
+
+
 @pytest.mark.parametrize("status", [409, 429, 500, 503])
 async def test_what_may_go_well_later_is_raised_and_told_to_nobody(world: World, status: int) -> None:
     world.api.refusals["Deployment"] = Refused(status, "Later", "try again")

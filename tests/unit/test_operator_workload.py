@@ -40,7 +40,7 @@ def environment(workload: Workload) -> dict[str, Any]:
 
 def test_everything_owned_has_its_fixed_name_its_owner_and_its_labels() -> None:
     workload = built({"model": {"uri": "hf://o/n", "name": "Smol:LM2"}})
-    named = {(one["kind"], one["metadata"]["name"]) for one in (workload.secret, *workload.others)}
+    named = {(one["kind"], one["metadata"]["name"]) for one in (*workload.secrets, *workload.others)}
     assert named == {
         ("Secret", "smollm2-usage"),
         ("ServiceAccount", "smollm2"),
@@ -49,7 +49,7 @@ def test_everything_owned_has_its_fixed_name_its_owner_and_its_labels() -> None:
         ("PodDisruptionBudget", "smollm2"),
         ("Deployment", "smollm2"),
     }
-    for one in (workload.secret, *workload.others):
+    for one in (*workload.secrets, *workload.others):
         [owner] = one["metadata"]["ownerReferences"]
         assert (owner["uid"], owner["controller"]) == ("u-1", True)
         assert one["metadata"]["labels"] == {
@@ -177,7 +177,7 @@ def test_the_usage_service_reaches_workers_that_are_not_ready() -> None:
 
 
 def test_the_secret_holds_the_derived_credentials_and_nothing_else() -> None:
-    data = {key: base64.b64decode(value).decode() for key, value in built().secret["data"].items()}
+    data = {key: base64.b64decode(value).decode() for key, value in built().secrets[0]["data"].items()}
     assert data == {"usage-token": CREDENTIALS.usage_token, "hop-key": CREDENTIALS.hop_key}
 
 

@@ -52,6 +52,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             gpu_classes=_gpu_classes(read),
             peers=_peers(read),
             monitoring=_monitoring(read),
+            development_image=read.text("GPUMETER_DEVELOPMENT_IMAGE"),
         ),
         gateway_service=_gateway_service(read),
         master_key=read.master_key(),

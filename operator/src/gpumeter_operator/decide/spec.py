@@ -66,6 +66,7 @@ class ServiceSpec:
     max_surge: int | str
     max_unavailable: int | str
     template: Mapping[str, Any] = field(hash=False)
+    jupyter: bool = False  # a notebook in place of workers
 
     @property
     def reference(self) -> str:
@@ -122,6 +123,7 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         max_surge=rollout.get("maxSurge", 1),
         max_unavailable=rollout.get("maxUnavailable", 0),
         template=spec.get("template") or {},
+        jupyter=bool(_part(spec, "development").get("jupyter", False)),
     )
     return read_spec, _problems(read_spec, spec)
 

@@ -13,6 +13,7 @@ from typing import Any
 from gpumeter_operator.decide import workload
 from gpumeter_operator.decide.autoscale import AT_ZERO, at_zero
 from gpumeter_operator.decide.conditions import Condition, follow
+from gpumeter_operator.decide.development import NOT_METERED, how_to_open
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
 from gpumeter_operator.decide.replicas import Replicas
@@ -46,18 +47,19 @@ class Seen:
 def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[str, Any]:
     """The whole status that this version owns; None stands for a field that must be absent."""
     alive = [pod for pod in seen.pods if not pod.terminating]
+    answering = 0 if seen.spec.jupyter else sum(pod.ready for pod in alive)
     workloads = _workloads_ready(seen, alive)
     decided = (
         _ready(seen, alive, workloads),
         workloads,
         _scaling_ready(seen.replicas),
-        _metering_ready(alive),
+        _metering_ready(alive, seen.spec),
         _stopped(seen.spec),
     )
     return {
         "observedGeneration": seen.spec.generation,
         "replicas": len(alive),
-        "readyReplicas": sum(pod.ready for pod in alive),
+        "readyReplicas": answering,
         "selector": workload.selector(seen.spec.name),
         "url": workload.url(seen.spec),
         "modelStatus": _model_status(seen, alive),
@@ -188,6 +190,9 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
         )
     if not ready:
         return Condition("Ready", "False", workloads.reason, workloads.message)
+    if seen.spec.jupyter:
+        told = how_to_open(seen.spec)
+        return Condition("Ready", "False", told.reason, told.message)
     if workloads.status == "True" or workloads.reason == "PodsLeaving":
         return Condition("Ready", "True", "Serving", f"{_count(ready, 'worker')} ready.")
     return Condition("Ready", "True", workloads.reason, workloads.message)
@@ -197,7 +202,9 @@ def _scaling_ready(replicas: Replicas) -> Condition:
     return Condition("ScalingReady", "True" if replicas.followed else "False", replicas.reason, replicas.message)
 
 
-def _metering_ready(alive: Sequence[PodState]) -> Condition:
+def _metering_ready(alive: Sequence[PodState], spec: ServiceSpec) -> Condition:
+    if spec.jupyter:
+        return Condition("MeteringReady", "False", NOT_METERED.reason, NOT_METERED.message)
     for pod in alive:
         if pod.problem is not None and pod.problem.reason in METERING_REASONS:
             return Condition("MeteringReady", "False", pod.problem.reason, pod.problem.message)
@@ -240,6 +247,8 @@ def _progress(pods: Sequence[PodState]) -> str:
 
 
 def _model_state(seen: Seen, alive: Sequence[PodState]) -> str:
+    if seen.spec.jupyter and not seen.problems:
+        return "Standby"
     if any(pod.ready for pod in alive):
         return "Loaded"
     if any(pod.failure is not None for pod in alive):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from gpumeter_operator.decide.access import MONITOR_API, POLICY_API, Monitoring, Peers, network_policy, pod_monitor
 from gpumeter_operator.decide.credentials import Credentials
+from gpumeter_operator.decide.development import notebook, notebook_secret, notebook_volumes
 from gpumeter_operator.decide.names import (
     CREDENTIALS_ANNOTATION,
     DEVICES_ANNOTATION,
@@ -45,13 +46,14 @@ class Installation:
     gpu_classes: Mapping[str, NodeChoice] = field(default_factory=dict)
     peers: Peers | None = None  # None: no NetworkPolicies
     monitoring: Monitoring | None = None  # None: no PodMonitors
+    development_image: str = ""  # with JupyterLab; empty: a service that wants a notebook names its own
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """The manifests of one service, and the hash of the pod template that current pods carry."""
 
-    secret: Manifest
+    secrets: tuple[Manifest, ...]
     others: tuple[Manifest, ...]  # in the order of application; the Deployment is the last
     absent: tuple[Manifest, ...]  # that a former version or installation may have made; only apiVersion, kind and names
     template_hash: str
@@ -81,7 +83,7 @@ def build(
     chosen, absent = _by_choice(spec, installation, monitored=monitored)
     template, template_hash = _pod_template(spec, installation, credentials)
     return Workload(
-        secret=_secret(spec, credentials),
+        secrets=(_secret(spec, credentials), *((notebook_secret(spec, credentials),) if spec.jupyter else ())),
         others=tuple(
             stamped(manifest)
             for manifest in (
@@ -95,7 +97,7 @@ def build(
         ),
         absent=absent,
         template_hash=template_hash,
-        credentials_fingerprint=credentials.fingerprint,
+        credentials_fingerprint=_credentials_mark(spec, credentials),
     )
 
 
@@ -200,14 +202,15 @@ def _deployment(spec: ServiceSpec, wanted: int, template: Manifest) -> Manifest:
 
 
 def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> tuple[Manifest, str]:
+    worker = _main_container(spec, installation)
     ours: Manifest = {
         "metadata": {
-            "labels": {**labels(spec), DRAINING_LABEL: "false"},
+            "labels": {**labels(spec), DRAINING_LABEL: "true" if spec.jupyter else "false"},
             "annotations": {
                 SERVICE_UID_ANNOTATION: spec.uid,
                 DEVICES_ANNOTATION: str(max(spec.gpu_count, 1)),
                 GPU_CLASS_ANNOTATION: spec.gpu_class,
-                CREDENTIALS_ANNOTATION: credentials.fingerprint,
+                CREDENTIALS_ANNOTATION: _credentials_mark(spec, credentials),
             },
         },
         "spec": {
@@ -223,8 +226,8 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             **placement(spec, installation.gpu_classes),
-            "containers": [_main_container(spec, installation)],
-            "volumes": _volumes(spec),
+            "containers": [notebook(worker, spec, installation.development_image) if spec.jupyter else worker],
+            "volumes": notebook_volumes(_volumes(spec), spec) if spec.jupyter else _volumes(spec),
         },
     }
     merged = merge_template(ours, spec.template)
@@ -233,6 +236,11 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
     template_hash = fingerprint(merged)
     annotations = {**merged["metadata"]["annotations"], TEMPLATE_ANNOTATION: template_hash}
     return {**merged, "metadata": {**merged["metadata"], "annotations": annotations}}, template_hash
+
+
+def _credentials_mark(spec: ServiceSpec, credentials: Credentials) -> str:
+    """Which Secrets the pods were made with; another mark has them written before the pods."""
+    return f"{credentials.fingerprint}-jupyter" if spec.jupyter else credentials.fingerprint
 
 
 def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:

@@ -45,7 +45,8 @@ class Children:
         written = False
         try:
             if self._secret_due(spec, workload, stuck=stuck, now_ns=now_ns):
-                await self._write(workload.secret)
+                for secret in workload.secrets:
+                    await self._write(secret)
                 self._secret_written_ns[spec.uid] = now_ns
                 written = True
             for manifest in workload.others:

@@ -18,6 +18,7 @@ from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.crew import is_marked
+from gpumeter_operator.decide.development import development_problems
 from gpumeter_operator.decide.events import event
 from gpumeter_operator.decide.placement import placement_problems
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
@@ -114,6 +115,7 @@ class Reconciler:
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)
         problems += placement_problems(spec, self._installation.gpu_classes)
+        problems += development_problems(spec, self._installation.development_image)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
         described = tuple(self._with_answer(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
@@ -224,6 +226,7 @@ def is_normal(ready: dict[str, Any]) -> bool:
         "ModelLoading",
         "ContainerCreating",
         "Stopped",
+        "Development",
         "ScaledToZero",
         "Deleting",
     )
