@@ -122,6 +122,21 @@ def test_a_rollout_that_the_deployment_has_given_up_says_so_where_no_pod_says_wh
     assert told(status(ready(), deployment=deployment))[1] == "Serving", "a deadline that passed long ago"
 
 
+CAN = {"profileHash": "p-1", "gpuClass": "h100", "boundBy": "Compute", "contextTokens": 512, "batches": []}
+
+
+def test_what_a_worker_can_do_is_told_once_for_a_profile_and_kept_while_nobody_runs() -> None:
+    first = status(ready(capacity=CAN))
+    assert first["capacity"] == {**CAN, "measuredAt": "2026-11-21T10:00:30Z"}
+    other = {**CAN, "profileHash": "p-2"}
+    beside = status(ready(capacity=CAN), ready("w-2", capacity=other), former=first)
+    for later in (status(former=first, now=LATER), beside):
+        assert "capacity" not in later, "it stays as it is"
+    replaced = status(ready("w-2", capacity=other), former={"capacity": {**CAN, "memoryHeadroomBytes": 7}}, now=LATER)
+    assert replaced["capacity"] == {**other, "memoryHeadroomBytes": None, "measuredAt": "2026-11-21T11:00:00Z"}
+    assert "capacity" not in status(ready("w-1", template_hash="old", capacity=CAN)), "of a former version"
+
+
 def test_the_last_failure_names_the_revision_that_failed() -> None:
     failed = worker(started=True, problem=LOST_MODEL, failure=Failure(LOST_MODEL, "2026-11-21T10:00:00Z", "v2"))
     assert status(failed)["modelStatus"]["lastFailureInfo"]["modelRevision"] == "v2"

@@ -52,6 +52,7 @@ class PodState:
     address: str = ""  # where a worker that runs can be asked about itself; empty where it has none
     loading: str = ""  # how far it is, while it starts
     stand_in: Problem | None = None  # why it splits steps otherwise than the spec asks, while it serves
+    capacity: Mapping[str, Any] | None = None  # what it can do, as status.capacity has it
 
 
 def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpumeter_operator.decide import workload
 from gpumeter_operator.decide.autoscale import AT_ZERO, at_zero
-from gpumeter_operator.decide.conditions import Condition, follow
+from gpumeter_operator.decide.conditions import Condition, follow, timestamp
 from gpumeter_operator.decide.development import NOT_METERED, how_to_open
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
@@ -64,8 +64,20 @@ def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[
         "url": workload.url(seen.spec),
         "modelStatus": _model_status(seen, alive),
         **_measured(seen.figures),
+        **_capacity(seen, alive, former.get("capacity") or {}, now),
         "conditions": follow(former.get("conditions") or [], decided, seen.spec.generation, now),
     }
+
+
+def _capacity(
+    seen: Seen, alive: Sequence[PodState], former: Mapping[str, Any], now: datetime
+) -> dict[str, Mapping[str, Any]]:
+    """What one worker can do: told once for a profile, and kept while nobody runs. Workers of a kind measure alike."""
+    told = [pod.capacity for pod in alive if pod.ready and pod.capacity and pod.template_hash == seen.template_hash]
+    if not told or former.get("profileHash") in {one.get("profileHash") for one in told}:
+        return {}
+    gone = dict.fromkeys(former.keys() - told[0].keys())
+    return {"capacity": {**gone, **told[0], "measuredAt": timestamp(now)}}
 
 
 def _measured(figures: Figures | None) -> dict[str, Any]:

@@ -144,7 +144,8 @@ class Reconciler:
             return pod
         answer = self._told(pod.address, pod.ready)
         if pod.ready:
-            return replace(pod, stand_in=Problem(*answer.stand_in) if answer.stand_in else None)
+            stand_in = Problem(*answer.stand_in) if answer.stand_in else None
+            return replace(pod, stand_in=stand_in, capacity=answer.capacity)
         return replace(pod, loading=answer.progress)
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known, *, marked: bool) -> Workload:
