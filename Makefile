@@ -65,7 +65,7 @@ format: setup ## Rewrite the code in the house style
 
 .PHONY: lock
 lock: $(UV) ## Resolve requirements/*.in into the hashed requirements/*.txt again
-	@for name in tools build operator worker dev; do echo $$name; $(COMPILE) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
+	@for name in tools build operator worker development dev; do echo $$name; $(COMPILE) requirements/$$name.in -o requirements/$$name.txt || exit 1; done
 	@$(COMPILE) --no-deps requirements/model.in -o requirements/model.txt
 
 .PHONY: lock-bench

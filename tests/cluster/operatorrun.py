@@ -25,6 +25,7 @@ Found = TypeVar("Found")
 
 NAMESPACE = "gpumeter-system"
 MASTER_KEY = b"a master key of the tests, longer than thirty-two bytes"
+PEERS = {"http": [{"podSelector": {"matchLabels": {"part": "gateway"}}}], "usage": [{"podSelector": {}}]}
 START_TIMEOUT_S = 60
 
 
@@ -73,6 +74,7 @@ class OperatorProcess:
             "GPUMETER_WORKER_IMAGE": "localhost/gpumeter-worker:test",
             "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
             "GPUMETER_MASTER_KEY_FILE": str(key),
+            "GPUMETER_WORKER_PEERS": json.dumps(PEERS),
             "GPUMETER_STATUS_INTERVAL_MS": "1000",
             "GPUMETER_HTTP_HOST": "127.0.0.1",
             "GPUMETER_HTTP_PORT": str(self.port),

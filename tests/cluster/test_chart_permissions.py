@@ -21,6 +21,8 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("", "services"): (*READ, *WRITE),
         ("", "serviceaccounts"): (*READ, *WRITE),
         ("policy", "poddisruptionbudgets"): (*READ, *WRITE),
+        ("networking.k8s.io", "networkpolicies"): (*READ, *WRITE, "delete"),
+        ("monitoring.coreos.com", "podmonitors"): (*READ, *WRITE, "delete"),
         ("", "secrets"): WRITE,
         ("", "pods"): (*READ, "patch"),
         ("", "events"): WRITE,

@@ -18,6 +18,7 @@ from gpumeter_operator.adapters.kubernetes import (
     EVENTS,
     INFERENCE_SERVICES,
     NAMESPACES,
+    NETWORK_POLICIES,
     POD_DISRUPTION_BUDGETS,
     PODS,
     SECRETS,
@@ -48,6 +49,7 @@ OWNED = (
     (SERVICES, f"{NAME}-usage"),
     (SERVICE_ACCOUNTS, NAME),
     (POD_DISRUPTION_BUDGETS, NAME),
+    (NETWORK_POLICIES, NAME),
     (SECRETS, f"{NAME}-usage"),
 )
 Show = Callable[..., Awaitable[Manifest]]
@@ -194,7 +196,7 @@ async def test_an_edit_converges_within_seconds(cluster: Cluster, namespace: str
         await eventually(applied, timeout_s=5)
 
 
-@pytest.mark.parametrize(("resource", "name"), OWNED[:5], ids=lambda one: getattr(one, "kind", one))
+@pytest.mark.parametrize(("resource", "name"), OWNED[:6], ids=lambda one: getattr(one, "kind", one))
 async def test_an_owned_object_that_was_deleted_comes_back(
     cluster: Cluster, namespace: str, show: Show, resource: Resource, name: str
 ) -> None:
@@ -236,6 +238,24 @@ async def test_a_change_by_hand_is_put_right_and_a_users_own_label_survives(
     await show(replicas=1, engine={"maxBatchSize": 8})
     deployment = await cluster.get(DEPLOYMENTS, NAME, namespace) or {}
     assert deployment["metadata"]["labels"]["team"] == "blue"
+
+
+async def test_a_rule_that_lets_strangers_in_and_a_selector_that_cuts_workers_off_are_put_right(
+    cluster: Cluster, namespace: str, show: Show
+) -> None:
+    await show()
+    policy = await cluster.get(NETWORK_POLICIES, NAME, namespace) or {}
+    await cluster.patch(
+        NETWORK_POLICIES, NAME, namespace, {"spec": {"ingress": [*policy["spec"]["ingress"], {}], "egress": []}}
+    )
+    await cluster.patch(SERVICES, NAME, namespace, {"spec": {"selector": {"app": "theirs"}}})
+
+    async def right() -> bool:
+        policy = await cluster.get(NETWORK_POLICIES, NAME, namespace) or {}
+        found = await cluster.get(SERVICES, NAME, namespace) or {}
+        return len(policy["spec"]["ingress"]) == 2 and "app" not in found["spec"]["selector"]
+
+    await eventually(right, timeout_s=10)
 
 
 async def test_the_number_of_replicas_follows_the_spec_up_and_down(

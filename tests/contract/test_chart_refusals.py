@@ -41,6 +41,19 @@ REFUSALS = {
         ("billing.keepDays.hours=0",),
         "billing.keepDays.hours is 0; write a number of days from 1 to 366.",
     ),
+    "a class of GPU without nodes": (
+        ("gpuClasses.h100.tolerations[0].key=x",),
+        "gpuClasses.h100 has no nodeSelector; give it the labels of its nodes, for example {nodeSelector: "
+        "{nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}}.",
+    ),
+    "a deletion that waits a day": (
+        ("operator.deletionMargin=24h",),
+        'operator.deletionMargin is "24h"; write a duration from 0s to 1h, for example 60s.',
+    ),
+    "metrics without an interval": (
+        ("workers.podMonitor.interval=often",),
+        'workers.podMonitor.interval is "often"; write a duration, for example 15s.',
+    ),
     "collecting too seldom": (
         ("collector.pullInterval=1m",),
         'collector.pullInterval is "1m"; write a duration from 100ms to 4s, for example 2s, because a worker whose '

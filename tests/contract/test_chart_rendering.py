@@ -3,17 +3,35 @@
 import json
 from base64 import b64decode
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from apiserver import ROOT
-from charts import CHART, IMAGES, environment, helm, one, pod_specs, rendered, sets
+from charts import CHART, IMAGES, NAMESPACE, environment, helm, one, pod_specs, rendered, sets
 from gpumeter_operator.billing.signing import signing_key
 from gpumeter_operator.cli.main import COMMANDS
+from gpumeter_operator.decide.access import Monitoring
+from gpumeter_operator.decide.placement import NodeChoice
+from gpumeter_operator.settings import read_settings
 
 PARTS = ("operator", "collector", "gateway")
+OPERATOR, COLLECTOR, GATEWAY = (
+    {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": NAMESPACE}},
+        "podSelector": {
+            "matchLabels": {
+                "app.kubernetes.io/component": part,
+                "app.kubernetes.io/instance": "gpumeter",
+                "app.kubernetes.io/name": "gpumeter",
+            }
+        },
+    }
+    for part in PARTS
+)
+PEERS: dict[str, Any] = {"egress": [], "http": [GATEWAY, OPERATOR], "usage": [COLLECTOR]}
 DEPLOYMENTS = tuple(f"gpumeter-{part}" for part in PARTS)
 
 
@@ -52,6 +70,9 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_WORKER_IMAGE_PULL_POLICY": "IfNotPresent",
         "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
         "GPUMETER_GATEWAY_SERVICE": "gpumeter-system/gpumeter-gateway",
+        "GPUMETER_DELETION_MARGIN_MS": "60000",
+        "GPUMETER_WORKER_PEERS": json.dumps(PEERS, separators=(",", ":")),
+        "GPUMETER_WORKER_MONITORING": '{"interval":"15s","labels":{}}',
     }
     assert environment(pods["gpumeter-collector"]) == {
         **shared,
@@ -79,6 +100,37 @@ def test_the_environment_is_what_the_parts_read() -> None:
                 "name": "GPUMETER_NAMESPACE",
                 "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}},
             } in pod["containers"][0]["env"]
+
+
+def test_who_may_reach_workers_is_who_the_parts_pods_are_and_nobody_where_policies_are_off() -> None:
+    found = rendered()
+    for part, peer in zip(PARTS, (OPERATOR, COLLECTOR, GATEWAY), strict=True):
+        labels = one(found, "Deployment", f"gpumeter-{part}")["spec"]["template"]["metadata"]["labels"]
+        assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+    off = rendered("workers.networkPolicy.enabled=false", "workers.podMonitor.enabled=false")
+    names = environment(pod_specs(off)["gpumeter-operator"])
+    assert not {"GPUMETER_WORKER_PEERS", "GPUMETER_WORKER_MONITORING", "GPUMETER_GPU_CLASSES"} & set(names)
+
+
+def test_what_the_values_say_of_workers_is_what_the_operator_reads(tmp_path: Path) -> None:
+    key = tmp_path / "master-key"
+    key.write_bytes(b"k" * 32)
+    monitoring = "workers.networkPolicy.scrapers[0].namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name=prom"
+    found = rendered(
+        "gpuClasses.h100.nodeSelector.nvidia\\.com/gpu\\.product=H100",
+        "workers.podMonitor.labels.release=prom",
+        "operator.deletionMargin=5m",
+        monitoring,
+    )
+    told = environment(pod_specs(found)["gpumeter-operator"])
+    settings = read_settings({**told, "GPUMETER_MASTER_KEY_FILE": str(key)})
+    assert settings.installation.gpu_classes == {"h100": NodeChoice({"nvidia.com/gpu.product": "H100"})}
+    assert settings.installation.monitoring == Monitoring({"release": "prom"}, "15s")
+    assert settings.installation.peers is not None
+    prometheus = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "prom"}}}
+    assert settings.installation.peers.http == (GATEWAY, OPERATOR, prometheus)
+    assert settings.installation.peers.usage == (COLLECTOR,)
+    assert settings.deletion_margin_ms == 300_000
 
 
 def test_the_chart_starts_only_commands_that_the_program_has() -> None:

@@ -118,7 +118,7 @@ def test_the_worker_writes_only_where_its_pod_lets_it(tmp_path: Path):
 
 
 def test_the_secret_holds_what_the_worker_looks_for():
-    secret = workload({"model": {"uri": "hf://o/n"}}).secret
+    secret = workload({"model": {"uri": "hf://o/n"}}).secrets[0]
     assert set(secret["data"]) == {"usage-token", "hop-key"}
 
 

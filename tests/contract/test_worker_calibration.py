@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from apiserver import schema_of
+from gpumeter_operator.adapters.starting import read
 from gpumeter_usage.record import Account, Kind
 from gpumeter_worker.metering.attribution import Costs, Rule
 from gpumeter_worker.metering.calibration import Calibration, Fit, Quality, Subject
@@ -22,6 +24,7 @@ from gpumeter_worker.metering.profiles import Profiles, adopt
 from rigs.tinymodel import tiny_model
 from rigs.worker import USAGE_TOKEN, Ledger, WorkerProcess, hop_token, session_id, until, worker
 
+STATUS = schema_of("inferenceservices")["properties"]["status"]["properties"]
 COSTS = Costs(10**9, 2 * 10**9, 10**8, 10**6, 10**5)
 QUALITY = Quality(steps=30, median_error_ppm=20_000, tail_error_ppm=90_000, explained_ppm=990_000)
 
@@ -49,6 +52,11 @@ def profile(process: WorkerProcess, token: str = USAGE_TOKEN) -> dict[str, Any]:
 def attribution(process: WorkerProcess) -> dict[str, str]:
     with urllib.request.urlopen(f"{process.url}/readyz", timeout=10) as answer:
         return json.load(answer)["attribution"]  # type: ignore[no-any-return]
+
+
+def capacity(process: WorkerProcess) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{process.url}/readyz", timeout=10) as answer:
+        return json.load(answer)["capacity"]  # type: ignore[no-any-return]
 
 
 def complete(process: WorkerProcess, session: str) -> None:
@@ -110,6 +118,11 @@ def test_records_name_a_profile_that_an_auditor_can_read_back_and_that_outlives_
     with worker(tmp_path, environment) as second:
         second.ready()
         assert attribution(second)["reason"] == "Calibrated"
+        can = capacity(second)
+        assert can["profileHash"] == expected
+        assert {one["batchSize"] for one in can["batches"]} == {1, 2, 4, 8}
+        assert read(json.dumps({"ready": True, "reason": "", "message": "", "capacity": can}).encode()).capacity == can
+        assert set(can) <= set(STATUS["capacity"]["properties"]), "the status has a field for each"
         assert "planned steps in" not in second.log, "nothing is timed twice"
         last = session_id()
         complete(second, last)

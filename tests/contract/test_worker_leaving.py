@@ -44,6 +44,23 @@ def test_the_pod_outlives_the_workers_deadline_and_its_last_responses() -> None:
     assert AFTER_DRAIN_S + 10 <= GRACE_AFTER_DRAIN_S
 
 
+def test_a_request_is_not_aborted_five_seconds_after_sigterm(tmp_path: Path) -> None:
+    events: list[bytes] = []
+    with worker(tmp_path, {"GPUMETER_DRAIN_TIMEOUT_MS": "60000"}) as process:
+        process.ready()
+        asking = threading.Thread(target=_stream, args=(process, events))
+        asking.start()
+        until(lambda: len(events) > 2, "the stream runs")
+        process.send(signal.SIGTERM)
+        told_s = time.monotonic()
+        until(lambda: process.reason() == "Draining", "it drains")
+        until(lambda: time.monotonic() - told_s > 6, "servers that give a request five seconds would have cut it off")
+        seen = len(events)
+        until(lambda: len(events) > seen + 2 or not asking.is_alive(), "it is answered further")
+        assert asking.is_alive() or b"[DONE]" in events[-1], "either it goes on, or it came to its own end"
+    asking.join(30)
+
+
 def test_an_engine_that_hangs_and_a_collector_that_is_away_do_not_outlast_the_pods_grace(tmp_path: Path) -> None:
     hangs, ledger = session_id(), Ledger()
     patience = {"GPUMETER_DRAIN_TIMEOUT_MS": "1000", "GPUMETER_SEAL_GRACE_MS": "3600000"}
@@ -94,14 +111,24 @@ def _collected(process: WorkerProcess, ledger: Ledger) -> int:
 
 
 def _ask(process: WorkerProcess, session: str) -> None:
+    with suppress(OSError):  # it is cut off; how is not what is asked here
+        urllib.request.urlopen(_request(process, session), timeout=180).close()
+
+
+def _stream(process: WorkerProcess, events: list[bytes]) -> None:
+    request = _request(process, session_id(), stream=True)
+    with suppress(OSError), urllib.request.urlopen(request, timeout=180) as answer:  # the worker is killed in the end
+        for line in answer:
+            events += [line] if line.startswith(b"data: ") else []
+
+
+def _request(process: WorkerProcess, session: str, **more: object) -> urllib.request.Request:
     body = {"model": "smollm2", "messages": [{"role": "user", "content": "Count."}], "max_tokens": 900}
-    request = urllib.request.Request(
+    return urllib.request.Request(
         f"{process.url}/v1/chat/completions",
-        json.dumps(body | {"ignore_eos": True}).encode(),
+        json.dumps(body | {"ignore_eos": True} | more).encode(),
         {"Authorization": f"Bearer {hop_token(session=session)}", "Content-Type": "application/json"},
     )
-    with suppress(OSError):  # it is cut off; how is not what is asked here
-        urllib.request.urlopen(request, timeout=180).close()
 
 
 def _page(journal: Path) -> Page:

@@ -40,6 +40,8 @@ def test_what_others_add_and_how_the_server_writes_it_is_no_drift(observed: Any,
         ({"a": "text"}, {"a": {"b": 1}}),
         ({"replicas": 0}, {"replicas": 1}),
         ({"flag": True}, {"flag": False}),
+        ({"selector": {"a": "b", "theirs": "c"}}, {"selector": {"a": "b"}}),
+        ({"ingress": [{"from": [{"podSelector": {}}]}, {}]}, {"ingress": [{"from": [{"podSelector": {}}]}]}),
     ],
 )
 def test_a_changed_or_missing_field_is_drift(observed: Any, desired: Any) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Manifest, Refused, Resource
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
+from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.workload import Installation
-from gpumeter_operator.flow import children
+from gpumeter_operator.flow import children, fleet
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler
 from gpumeter_operator.flow.release import Releaser
@@ -30,12 +32,15 @@ class ApiInMemory:
         self.writes: list[str] = []
         self.refusals: dict[str, Refused] = {}
         self.unseen_pods: list[Manifest] = []
+        self.unknown: set[str] = set()
         self._version = 100
         self._watches: dict[str, list[asyncio.Queue[tuple[str, Manifest]]]] = {}
 
     async def list_at(
         self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
     ) -> tuple[list[Manifest], str]:
+        if resource.kind in self.unknown:
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
         found = [copy.deepcopy(one) for (kind, _, _), one in self.objects.items() if kind == resource.kind]
         return found, str(self._version)
 
@@ -102,11 +107,12 @@ class World:
         self.api = ApiInMemory()
         self.fleet = Fleet(self.api)
         self.now = DELETED_AT
+        self.installation = INSTALLATION
         self.reconciler = self._reconciler()
 
     def _reconciler(self, key: bytes = KEY) -> Reconciler:
         metrics = OperatorMetrics()
-        return Reconciler(self.api, self.fleet, INSTALLATION, key, metrics, clock=lambda: self.now)
+        return Reconciler(self.api, self.fleet, self.installation, key, metrics, clock=lambda: self.now)
 
     def restart(self, key: bytes = KEY) -> None:
         self.reconciler = self._reconciler(key)
@@ -193,6 +199,54 @@ async def test_a_value_that_the_server_writes_in_a_form_of_its_own_is_applied_on
     assert await world.look() == []
 
 
+async def test_what_the_installation_does_not_want_any_more_is_removed_and_others_of_that_name_are_not(
+    world: World,
+) -> None:
+    everyone = ({"podSelector": {}},)
+    world.installation = replace(INSTALLATION, peers=Peers(everyone, everyone), monitoring=Monitoring({}, "15s"))
+    world.restart()
+    assert [one for one in await world.look() if one in ("NetworkPolicy", "PodMonitor")] == [
+        "NetworkPolicy",
+        "PodMonitor",
+    ]
+    world.installation = INSTALLATION
+    world.restart()
+    await world.look()
+    assert not {kind for kind, _, _ in world.api.objects} & {"NetworkPolicy", "PodMonitor"}
+    theirs = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+    world.api.put({**theirs, "metadata": {"namespace": "team-a", "name": "smollm2"}})
+    await world.look()
+    assert ("NetworkPolicy", "team-a", "smollm2") in world.api.objects
+
+
+async def test_a_pod_monitor_that_is_refused_keeps_no_service_from_serving(world: World) -> None:
+    world.installation = replace(INSTALLATION, monitoring=Monitoring({}, "15s"))
+    world.api.refusals["PodMonitor"] = Refused(404, "NotFound", "the server could not find the requested resource")
+    world.restart()
+    assert "Deployment" in await world.look()
+    assert world.ready()["reason"] == "PodsStarting"
+
+
+async def test_pod_monitors_are_made_from_the_moment_at_which_the_cluster_knows_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet, "ASK_AGAIN_S", 0.01)
+    api = ApiInMemory()
+    api.unknown.add("PodMonitor")
+    one = Fleet(api)
+    await one.start()
+    await asyncio.sleep(0.05)
+    assert not one.has_pod_monitors
+    assert one.unsynced() is None, "nobody waits for what may never come"
+    api.unknown.clear()
+    async with asyncio.timeout(10):
+        while True:
+            await asyncio.sleep(0.01)
+            if one.has_pod_monitors:
+                break
+    await one.stop()
+
+
 async def test_a_status_that_someone_changed_meanwhile_is_decided_again_and_not_announced_twice(world: World) -> None:
     old = world.service()
     world.api.put(world.service())
@@ -234,6 +288,41 @@ async def test_what_the_api_server_refuses_for_good_becomes_a_condition(world: W
     del world.api.refusals["Deployment"]
     assert "Deployment" in await world.look()
     assert world.ready()["reason"] == "PodsStarting"
+
+
+async def test_the_stop_annotation_stops_a_service_whose_spec_cannot_be_run_too(world: World) -> None:
+    await world.look()
+    broken = world.service()
+    broken["metadata"]["generation"] = 2
+    broken["metadata"]["annotations"] = {"gpumeter.io/stop": "true"}
+    broken["spec"]["engine"] = {"type": "vllm"}
+    world.api.put(broken)
+    await world.look()
+    assert ("Deployment", "team-a", "smollm2") not in world.api.objects
+    assert world.ready()["reason"] == "NotSupported"
+    repaired = world.service()
+    repaired["metadata"] |= {"generation": 3, "annotations": {}}
+    repaired["spec"]["engine"] = {}
+    world.api.put(repaired)
+    assert "Deployment" in await world.look()
+
+
+async def test_a_notebooks_token_is_there_before_its_pod_and_no_worker_is_left_beside_it(world: World) -> None:
+    await world.look()
+    edited = world.service()
+    edited["metadata"]["generation"] = 2
+    edited["spec"]["development"] = {"jupyter": True}
+    world.api.put(edited)
+    await world.look()
+    assert world.ready()["reason"] == "DevelopmentImageMissing"
+    world.installation = replace(INSTALLATION, development_image="development:1")
+    world.restart()
+    written = await world.look()
+    assert written[:3] == ["Secret", "Secret", "Deployment"], "the pod's Secrets come first"
+    secret = world.api.objects["Secret", "team-a", "smollm2-jupyter"]["data"]
+    assert secret.keys() == {"token"}
+    world.restart()
+    assert await world.look() == []
 
 
 @pytest.mark.parametrize("status", [409, 429, 500, 503])

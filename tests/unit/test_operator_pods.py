@@ -135,6 +135,16 @@ def test_a_workers_last_words_are_taken_unchanged() -> None:
     assert state.failure.finished_at == "t"
 
 
+@pytest.mark.parametrize(("uri", "revision"), [("hf://o/n", "v2"), ("pvc://models/n", "")])
+def test_a_failure_knows_the_revision_of_the_model_where_its_source_has_revisions(uri: str, revision: str) -> None:
+    one = ended(exitCode=3, message="ModelNotFound: There is no revision v2.")
+    env = [{"name": "GPUMETER_MODEL_URI", "value": uri}, {"name": "GPUMETER_MODEL_REVISION", "value": "v2"}]
+    one["spec"] = {"containers": [{"name": "main", "env": env}]}
+    state = described(one)
+    assert state.failure is not None
+    assert state.failure.revision == revision
+
+
 def test_only_exit_code_3_speaks_in_the_workers_own_reasons() -> None:
     problem = described(ended(exitCode=1, message="ValueError: boom")).problem
     assert problem is not None

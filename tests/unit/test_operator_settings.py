@@ -1,11 +1,14 @@
 """The operator's environment: defaults, and every wrong variable in a sentence of its own."""
 
+import json
 from pathlib import Path
 
 import kopf
 import pytest
 
+from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.credentials import credentials_of, derive
+from gpumeter_operator.decide.placement import NodeChoice
 from gpumeter_operator.environment import SettingsInvalid
 from gpumeter_operator.settings import configure_kopf, read_settings
 
@@ -24,6 +27,42 @@ def test_only_image_and_key_are_needed(key: str) -> None:
     assert (settings.status_interval_ms, settings.deletion_margin_ms) == (3_000, 60_000)
     assert settings.http_port == 8080
     assert settings.master_key == b"k" * 32
+
+
+def test_what_the_chart_says_of_nodes_and_networks_is_read_from_json(key: str) -> None:
+    peers = {"http": [{"podSelector": {}}], "usage": [{"podSelector": {}}], "egress": []}
+    needed = {"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key}
+    installation = read_settings(
+        {
+            **needed,
+            "GPUMETER_GPU_CLASSES": json.dumps({"h100": {"nodeSelector": {"pool": "h100"}}}),
+            "GPUMETER_WORKER_PEERS": json.dumps(peers),
+            "GPUMETER_WORKER_MONITORING": json.dumps({"labels": {"release": "p"}, "interval": "30s"}),
+        }
+    ).installation
+    assert installation.gpu_classes == {"h100": NodeChoice({"pool": "h100"})}
+    assert installation.peers == Peers(({"podSelector": {}},), ({"podSelector": {}},), None)
+    assert installation.monitoring == Monitoring({"release": "p"}, "30s")
+    plain = read_settings(needed).installation
+    assert (plain.gpu_classes, plain.peers, plain.monitoring) == ({}, None, None)
+
+
+def test_a_policy_without_peers_would_let_everybody_in_and_is_refused(key: str) -> None:
+    with pytest.raises(SettingsInvalid) as invalid:
+        read_settings(
+            {
+                "GPUMETER_WORKER_IMAGE": "worker:1",
+                "GPUMETER_MASTER_KEY_FILE": key,
+                "GPUMETER_WORKER_PEERS": '{"http": [{"podSelector": {}}], "usage": []}',
+                "GPUMETER_GPU_CLASSES": '{"h100": {}}',
+                "GPUMETER_WORKER_MONITORING": "[",
+            }
+        )
+    told = "\n".join(invalid.value.problems)
+    assert len(invalid.value.problems) == 3
+    assert "GPUMETER_WORKER_PEERS names nobody who may reach workers" in told
+    assert "GPUMETER_GPU_CLASSES says nothing of the nodes of 'h100'" in told
+    assert "GPUMETER_WORKER_MONITORING is '['; set a JSON object" in told
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -132,3 +132,41 @@ def test_only_what_a_starting_worker_says_is_told(body: bytes, told: str) -> Non
         len(read(json.dumps({"ready": False, "reason": "Loading", "message": "x" * 5000}).encode()).progress)
         == SENTENCE_MAX
     )
+
+
+CAPACITY = {
+    "profileHash": "p-1",
+    "gpuClass": "cpu",
+    "boundBy": "MaxBatchSize",
+    "contextTokens": 512,
+    "memoryHeadroomBytes": 7,
+    "batches": [{"batchSize": 1, "tokensPerSecond": "20.5", "gpuSecondsPerThousandTokens": "48.780488"}],
+}
+
+
+def serving(capacity: Any) -> Answer:
+    return read(json.dumps({"ready": True, "reason": "Ready", "message": "", "capacity": capacity}).encode())
+
+
+def test_what_a_worker_can_do_is_taken_as_it_says_without_what_no_status_has() -> None:
+    assert serving(CAPACITY).capacity == CAPACITY
+    batch = {**CAPACITY["batches"][0], "more": 1}  # type: ignore[index, dict-item]
+    assert serving({**CAPACITY, "more": 1, "batches": [batch]}).capacity == CAPACITY
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        [],
+        "x",
+        {**CAPACITY, "batches": None},
+        {**CAPACITY, "batches": [{"batchSize": "1"}]},
+        {**CAPACITY, "batches": [{"batchSize": 1, "tokensPerSecond": "fast", "gpuSecondsPerThousandTokens": "1"}]},
+        {**CAPACITY, "boundBy": 7},
+        {**CAPACITY, "profileHash": "p" * 1_000},
+        {**CAPACITY, "contextTokens": True},
+    ],
+)
+def test_a_capacity_that_is_broken_anywhere_is_none(broken: Any) -> None:
+    assert serving(broken) == Answer()

@@ -86,6 +86,7 @@ def test_the_words_of_a_problem_are_not_changed_on_their_way() -> None:
     assert one["modelStatus"]["lastFailureInfo"] == {
         "reason": LOST_MODEL.reason,
         "message": LOST_MODEL.message,
+        "modelRevision": None,
         "time": "2026-11-21T10:00:00Z",
     }
 
@@ -102,11 +103,50 @@ def test_a_rollout_under_way_says_so_too() -> None:
     assert told(status(old))[2] == "0 of 1 worker ready; the others are starting. The former workers go on serving."
 
 
+def test_a_spec_that_cannot_be_run_takes_nothing_from_the_former_workers_that_answer() -> None:
+    one = status(ready(template_hash="old"), problems=(Problem("NotSupported", "One."),))
+    assert told(one)[:2] == ("True", "NotSupported")
+    assert told(one, "WorkloadsReady")[:2] == ("False", "NotSupported")
+    assert told(status(worker(), problems=(Problem("NotSupported", "One."),)))[:2] == ("False", "NotSupported")
+
+
+def test_a_rollout_that_the_deployment_has_given_up_says_so_where_no_pod_says_why() -> None:
+    late = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
+    deployment = {"status": {"conditions": [late]}}
+    old = ready("w-0", template_hash="old")
+    reason, message = told(status(old, worker(started=True), deployment=deployment))[1:]
+    assert reason == "ProgressDeadlineExceeded"
+    assert message.startswith("0 of 1 worker: no further worker got ready in 60 minutes;")
+    assert message.endswith("The former workers go on serving.")
+    assert told(status(old, FAILED, deployment=deployment))[1] == LOST_MODEL.reason, "the pod's own words come first"
+    assert told(status(ready(), deployment=deployment))[1] == "Serving", "a deadline that passed long ago"
+
+
+CAN = {"profileHash": "p-1", "gpuClass": "h100", "boundBy": "Compute", "contextTokens": 512, "batches": []}
+
+
+def test_what_a_worker_can_do_is_told_once_for_a_profile_and_kept_while_nobody_runs() -> None:
+    first = status(ready(capacity=CAN))
+    assert first["capacity"] == {**CAN, "measuredAt": "2026-11-21T10:00:30Z"}
+    other = {**CAN, "profileHash": "p-2"}
+    beside = status(ready(capacity=CAN), ready("w-2", capacity=other), former=first)
+    for later in (status(former=first, now=LATER), beside):
+        assert "capacity" not in later, "it stays as it is"
+    replaced = status(ready("w-2", capacity=other), former={"capacity": {**CAN, "memoryHeadroomBytes": 7}}, now=LATER)
+    assert replaced["capacity"] == {**other, "memoryHeadroomBytes": None, "measuredAt": "2026-11-21T11:00:00Z"}
+    assert "capacity" not in status(ready("w-1", template_hash="old", capacity=CAN)), "of a former version"
+
+
+def test_the_last_failure_names_the_revision_that_failed() -> None:
+    failed = worker(started=True, problem=LOST_MODEL, failure=Failure(LOST_MODEL, "2026-11-21T10:00:00Z", "v2"))
+    assert status(failed)["modelStatus"]["lastFailureInfo"]["modelRevision"] == "v2"
+
+
 def test_problems_of_the_spec_are_all_in_ready() -> None:
     problems = (Problem("NotSupported", "One."), Problem("TemplateInvalid", "Two."))
     assert told(status(problems=problems)) == ("False", "SpecInvalid", "One. Two.")
     assert told(status(problems=problems[:1])) == ("False", "NotSupported", "One.")
-    assert told(status(ready(template_hash="old"), problems=problems[:1]))[2] == "One. 1 former worker still running."
+    assert told(status(ready(template_hash="old"), problems=problems[:1]))[2] == "One. 1 former worker still serving."
 
 
 def test_pods_that_cannot_be_created_are_told_from_the_deployment() -> None:

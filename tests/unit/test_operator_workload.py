@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from gpumeter_operator.decide.credentials import credentials_of
+from gpumeter_operator.decide.owned import label_value
 from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import read
-from gpumeter_operator.decide.workload import Installation, Workload, build, label_value
+from gpumeter_operator.decide.workload import Installation, Workload, build
 
 INSTALLATION = Installation("registry/worker:1", "IfNotPresent", "http://gateway.ns.svc")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
@@ -39,7 +40,7 @@ def environment(workload: Workload) -> dict[str, Any]:
 
 def test_everything_owned_has_its_fixed_name_its_owner_and_its_labels() -> None:
     workload = built({"model": {"uri": "hf://o/n", "name": "Smol:LM2"}})
-    named = {(one["kind"], one["metadata"]["name"]) for one in (workload.secret, *workload.others)}
+    named = {(one["kind"], one["metadata"]["name"]) for one in (*workload.secrets, *workload.others)}
     assert named == {
         ("Secret", "smollm2-usage"),
         ("ServiceAccount", "smollm2"),
@@ -48,7 +49,7 @@ def test_everything_owned_has_its_fixed_name_its_owner_and_its_labels() -> None:
         ("PodDisruptionBudget", "smollm2"),
         ("Deployment", "smollm2"),
     }
-    for one in (workload.secret, *workload.others):
+    for one in (*workload.secrets, *workload.others):
         [owner] = one["metadata"]["ownerReferences"]
         assert (owner["uid"], owner["controller"]) == ("u-1", True)
         assert one["metadata"]["labels"] == {
@@ -176,22 +177,8 @@ def test_the_usage_service_reaches_workers_that_are_not_ready() -> None:
 
 
 def test_the_secret_holds_the_derived_credentials_and_nothing_else() -> None:
-    data = {key: base64.b64decode(value).decode() for key, value in built().secret["data"].items()}
+    data = {key: base64.b64decode(value).decode() for key, value in built().secrets[0]["data"].items()}
     assert data == {"usage-token": CREDENTIALS.usage_token, "hop-key": CREDENTIALS.hop_key}
-
-
-def test_workers_with_a_gpu_keep_away_from_nodes_whose_gpus_are_shared_unless_the_template_names_nodes() -> None:
-    def terms(changes: dict[str, Any]) -> Any:
-        affinity = pod(built(changes))["spec"].get("affinity", {}).get("nodeAffinity", {})
-        return affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms")
-
-    not_shared = {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]}
-    gpu = {"resources": {"gpu": {"count": 1}}}
-    assert terms(gpu) == [{"matchExpressions": [not_shared]}]
-    assert terms({"resources": {"gpu": {"count": 0}}}) is None
-    own = [{"matchExpressions": [{"key": "pool", "operator": "In", "values": ["a"]}]}]
-    chosen = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": own}}}
-    assert terms(gpu | {"template": {"spec": {"affinity": chosen}}}) == own
 
 
 def test_a_template_is_merged_and_the_worker_keeps_what_is_its_own() -> None:

@@ -30,10 +30,15 @@ class Service:
     memory: Memory = field(default_factory=Memory)
 
     def look(
-        self, *workers: Worker, door: Door = NOBODY, blocked: Problem | None = None, after_s: float = 2
+        self,
+        *workers: Worker,
+        door: Door = NOBODY,
+        blocked: Problem | None = None,
+        rolling: bool = False,
+        after_s: float = 2,
     ) -> Decision:
         self.now_ms += int(after_s * 1_000)
-        sight = Sight(self.replicas, workers, door, self.batch, blocked)
+        sight = Sight(self.replicas, workers, door, self.batch, blocked, rolling)
         decision, self.memory = decide(read_scaling(self.spec, 1_800_000), sight, self.memory, self.now_ms)
         self.replicas = decision.replicas
         return decision
@@ -87,6 +92,22 @@ def test_a_worker_that_never_gets_ready_does_not_freeze_the_loop() -> None:
     assert service.look(ready(waiting=20), STARTING, STARTING).replicas == 5
     idle = Service(replicas=3)
     assert idle.look_for(310, ready(), STARTING, STARTING)[-1] == 1
+
+
+def test_a_new_version_that_never_gets_ready_does_not_keep_a_rollout_from_growing() -> None:
+    beside = Service()
+    assert beside.look(ready(waiting=8), STARTING, rolling=True).replicas == 2, "the one beside adds no capacity"
+    missing = Service(replicas=2)
+    assert missing.look(ready(waiting=8), STARTING).replicas == 2, "the one that is to come is counted"
+
+
+def test_the_last_former_worker_stays_while_a_new_version_is_not_ready_to_be_started_from_zero() -> None:
+    service = Service({"minReplicas": 0, "maxReplicas": 4})
+    assert set(service.look_for(3_600, ready(), STARTING, rolling=True)) == {1}
+    decision = service.look(ready(), STARTING, rolling=True)
+    assert (decision.reason, decision.able) == ("RolloutUnfinished", False)
+    assert "they stay until it is" in decision.message
+    assert service.look(ready()).replicas == 0, "the new version is ready, and nothing was asked for long enough"
 
 
 def test_unschedulable_workers_stop_scaling_up_and_never_block_scaling_down() -> None:

@@ -1,5 +1,6 @@
 """Which workers are to go, when they may, and the way back when load returns meanwhile."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from gpumeter_operator.decide.conditions import timestamp
@@ -23,8 +24,8 @@ def load(in_flight: int, *, age_ms: int = 500) -> Load:
     return Load(NOW_MS - age_ms, 0, in_flight)
 
 
-def planned(wanted: int, deployed: int, *crew: Replica, **loads: Load) -> Plan:
-    return plan(wanted, deployed, crew, loads, timeout_ms=TIMEOUT_MS, now=NOW, now_ms=NOW_MS)
+def planned(wanted: int, deployed: int, *crew: Replica, template: str = "", **loads: Load) -> Plan:
+    return plan(wanted, deployed, crew, loads, timeout_ms=TIMEOUT_MS, now=NOW, now_ms=NOW_MS, template=template)
 
 
 def test_the_worker_with_fewest_requests_is_marked_and_the_deployment_waits() -> None:
@@ -85,6 +86,14 @@ def test_when_the_replicaset_deleted_another_one_the_drained_worker_serves_again
 def test_pods_that_a_quota_never_let_be_made_are_taken_off_without_draining_anybody() -> None:
     assert planned(2, 6, worker("a"), worker("b"), a=load(3), b=load(3)) == Plan(2)
     assert planned(1, 6, worker("a"), worker("b"), a=load(3), b=load(2)) == Plan(2, mark=("b",))
+
+
+def test_of_a_rollout_a_former_worker_goes_for_from_those_the_deployment_takes() -> None:
+    former = [replace(worker("a"), template="old"), replace(worker("b"), template="old")]
+    starting = replace(worker("c", ready=False, age_s=5), template="new")
+    found = planned(1, 2, *former, starting, template="new", a=load(5), b=load(2))
+    assert found == Plan(2, mark=("b",)), "not the one that starts, though it has nothing to lose"
+    assert planned(1, 2, *former, starting, a=load(5), b=load(2)).leave == ("c",), "without a rollout it would"
 
 
 def test_what_a_pod_says_of_its_draining_is_read_from_it() -> None:

@@ -61,3 +61,19 @@ app.kubernetes.io/component: {{ .part }}
 -1
 {{- end -}}
 {{- end }}
+
+{{/* Who may reach workers, as the operator reads it: JSON, or nothing where there are to be no NetworkPolicies. */}}
+{{- define "gpumeter.workerPeers" -}}
+{{- with .Values.workers.networkPolicy -}}
+{{- if .enabled -}}
+{{- $peer := dict -}}
+{{- range $part := list "operator" "collector" "gateway" -}}
+{{- $namespace := dict "matchLabels" (dict "kubernetes.io/metadata.name" $.Release.Namespace) -}}
+{{- $pods := dict "matchLabels" (fromYaml (include "gpumeter.selector" (dict "root" $ "part" $part))) -}}
+{{- $_ := set $peer $part (dict "namespaceSelector" $namespace "podSelector" $pods) -}}
+{{- end -}}
+{{- $http := concat (list $peer.gateway $peer.operator) .scrapers -}}
+{{- toJson (dict "http" $http "usage" (list $peer.collector) "egress" .egress) -}}
+{{- end -}}
+{{- end -}}
+{{- end }}

@@ -3,9 +3,11 @@
 Owns how a variable becomes a value and the sentences about those that do not. Does not know which variables there are.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gpumeter_operator.decide.credentials import MASTER_KEY_MIN_BYTES
 
@@ -63,6 +65,18 @@ class Environment:
             f"{name} is {text!r:.40}; set seconds, more than 0 and less than {below:g}, or leave it out ({default:g})."
         )
         return default
+
+    def document(self, name: str, what_it_is: str) -> Mapping[str, Any]:
+        """A JSON object; empty where the variable is. `what_it_is` ends the sentence about anything else."""
+        text = self.text(name)
+        try:
+            document = json.loads(text) if text else {}
+        except ValueError:
+            document = None
+        if isinstance(document, dict):
+            return document
+        self.problems.append(f"{name} is {text!r:.80}; set a JSON object, {what_it_is}.")
+        return {}
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         """One of `choices`, however its letters are written."""

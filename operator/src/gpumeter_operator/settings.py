@@ -11,7 +11,9 @@ from typing import Any
 
 import kopf
 
+from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.names import FINALIZER
+from gpumeter_operator.decide.placement import NodeChoice
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.environment import Environment
 
@@ -19,6 +21,9 @@ from gpumeter_operator.environment import Environment
 # gpumeter.io/stop is one that a user edits.
 KOPF_PREFIX = "operator.gpumeter.io"
 HANDLER_BACKOFF_S = 5.0
+GPU_CLASSES = "GPUMETER_GPU_CLASSES"
+PEERS = "GPUMETER_WORKER_PEERS"
+MONITORING = "GPUMETER_WORKER_MONITORING"
 PULL_POLICIES = ("Always", "IfNotPresent", "Never")
 
 
@@ -44,6 +49,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             worker_image=read.needed("GPUMETER_WORKER_IMAGE", "name the image that workers run"),
             worker_image_pull_policy=read.choice("GPUMETER_WORKER_IMAGE_PULL_POLICY", "IfNotPresent", PULL_POLICIES),
             gateway_url=read.text("GPUMETER_GATEWAY_URL"),
+            gpu_classes=_gpu_classes(read),
+            peers=_peers(read),
+            monitoring=_monitoring(read),
+            development_image=read.text("GPUMETER_DEVELOPMENT_IMAGE"),
         ),
         gateway_service=_gateway_service(read),
         master_key=read.master_key(),
@@ -61,6 +70,41 @@ def _gateway_service(read: Environment) -> str:
     if text and not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9-]+", text):
         read.problems.append(f"GPUMETER_GATEWAY_SERVICE is {text!r:.80}; write NAMESPACE/NAME, or leave it out.")
     return text
+
+
+def _gpu_classes(read: Environment) -> Mapping[str, NodeChoice]:
+    found = read.document(GPU_CLASSES, "with {nodeSelector: {...}, tolerations: [...]} by class of GPU")
+    classes = {}
+    for name, choice in found.items():
+        selector = choice.get("nodeSelector") if isinstance(choice, dict) else None
+        tolerations = (choice.get("tolerations") or []) if isinstance(choice, dict) else None
+        if not isinstance(selector, dict) or not selector or not isinstance(tolerations, list):
+            read.problems.append(
+                f"{GPU_CLASSES} says nothing of the nodes of {name!r:.64}; give it a nodeSelector with at least one "
+                "label, and tolerations as a list, if any."
+            )
+            continue
+        classes[name] = NodeChoice(selector, tuple(tolerations))
+    return classes
+
+
+def _peers(read: Environment) -> Peers | None:
+    found = read.document(PEERS, "with lists of NetworkPolicyPeers under http and usage, and rules under egress")
+    if not found:
+        return None
+    lists = {key: found.get(key) or [] for key in ("http", "usage", "egress")}
+    if not all(isinstance(one, list) for one in lists.values()) or not lists["http"] or not lists["usage"]:
+        # A rule without peers would let everybody in.
+        read.problems.append(
+            f"{PEERS} names nobody who may reach workers; fill http and usage with NetworkPolicyPeers."
+        )
+        return None
+    return Peers(tuple(lists["http"]), tuple(lists["usage"]), tuple(lists["egress"]) or None)
+
+
+def _monitoring(read: Environment) -> Monitoring | None:
+    found = read.document(MONITORING, "with the PodMonitors' labels and interval")
+    return Monitoring(found.get("labels") or {}, str(found.get("interval", "15s"))) if found else None
 
 
 def configure_kopf(settings: Any) -> None:

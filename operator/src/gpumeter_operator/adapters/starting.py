@@ -6,9 +6,10 @@ known now, and what is learned meanwhile at the next one. Does not judge what a 
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -23,15 +24,19 @@ TIMEOUT_S = 2.0
 ANSWER_BYTES_MAX = 2**14
 SENTENCE_MAX = 300
 STAND_IN_MAX = 600
+BATCHES_MAX = 32  # of the CRD
+_DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _TELLING = ("Loading", "WarmingUp", "Starting", "EngineRestarting", "EngineHung")
 _STANDING_IN = ("CalibrationPoor",)
 
 
 class Answer(NamedTuple):
-    """What a worker said: how far it is while it starts, and why it splits steps otherwise than it was asked to."""
+    """What a worker said: how far it is while it starts; once it serves, why it splits steps otherwise than was asked
+    to, and what it can do (status.capacity)."""
 
     progress: str = ""
     stand_in: tuple[str, str] | None = None
+    capacity: Mapping[str, Any] | None = None
 
 
 class StartingWorkers:
@@ -98,14 +103,37 @@ def read(body: bytes) -> Answer:
     except (ValueError, KeyError, TypeError, AttributeError):
         return Answer()
     if ready is True:
+        capacity = _capacity(document.get("capacity"))
         if split_by not in _STANDING_IN or not isinstance(why, str):
-            return Answer()
-        return Answer(stand_in=(str(split_by), f"{_sentence(why, STAND_IN_MAX)}."))
+            return Answer(capacity=capacity)
+        return Answer(stand_in=(str(split_by), f"{_sentence(why, STAND_IN_MAX)}."), capacity=capacity)
     return (
         Answer(progress=_sentence(message, SENTENCE_MAX))
         if reason in _TELLING and isinstance(message, str)
         else Answer()
     )
+
+
+def _capacity(told: Any) -> dict[str, Any] | None:
+    """Only what the status has fields for, and only in their types; nothing of an answer that is broken anywhere."""
+    if not isinstance(told, dict) or not isinstance(told.get("batches"), list):
+        return None
+    texts = {key: told.get(key) for key in ("profileHash", "gpuClass", "boundBy")}
+    numbers = {key: told[key] for key in ("contextTokens", "memoryHeadroomBytes") if key in told}
+    batches = [_batch(one) for one in told["batches"][:BATCHES_MAX]]
+    known = all(isinstance(one, str) and len(one) <= SENTENCE_MAX for one in texts.values())
+    if not known or not all(type(one) is int for one in numbers.values()) or None in batches:
+        return None
+    return {**texts, **numbers, "batches": batches}
+
+
+def _batch(told: Any) -> dict[str, Any] | None:
+    if not isinstance(told, dict) or type(told.get("batchSize")) is not int:
+        return None
+    figures = {key: told.get(key) for key in ("tokensPerSecond", "gpuSecondsPerThousandTokens")}
+    if not all(isinstance(one, str) and _DECIMAL.fullmatch(one) for one in figures.values()):
+        return None
+    return {"batchSize": told["batchSize"], **figures}
 
 
 def _sentence(text: str, longest: int) -> str:

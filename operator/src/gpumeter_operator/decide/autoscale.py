@@ -40,6 +40,7 @@ class Sight:
     door: Door = NOBODY
     batch: int = 64  # sequences that one worker computes together
     blocked: Problem | None = None  # why the cluster does not even make or place the pods that are wanted already
+    rolling: bool = False  # some that serve are of a former version, and the Deployment would make them no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,10 @@ class _Why:
 
 STEADY = "WithinTarget"
 AT_ZERO = "ScaledToZero"
+ROLLING = (
+    "Nothing was asked for long enough to go to zero, but no worker of the new version is ready in place of the former "
+    "ones, which could not be started again; they stay until it is."
+)
 
 
 def decide(scaling: Scaling, sight: Sight, memory: Memory, now_ms: int) -> tuple[Decision, Memory]:
@@ -115,6 +120,7 @@ def decide(scaling: Scaling, sight: Sight, memory: Memory, now_ms: int) -> tuple
     steady = stabilized(wanted, sight.replicas, memory.recommendations, now_ms, scaling)
     past = remembered(memory.recommendations, wanted, now_ms, scaling)
     quiet = scaling.least == 0 and _quiet(scaling, memory, now_ms)
+    kept, quiet = quiet and sight.rolling, quiet and not sight.rolling
     least = 0 if quiet else max(scaling.least, 1)
     if quiet and sight.replicas <= scaling.most:
         # Longer than any window nothing was asked; a window that still remembers the last request protects nobody.
@@ -125,6 +131,8 @@ def decide(scaling: Scaling, sight: Sight, memory: Memory, now_ms: int) -> tuple
     if allowed > sight.replicas and scaling.least <= sight.replicas and (block := _blocked(sight, counts)) is not None:
         held = Decision(sight.replicas, sight.replicas, block.reason, block.message, able=False)
         return held, _with(memory, recommendations=past)
+    if kept and allowed == sight.replicas:
+        return Decision(allowed, allowed, "RolloutUnfinished", ROLLING, able=False), _with(memory, recommendations=past)
     decision = _worded(scaling, sight.replicas, wanted, allowed, _Why(why, limit))
     return decision, _after(scaling, decision, memory, past, now_ms)
 
@@ -137,8 +145,9 @@ def _count(sight: Sight) -> _Counts:
         gpus=tuple(load.gpu_percent for load in loads if load.gpu_percent is not None),
         ready=len(ready),
         silent=len(ready) - len(loads),
-        # Pods that the ReplicaSet has still to make are starting too.
-        starting=max(len(sight.workers), sight.replicas) - len(ready),
+        # Pods that the ReplicaSet has still to make are starting too. Those that a rollout makes beside the wanted ones
+        # are not: they take a former one's place and part, and one that never gets ready would hold back for ever.
+        starting=max(sight.replicas - len(ready), 0),
         unplaced=sum(not worker.placed for worker in sight.workers),
         running=sum(load.running for load in loads),
         door=sight.door.waiting,

@@ -9,16 +9,20 @@ import hmac
 from dataclasses import dataclass
 from typing import Literal
 
-Purpose = Literal["usage-token", "hop-key", "internal-token"]
+Purpose = Literal["usage-token", "hop-key", "internal-token", "jupyter-token"]
 MASTER_KEY_MIN_BYTES = 32  # as long as the HMAC's digest; a shorter key would be the weakest part
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What one service's workers know: the collector's token, and the key that proves a request came by the gateway."""
+    """What one service's workers know: the collector's token, and the key that proves a request came by the gateway.
+
+    The token of a notebook is another one, which they do not know.
+    """
 
     usage_token: str
     hop_key: str
+    jupyter_token: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -31,6 +35,7 @@ def credentials_of(master_key: bytes, service_uid: str) -> Credentials:
     return Credentials(
         usage_token=derive(master_key, "usage-token", service_uid),
         hop_key=derive(master_key, "hop-key", service_uid),
+        jupyter_token=derive(master_key, "jupyter-token", service_uid),
     )
 
 

@@ -12,6 +12,7 @@ from gpumeter_operator.decide.names import (
     DELETION_COST_ANNOTATION,
     DRAINING_LABEL,
     DRAINING_SINCE_ANNOTATION,
+    TEMPLATE_ANNOTATION,
 )
 
 COST_DRAINING = -1_000_000  # below what anybody else would set, so that the ReplicaSet takes this pod first
@@ -60,11 +61,17 @@ class Replica:
     draining_since: str  # RFC 3339; empty while it gets requests
     leaving: bool  # it has finished, and the number of replicas was lowered for it
     created: str  # RFC 3339
+    template: str = ""  # hash of the pod template that it was made from
 
     @property
     def draining(self) -> bool:
         """Whether it gets no new requests any more."""
         return bool(self.draining_since)
+
+
+def is_former(replica: Replica, template: str) -> bool:
+    """Whether a rollout to `template` (a hash; empty where it is not known) replaces this pod."""
+    return bool(template) and replica.template != template
 
 
 def is_marked(pod: Mapping[str, Any]) -> bool:
@@ -89,4 +96,5 @@ def replica_of(pod: Mapping[str, Any]) -> Replica | None:
         draining_since=since if draining else "",
         leaving=draining and annotations.get(DELETION_COST_ANNOTATION) == str(COST_LEAVING),
         created=metadata.get("creationTimestamp", ""),
+        template=annotations.get(TEMPLATE_ANNOTATION, ""),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from gpumeter_operator.decide.crew import Load, Replica
+from gpumeter_operator.decide.crew import Load, Replica, is_former
 
 # Until the endpoint has gone from the last gateway and node, requests may still come; marks are kept to the second.
 SETTLE_MS = 3_000
@@ -40,10 +40,12 @@ def plan(
     timeout_ms: int,
     now: datetime,
     now_ms: int,
+    template: str = "",
 ) -> Plan:
     """From `deployed` replicas of the Deployment towards `wanted` that serve. `loads` by the pod's uid.
 
-    `now` is the clock of the marks, `now_ms` that of the loads.
+    `now` is the clock of the marks, `now_ms` that of the loads. `template` is the hash of the Deployment's template: of
+    a rollout the former workers go first, for from them the Deployment takes when it is lowered.
     """
     leaving = [one for one in crew if one.leaving]
     if len(crew) <= deployed:
@@ -56,7 +58,8 @@ def plan(
     surplus -= min(surplus, unmade)  # pods that do not exist lose nothing
     # Those that are marked come first: another choice at every look would drain them all.
     by_loss = sorted(_young_first(one for one in crew if one not in leaving), key=lambda one: _loss(one, loads))
-    chosen = sorted(by_loss, key=lambda one: not one.draining)[:surplus]
+    former_first = sorted(by_loss, key=lambda one: not is_former(one, template))
+    chosen = sorted(former_first, key=lambda one: not one.draining)[:surplus]
     finished = [one for one in chosen if one.draining and _may_leave(one, loads, timeout_ms, now, now_ms)]
     # Not ready and not yet marked: whatever it is doing, no request is in it.
     idle = [one for one in chosen if not one.draining and not one.ready and _in_flight(one, loads) == 0]

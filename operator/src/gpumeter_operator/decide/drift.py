@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+# Maps and lists of owned objects that are one whole: an entry that somebody added to a selector cuts workers off, and
+# one in a policy's rules lets strangers in.
+_WHOLE = ("selector", "podSelector", "ingress", "egress", "policyTypes")
 _QUANTITY = re.compile(r"^([+-]?[0-9.]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$")
 _SCALE = {
     "": Decimal(1),
@@ -21,12 +24,16 @@ def covers(observed: Any, desired: Any) -> bool:
     """True when every field of `desired` is in `observed` with the same value.
 
     What others added (labels, defaults, injected containers) is no drift. The API server writes quantities in its own
-    form (1024Mi as 1Gi) and leaves out what is empty, so both count as equal.
+    form (1024Mi as 1Gi) and leaves out what is empty, so both count as equal. Selectors and a policy's rules are one
+    whole, of which nothing may be more either.
     """
     if isinstance(desired, Mapping):
         if not isinstance(observed, Mapping):
             return not desired and observed is None
-        return all(covers(observed.get(key), value) for key, value in desired.items())
+        return all(
+            (observed.get(key) or None) == (value or None) if key in _WHOLE else covers(observed.get(key), value)
+            for key, value in desired.items()
+        )
     if isinstance(desired, list):
         return _covers_list(observed or [], desired)
     if observed is None:

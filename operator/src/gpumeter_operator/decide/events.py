@@ -9,7 +9,7 @@ from typing import Any
 
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.names import API_VERSION, SERVICE_KIND
-from gpumeter_operator.decide.workload import fingerprint
+from gpumeter_operator.decide.owned import fingerprint
 
 MESSAGE_MAX = 1_024  # the API server's limit for an event
 COMPONENT = "gpumeter-operator"

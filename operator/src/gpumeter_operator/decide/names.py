@@ -37,6 +37,8 @@ DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"  # Kuber
 
 # The worker's container and its ports.
 MAIN_CONTAINER = "main"
+MODEL_VARIABLE = "GPUMETER_MODEL_URI"
+REVISION_VARIABLE = "GPUMETER_MODEL_REVISION"
 HTTP_PORT_NAME = "http"
 HTTP_PORT = 8000
 USAGE_PORT_NAME = "usage"

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from gpumeter_operator.decide.names import MAIN_CONTAINER, SERVICE_UID_ANNOTATION, TEMPLATE_ANNOTATION
+from gpumeter_operator.decide.names import (
+    MAIN_CONTAINER,
+    MODEL_VARIABLE,
+    REVISION_VARIABLE,
+    SERVICE_UID_ANNOTATION,
+    TEMPLATE_ANNOTATION,
+)
 from gpumeter_operator.decide.spec import Problem
 
 # A worker's last words: one line, a CamelCase word, a colon and a sentence. They are shown unchanged.
@@ -28,6 +34,7 @@ class Failure:
 
     problem: Problem
     finished_at: str  # RFC 3339, as Kubernetes states it
+    revision: str = ""  # of the model that it was to serve, where its source has revisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class PodState:
     address: str = ""  # where a worker that runs can be asked about itself; empty where it has none
     loading: str = ""  # how far it is, while it starts
     stand_in: Problem | None = None  # why it splits steps otherwise than the spec asks, while it serves
+    capacity: Mapping[str, Any] | None = None  # what it can do, as status.capacity has it
 
 
 def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:
@@ -66,7 +74,7 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> P
     )
     state = main.get("state") or {}
     ready = any(one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or [])
-    failure = _failure(main, pod["metadata"]["name"], pod["metadata"].get("namespace", ""))
+    failure = _failure(main, pod["metadata"]["name"], pod["metadata"].get("namespace", ""), _revision(pod))
     stuck = _is_stuck(pod, (state.get("waiting") or {}).get("reason", ""), now)
     return PodState(
         name=pod["metadata"]["name"],
@@ -160,14 +168,21 @@ def _unschedulable(pod: Mapping[str, Any], gpu_resource_name: str) -> Problem | 
     return None
 
 
-def _failure(main: Mapping[str, Any], pod_name: str, namespace: str) -> Failure | None:
+def _revision(pod: Mapping[str, Any]) -> str:
+    containers = (pod.get("spec") or {}).get("containers") or []
+    main: Mapping[str, Any] = next((one for one in containers if one.get("name") == MAIN_CONTAINER), {})
+    told = {one["name"]: one.get("value", "") for one in main.get("env") or []}
+    return str(told.get(REVISION_VARIABLE, "")) if str(told.get(MODEL_VARIABLE, "")).startswith("hf://") else ""
+
+
+def _failure(main: Mapping[str, Any], pod_name: str, namespace: str, revision: str) -> Failure | None:
     for moment in (main.get("state") or {}, main.get("lastState") or {}):
         ended = moment.get("terminated")
         if ended is None:
             continue
         if ended.get("exitCode", 0) == 0 and ended.get("reason") != "OOMKilled":
             continue  # a clean end is no failure
-        return Failure(_last_words(ended, main, pod_name, namespace), ended.get("finishedAt") or "")
+        return Failure(_last_words(ended, main, pod_name, namespace), ended.get("finishedAt") or "", revision)
     return None
 
 

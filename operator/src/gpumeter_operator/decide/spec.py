@@ -16,6 +16,7 @@ from gpumeter_operator.decide.template import template_problems
 # After the drain a worker cuts off what still runs (10 s at most), again if the engine hangs (10 s), ends the engine
 # (5 s), and waits for the acknowledgement of its seal (20 s).
 GRACE_AFTER_DRAIN_S = 45
+UNNAMED_CLASS = "gpu"  # the price class of a GPU that is asked for without one
 _DURATION = re.compile(r"([0-9]+)(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 
@@ -65,6 +66,7 @@ class ServiceSpec:
     max_surge: int | str
     max_unavailable: int | str
     template: Mapping[str, Any] = field(hash=False)
+    jupyter: bool = False  # a notebook in place of workers
 
     @property
     def reference(self) -> str:
@@ -121,13 +123,14 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         max_surge=rollout.get("maxSurge", 1),
         max_unavailable=rollout.get("maxUnavailable", 0),
         template=spec.get("template") or {},
+        jupyter=bool(_part(spec, "development").get("jupyter", False)),
     )
     return read_spec, _problems(read_spec, spec)
 
 
 def _gpu_class(gpu: Mapping[str, Any]) -> str:
     """The class by which the time is priced. A MIG instance's names its profile: it is never priced as a whole GPU."""
-    named = str(gpu.get("class") or "gpu")
+    named = str(gpu.get("class") or UNNAMED_CLASS)
     profile = re.fullmatch(r"[^/]+/mig-(.+)", str(gpu.get("resourceName", "")))
     if profile is None or named.endswith(profile[1].lower()):
         return named

@@ -12,7 +12,8 @@ from typing import Any
 
 from gpumeter_operator.decide import workload
 from gpumeter_operator.decide.autoscale import AT_ZERO, at_zero
-from gpumeter_operator.decide.conditions import Condition, follow
+from gpumeter_operator.decide.conditions import Condition, follow, timestamp
+from gpumeter_operator.decide.development import NOT_METERED, how_to_open
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
 from gpumeter_operator.decide.replicas import Replicas
@@ -46,24 +47,37 @@ class Seen:
 def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[str, Any]:
     """The whole status that this version owns; None stands for a field that must be absent."""
     alive = [pod for pod in seen.pods if not pod.terminating]
+    answering = 0 if seen.spec.jupyter else sum(pod.ready for pod in alive)
     workloads = _workloads_ready(seen, alive)
     decided = (
         _ready(seen, alive, workloads),
         workloads,
         _scaling_ready(seen.replicas),
-        _metering_ready(alive),
+        _metering_ready(alive, seen.spec),
         _stopped(seen.spec),
     )
     return {
         "observedGeneration": seen.spec.generation,
         "replicas": len(alive),
-        "readyReplicas": sum(pod.ready for pod in alive),
+        "readyReplicas": answering,
         "selector": workload.selector(seen.spec.name),
         "url": workload.url(seen.spec),
         "modelStatus": _model_status(seen, alive),
         **_measured(seen.figures),
+        **_capacity(seen, alive, former.get("capacity") or {}, now),
         "conditions": follow(former.get("conditions") or [], decided, seen.spec.generation, now),
     }
+
+
+def _capacity(
+    seen: Seen, alive: Sequence[PodState], former: Mapping[str, Any], now: datetime
+) -> dict[str, Mapping[str, Any]]:
+    """What one worker can do: told once for a profile, and kept while nobody runs. Workers of a kind measure alike."""
+    told = [pod.capacity for pod in alive if pod.ready and pod.capacity and pod.template_hash == seen.template_hash]
+    if not told or former.get("profileHash") in {one.get("profileHash") for one in told}:
+        return {}
+    gone = dict.fromkeys(former.keys() - told[0].keys())
+    return {"capacity": {**gone, **told[0], "measuredAt": timestamp(now)}}
 
 
 def _measured(figures: Figures | None) -> dict[str, Any]:
@@ -140,6 +154,10 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
         return not_ready(problem)
     if current_ready < wanted:
         loading = [pod for pod in current if pod.started and not pod.ready]
+        if (stuck := _out_of_time(seen.deployment)) is not None and not _progress(loading):
+            return not_ready(
+                Problem(stuck.reason, f"{current_ready} of {_count(wanted, 'worker')}: {stuck.message}{former}")
+            )
         if loading:
             told = _progress(loading)
             far = f"{len(loading)} loading the model{f': {told}' if told else ''}"
@@ -170,8 +188,8 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
     """Ready tells whether requests are answered; its reason tells what is wrong even while some are."""
     ready = sum(pod.ready for pod in alive)
     if seen.problems:
-        serving = f" {_count(ready, 'former worker')} still running." if ready else ""
-        return Condition("Ready", "False", workloads.reason, workloads.message + serving)
+        serving = f" {_count(ready, 'former worker')} still serving." if ready else ""
+        return Condition("Ready", "True" if ready else "False", workloads.reason, workloads.message + serving)
     if seen.spec.stopped:
         return Condition(
             "Ready", "False", "Stopped", f"Stopped by the annotation {STOP_ANNOTATION}; remove it to start the service."
@@ -184,6 +202,9 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
         )
     if not ready:
         return Condition("Ready", "False", workloads.reason, workloads.message)
+    if seen.spec.jupyter:
+        told = how_to_open(seen.spec)
+        return Condition("Ready", "False", told.reason, told.message)
     if workloads.status == "True" or workloads.reason == "PodsLeaving":
         return Condition("Ready", "True", "Serving", f"{_count(ready, 'worker')} ready.")
     return Condition("Ready", "True", workloads.reason, workloads.message)
@@ -193,7 +214,9 @@ def _scaling_ready(replicas: Replicas) -> Condition:
     return Condition("ScalingReady", "True" if replicas.followed else "False", replicas.reason, replicas.message)
 
 
-def _metering_ready(alive: Sequence[PodState]) -> Condition:
+def _metering_ready(alive: Sequence[PodState], spec: ServiceSpec) -> Condition:
+    if spec.jupyter:
+        return Condition("MeteringReady", "False", NOT_METERED.reason, NOT_METERED.message)
     for pod in alive:
         if pod.problem is not None and pod.problem.reason in METERING_REASONS:
             return Condition("MeteringReady", "False", pod.problem.reason, pod.problem.message)
@@ -236,6 +259,8 @@ def _progress(pods: Sequence[PodState]) -> str:
 
 
 def _model_state(seen: Seen, alive: Sequence[PodState]) -> str:
+    if seen.spec.jupyter and not seen.problems:
+        return "Standby"
     if any(pod.ready for pod in alive):
         return "Loaded"
     if any(pod.failure is not None for pod in alive):
@@ -250,7 +275,7 @@ def _failure_info(failures: Sequence[Failure]) -> dict[str, Any] | None:
         return None
     last = max(failures, key=lambda failure: failure.finished_at)
     info = {"reason": last.problem.reason, "message": last.problem.message}
-    return {**info, "time": last.finished_at or None}
+    return {**info, "modelRevision": last.revision or None, "time": last.finished_at or None}
 
 
 def replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
@@ -263,6 +288,18 @@ def replica_failure(deployment: Mapping[str, Any] | None) -> Problem | None:
                 reason,
                 f"The cluster refuses to create worker pods: {message.strip().rstrip('.')}. Lower spec.resources or "
                 "spec.replicas, or ask who runs the cluster for more.",
+            )
+    return None
+
+
+def _out_of_time(deployment: Mapping[str, Any] | None) -> Problem | None:
+    """A rollout that the Deployment has given up, while no pod of it says what is wrong."""
+    for condition in ((deployment or {}).get("status") or {}).get("conditions") or []:
+        if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
+            return Problem(
+                "ProgressDeadlineExceeded",
+                f"no further worker got ready in {workload.START_TIMEOUT_S // 60} minutes; see "
+                "kubectl describe pod and kubectl logs of those that are not.",
             )
     return None
 

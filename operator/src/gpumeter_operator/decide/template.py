@@ -24,7 +24,7 @@ FREE_ENVIRONMENT = (
 )
 """Settings of a worker that the spec has no field for, and that metering does not stand on."""
 
-OWN_VOLUMES = ("tmp", "journal", "cache", "shared-memory", "credentials", "model")
+OWN_VOLUMES = ("tmp", "journal", "cache", "shared-memory", "credentials", "model", "jupyter-token", "jupyter-workspace")
 OWN_PATHS = ("/tmp", "/var/lib/gpumeter", "/var/cache/gpumeter", "/dev/shm", "/etc/gpumeter", "/mnt/models")  # noqa: S108
 OWN_LABELS = (NAME_LABEL, INSTANCE_LABEL, MANAGED_BY_LABEL, MODEL_LABEL)
 

@@ -1,44 +1,36 @@
 """ServiceSpec -> manifests: everything that the operator owns for one InferenceService.
 
-Owns the shape of the workers' pods: ports, environment, volumes, probes, security and rollout. Does not know what is
-in the cluster already, nor how manifests get there.
+Owns the shape of the workers' pods: ports, environment, volumes, probes, security and rollout, and which objects there
+are. Does not know what is in the cluster already, nor how manifests get there.
 """
 
 import base64
-import hashlib
-import json
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from gpumeter_operator.decide.access import MONITOR_API, POLICY_API, Monitoring, Peers, network_policy, pod_monitor
 from gpumeter_operator.decide.credentials import Credentials
+from gpumeter_operator.decide.development import notebook, notebook_secret, notebook_volumes
 from gpumeter_operator.decide.names import (
-    API_VERSION,
-    APPLIED_ANNOTATION,
     CREDENTIALS_ANNOTATION,
     DEVICES_ANNOTATION,
     DRAINING_LABEL,
     GPU_CLASS_ANNOTATION,
     HTTP_PORT,
     HTTP_PORT_NAME,
-    INSTANCE_LABEL,
     MAIN_CONTAINER,
-    MANAGED_BY,
-    MANAGED_BY_LABEL,
-    MODEL_LABEL,
-    NAME_LABEL,
-    SERVICE_KIND,
+    MODEL_VARIABLE,
+    REVISION_VARIABLE,
     SERVICE_LABEL,
     SERVICE_UID_ANNOTATION,
     TEMPLATE_ANNOTATION,
     USAGE_PORT,
     USAGE_PORT_NAME,
-    WORKER_NAME,
 )
+from gpumeter_operator.decide.owned import Manifest, fingerprint, labels, owned, stamped
+from gpumeter_operator.decide.placement import NodeChoice, keep_whole, placement
 from gpumeter_operator.decide.spec import ServiceSpec
 from gpumeter_operator.decide.template import merge_template
-
-Manifest = dict[str, Any]
 
 USER_ID = 65532
 START_TIMEOUT_S = 3_600  # fetching 100 GB of weights at 30 MB/s; what cannot start ends by itself before
@@ -51,14 +43,19 @@ class Installation:
     worker_image: str
     worker_image_pull_policy: str
     gateway_url: str
+    gpu_classes: Mapping[str, NodeChoice] = field(default_factory=dict)
+    peers: Peers | None = None  # None: no NetworkPolicies
+    monitoring: Monitoring | None = None  # None: no PodMonitors
+    development_image: str = ""  # with JupyterLab; empty: a service that wants a notebook names its own
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """The manifests of one service, and the hash of the pod template that current pods carry."""
 
-    secret: Manifest
+    secrets: tuple[Manifest, ...]
     others: tuple[Manifest, ...]  # in the order of application; the Deployment is the last
+    absent: tuple[Manifest, ...]  # that a former version or installation may have made; only apiVersion, kind and names
     template_hash: str
     credentials_fingerprint: str
 
@@ -69,40 +66,55 @@ class Workload:
 
 
 def build(
-    spec: ServiceSpec, wanted: int, installation: Installation, credentials: Credentials, *, marked: bool = True
+    spec: ServiceSpec,
+    wanted: int,
+    installation: Installation,
+    credentials: Credentials,
+    *,
+    marked: bool = True,
+    monitored: bool = True,
 ) -> Workload:
     """All manifests of a service without problems, for `wanted` workers.
 
     `marked` is false while some pod has no label that says whether it drains: a Service that asked for it would cut off
-    the pods of a former version before the new ones are ready.
+    the pods of a former version before the new ones are ready. `monitored` is false where the cluster knows no
+    PodMonitors.
     """
+    chosen, absent = _by_choice(spec, installation, monitored=monitored)
     template, template_hash = _pod_template(spec, installation, credentials)
     return Workload(
-        secret=_secret(spec, credentials),
+        secrets=(_secret(spec, credentials), *((notebook_secret(spec, credentials),) if spec.jupyter else ())),
         others=tuple(
-            _stamped(manifest)
+            stamped(manifest)
             for manifest in (
                 _service_account(spec),
                 _service(spec, marked=marked),
                 _usage_service(spec),
                 _disruption_budget(spec),
+                *chosen,  # before the pods, which are never without their policy
                 _deployment(spec, wanted, template),
             )
         ),
+        absent=absent,
         template_hash=template_hash,
-        credentials_fingerprint=credentials.fingerprint,
+        credentials_fingerprint=_credentials_mark(spec, credentials),
     )
 
 
-def labels(spec: ServiceSpec) -> dict[str, str]:
-    """The labels of everything that is owned."""
-    return {
-        NAME_LABEL: WORKER_NAME,
-        INSTANCE_LABEL: spec.name,
-        MANAGED_BY_LABEL: MANAGED_BY,
-        SERVICE_LABEL: spec.name,
-        MODEL_LABEL: label_value(spec.model_name),
-    }
+def _by_choice(
+    spec: ServiceSpec, installation: Installation, *, monitored: bool
+) -> tuple[tuple[Manifest, ...], tuple[Manifest, ...]]:
+    """What the installation has chosen that services have, and what must not be there because it has not."""
+    made, absent = [], []
+    if installation.peers:
+        made.append(network_policy(spec, installation.peers))
+    else:
+        absent.append(owned(spec, POLICY_API, "NetworkPolicy", spec.name))
+    if monitored and installation.monitoring:
+        made.append(pod_monitor(spec, installation.monitoring))
+    elif monitored:
+        absent.append(owned(spec, MONITOR_API, "PodMonitor", spec.name))
+    return tuple(made), tuple(absent)
 
 
 def selector(service_name: str) -> str:
@@ -115,58 +127,18 @@ def url(spec: ServiceSpec) -> str:
     return f"http://{spec.name}.{spec.namespace}.svc:{HTTP_PORT}/v1"
 
 
-def label_value(text: str) -> str:
-    """`text` as a label's value: at most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.")
-
-
-def fingerprint(manifest: Any) -> str:
-    """Hash of a manifest's canonical JSON."""
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _stamped(manifest: Manifest) -> Manifest:
-    metadata = manifest["metadata"]
-    annotations = {**metadata.get("annotations", {}), APPLIED_ANNOTATION: fingerprint(manifest)}
-    return {**manifest, "metadata": {**metadata, "annotations": annotations}}
-
-
-def _owned(service: ServiceSpec, api_version: str, kind: str, name: str, /, **content: Any) -> Manifest:
-    return {
-        "apiVersion": api_version,
-        "kind": kind,
-        "metadata": {
-            "name": name,
-            "namespace": service.namespace,
-            "labels": labels(service),
-            "ownerReferences": [
-                {
-                    "apiVersion": API_VERSION,
-                    "kind": SERVICE_KIND,
-                    "name": service.name,
-                    "uid": service.uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
-        },
-        **content,
-    }
-
-
 def _secret(spec: ServiceSpec, credentials: Credentials) -> Manifest:
     values = {"usage-token": credentials.usage_token, "hop-key": credentials.hop_key}
     data = {key: base64.b64encode(value.encode()).decode() for key, value in values.items()}
-    return _owned(spec, "v1", "Secret", f"{spec.name}-usage", type="Opaque", data=data)
+    return owned(spec, "v1", "Secret", f"{spec.name}-usage", type="Opaque", data=data)
 
 
 def _service_account(spec: ServiceSpec) -> Manifest:
-    return _owned(spec, "v1", "ServiceAccount", spec.name, automountServiceAccountToken=False)
+    return owned(spec, "v1", "ServiceAccount", spec.name, automountServiceAccountToken=False)
 
 
 def _service(spec: ServiceSpec, *, marked: bool) -> Manifest:
-    return _owned(
+    return owned(
         spec,
         "v1",
         "Service",
@@ -179,7 +151,7 @@ def _service(spec: ServiceSpec, *, marked: bool) -> Manifest:
 
 
 def _usage_service(spec: ServiceSpec) -> Manifest:
-    return _owned(
+    return owned(
         spec,
         "v1",
         "Service",
@@ -195,7 +167,7 @@ def _usage_service(spec: ServiceSpec) -> Manifest:
 
 
 def _disruption_budget(spec: ServiceSpec) -> Manifest:
-    return _owned(
+    return owned(
         spec,
         "policy/v1",
         "PodDisruptionBudget",
@@ -210,7 +182,7 @@ def _disruption_budget(spec: ServiceSpec) -> Manifest:
 
 
 def _deployment(spec: ServiceSpec, wanted: int, template: Manifest) -> Manifest:
-    return _owned(
+    return owned(
         spec,
         "apps/v1",
         "Deployment",
@@ -230,14 +202,15 @@ def _deployment(spec: ServiceSpec, wanted: int, template: Manifest) -> Manifest:
 
 
 def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Credentials) -> tuple[Manifest, str]:
+    worker = _main_container(spec, installation)
     ours: Manifest = {
         "metadata": {
-            "labels": {**labels(spec), DRAINING_LABEL: "false"},
+            "labels": {**labels(spec), DRAINING_LABEL: "true" if spec.jupyter else "false"},
             "annotations": {
                 SERVICE_UID_ANNOTATION: spec.uid,
                 DEVICES_ANNOTATION: str(max(spec.gpu_count, 1)),
                 GPU_CLASS_ANNOTATION: spec.gpu_class,
-                CREDENTIALS_ANNOTATION: credentials.fingerprint,
+                CREDENTIALS_ANNOTATION: _credentials_mark(spec, credentials),
             },
         },
         "spec": {
@@ -252,25 +225,22 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
                 "fsGroup": USER_ID,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            **({"affinity": _WHOLE_GPUS} if spec.gpu_count else {}),
-            "containers": [_main_container(spec, installation)],
-            "volumes": _volumes(spec),
+            **placement(spec, installation.gpu_classes),
+            "containers": [notebook(worker, spec, installation.development_image) if spec.jupyter else worker],
+            "volumes": notebook_volumes(_volumes(spec), spec) if spec.jupyter else _volumes(spec),
         },
     }
     merged = merge_template(ours, spec.template)
+    if spec.gpu_count:
+        merged["spec"] = keep_whole(merged["spec"])
     template_hash = fingerprint(merged)
     annotations = {**merged["metadata"]["annotations"], TEMPLATE_ANNOTATION: template_hash}
     return {**merged, "metadata": {**merged["metadata"], "annotations": annotations}}, template_hash
 
 
-_NOT_SHARED = {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]}
-_WHOLE_GPUS: Manifest = {
-    "nodeAffinity": {
-        "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [_NOT_SHARED]}]}
-    }
-}
-"""NVIDIA's feature discovery labels nodes whose GPUs are shared: there a step lasts as long as others' work says, and a
-container often cannot see it. Nodes without the label are taken. Node terms of spec.template take this one's place."""
+def _credentials_mark(spec: ServiceSpec, credentials: Credentials) -> str:
+    """Which Secrets the pods were made with; another mark has them written before the pods."""
+    return f"{credentials.fingerprint}-jupyter" if spec.jupyter else credentials.fingerprint
 
 
 def _main_container(spec: ServiceSpec, installation: Installation) -> Manifest:
@@ -315,8 +285,8 @@ def _environment(spec: ServiceSpec, installation: Installation) -> list[Manifest
         "GPUMETER_SERVICE": spec.reference,
         "GPUMETER_SERVICE_UID": spec.uid,
         "GPUMETER_MODEL_NAME": spec.model_name,
-        "GPUMETER_MODEL_URI": _worker_uri(spec),
-        "GPUMETER_MODEL_REVISION": spec.model_revision,
+        MODEL_VARIABLE: _worker_uri(spec),
+        REVISION_VARIABLE: spec.model_revision,
         "GPUMETER_DTYPE": spec.dtype,
         "GPUMETER_MAX_MODEL_LEN": str(spec.max_model_len),
         "GPUMETER_MAX_BATCH_SIZE": str(spec.max_batch_size),

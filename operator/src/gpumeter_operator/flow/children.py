@@ -4,6 +4,7 @@ Owns the comparison before writing, the check that a name is free or ours, and w
 not decide what the manifests are.
 """
 
+import logging
 from collections.abc import Callable
 
 from gpumeter_operator.adapters.kubernetes import RESOURCES, Manifest, Refused
@@ -14,7 +15,10 @@ from gpumeter_operator.decide.workload import Workload
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
 
+log = logging.getLogger(__name__)
+
 FIELD_MANAGER = "gpumeter-operator"
+BESIDE = ("PodMonitor",)  # nobody is served worse without it, so a refusal is told in the log and stops nothing
 SECRET_AGAIN_NS = (
     20_000_000_000  # between two writes of a Secret whose pods are stuck: a user should see it cured in 30 s
 )
@@ -41,7 +45,8 @@ class Children:
         written = False
         try:
             if self._secret_due(spec, workload, stuck=stuck, now_ns=now_ns):
-                await self._write(workload.secret)
+                for secret in workload.secrets:
+                    await self._write(secret)
                 self._secret_written_ns[spec.uid] = now_ns
                 written = True
             for manifest in workload.others:
@@ -50,10 +55,18 @@ class Children:
                     continue
                 if (problem := await self._name_taken(spec, manifest, observed)) is not None:
                     return written, (problem,)
-                applied = await self._write(manifest)
+                try:
+                    applied = await self._write(manifest)
+                except Refused as refusal:
+                    if manifest["kind"] not in BESIDE:
+                        raise
+                    log.warning("%s: its %s is refused: %s", spec.reference, manifest["kind"], refusal)
+                    continue
                 self._remember(applied, manifest)
                 self._fleet.learn(applied)
                 written = True
+            for manifest in workload.absent:
+                written |= await self._remove(spec, manifest)
         except Refused as refusal:
             if _may_pass(refusal):
                 raise
@@ -71,6 +84,21 @@ class Children:
         applied = await self._cluster.apply(manifest, field_manager=FIELD_MANAGER)
         self._on_write(manifest["kind"])
         return applied
+
+    async def stop(self, spec: ServiceSpec) -> bool:
+        """End the workers of a service whose spec cannot be applied, so that it cannot be set to none either."""
+        deployment = self._fleet.deployment(spec.namespace, spec.name)
+        return deployment is not None and await self._remove(spec, deployment)
+
+    async def _remove(self, spec: ServiceSpec, manifest: Manifest) -> bool:
+        """Delete what is not wanted any more, if it is there and ours."""
+        observed = self._fleet.owned(manifest)
+        if observed is None or controller_uid(observed) != spec.uid or "deletionTimestamp" in observed["metadata"]:
+            return False
+        resource, metadata = RESOURCES[manifest["apiVersion"], manifest["kind"]], observed["metadata"]
+        await self._cluster.delete(resource, metadata["name"], spec.namespace, uid=metadata["uid"])
+        self._on_write(manifest["kind"])
+        return True
 
     def _secret_due(self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int) -> bool:
         # The operator may not read Secrets. A Deployment that names these credentials was written after their Secret,

@@ -18,7 +18,9 @@ from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.crew import is_marked
+from gpumeter_operator.decide.development import development_problems
 from gpumeter_operator.decide.events import event
+from gpumeter_operator.decide.placement import placement_problems
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
 from gpumeter_operator.decide.replicas import Replicas, decide_replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
@@ -112,6 +114,8 @@ class Reconciler:
 
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)
+        problems += placement_problems(spec, self._installation.gpu_classes)
+        problems += development_problems(spec, self._installation.development_image)
         now = self._clock()
         pods = [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
         described = tuple(self._with_answer(describe(pod, spec.gpu_resource_name, now)) for pod in pods)
@@ -122,6 +126,8 @@ class Reconciler:
             template_hash = workload.template_hash
             stuck = any(pod.stuck for pod in described)  # a deleted Secret is one of the things that pods wait for
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
+        elif spec.stopped:
+            written = await self._children.stop(spec)
         seen = decide.Seen(
             spec=spec,
             replicas=replicas,
@@ -138,15 +144,20 @@ class Reconciler:
             return pod
         answer = self._told(pod.address, pod.ready)
         if pod.ready:
-            return replace(pod, stand_in=Problem(*answer.stand_in) if answer.stand_in else None)
+            stand_in = Problem(*answer.stand_in) if answer.stand_in else None
+            return replace(pod, stand_in=stand_in, capacity=answer.capacity)
         return replace(pod, loading=answer.progress)
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known, *, marked: bool) -> Workload:
         """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
-        key = (spec.generation, replicas.wanted, marked)
+        monitored = self._fleet.has_pod_monitors
+        key = (spec.generation, replicas.wanted, marked, monitored)
         if known.workload is None or known.workload[0] != key:
             credentials = credentials_of(self._master_key, spec.uid)
-            known.workload = key, build(spec, replicas.wanted, self._installation, credentials, marked=marked)
+            known.workload = (
+                key,
+                build(spec, replicas.wanted, self._installation, credentials, marked=marked, monitored=monitored),
+            )
         return known.workload[1]
 
     async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:
@@ -216,6 +227,7 @@ def is_normal(ready: dict[str, Any]) -> bool:
         "ModelLoading",
         "ContainerCreating",
         "Stopped",
+        "Development",
         "ScaledToZero",
         "Deleting",
     )

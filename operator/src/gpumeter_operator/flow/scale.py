@@ -17,9 +17,14 @@ from typing import Any
 from gpumeter_operator.adapters.kubernetes import PODS, Manifest, Refused, Unreachable
 from gpumeter_operator.decide.autoscale import AT_ZERO, STEADY, Decision, Memory, Sight, Worker, decide
 from gpumeter_operator.decide.conditions import timestamp
-from gpumeter_operator.decide.crew import COST_DRAINING, COST_LEAVING, Door, Load, Replica, replica_of
+from gpumeter_operator.decide.crew import COST_DRAINING, COST_LEAVING, Door, Load, Replica, is_former, replica_of
 from gpumeter_operator.decide.drain import Plan, plan
-from gpumeter_operator.decide.names import DELETION_COST_ANNOTATION, DRAINING_LABEL, DRAINING_SINCE_ANNOTATION
+from gpumeter_operator.decide.names import (
+    DELETION_COST_ANNOTATION,
+    DRAINING_LABEL,
+    DRAINING_SINCE_ANNOTATION,
+    TEMPLATE_ANNOTATION,
+)
 from gpumeter_operator.decide.pods import belongs, describe
 from gpumeter_operator.decide.replicas import Replicas, at_first
 from gpumeter_operator.decide.spec import Problem, ServiceSpec, is_stopped, read
@@ -239,6 +244,7 @@ class Scaler:
     def _sight(self, held: _Held, crew: list[Replica], loads: Mapping[str, Load]) -> Sight:
         spec = held.spec
         serving = [one for one in crew if not one.draining]
+        template = self._template(spec)
         blocked = replica_failure(self._fleet.deployment(spec.namespace, spec.name))
         if blocked is None and any(not one.placed for one in serving):
             blocked = self._unplaced(spec)
@@ -248,7 +254,14 @@ class Scaler:
             door=self._door(spec),
             batch=spec.max_batch_size,
             blocked=blocked,
+            rolling=any(one.ready and is_former(one, template) for one in serving),
         )
+
+    def _template(self, spec: ServiceSpec) -> str:
+        """The hash of the template that the Deployment makes pods from; empty before there is one."""
+        deployment = (self._fleet.deployment(spec.namespace, spec.name) or {}).get("spec") or {}
+        annotations = ((deployment.get("template") or {}).get("metadata") or {}).get("annotations") or {}
+        return str(annotations.get(TEMPLATE_ANNOTATION, ""))
 
     def _door(self, spec: ServiceSpec) -> Door:
         one, known = self._doors.asked().get(spec.reference), not self._doors.silent()
@@ -283,7 +296,14 @@ class Scaler:
         if decision.changes:
             self._count(decision.reason)
         to_do = plan(
-            held.wanted, held.deployed, crew, loads, timeout_ms=held.spec.drain_timeout_ms, now=now, now_ms=now_ms
+            held.wanted,
+            held.deployed,
+            crew,
+            loads,
+            timeout_ms=held.spec.drain_timeout_ms,
+            now=now,
+            now_ms=now_ms,
+            template=self._template(held.spec),
         )
         if held.news or held.behind or to_do.patches or to_do.replicas != held.deployed:
             held.acting = asyncio.create_task(self._act(service, held, to_do, now))

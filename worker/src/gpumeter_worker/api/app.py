@@ -23,6 +23,9 @@ from gpumeter_worker.api.openapi import openapi_document
 from gpumeter_worker.api.parameters import Generation
 from gpumeter_worker.api.requests import Prompt, chat_request, completion_request, generate_request, read_json
 from gpumeter_worker.api.responses import CHAT, COMPLETION, EventStream, Shape, Wanted, WholeAnswer
+from gpumeter_worker.metering.attribution import Costs
+from gpumeter_worker.metering.capacity import capacity
+from gpumeter_worker.metering.profiles import CALIBRATED
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,8 @@ def api_app(worker: Desk) -> FastAPI:
         document: dict[str, Any] = {"ready": state.ready, "reason": state.reason, "message": state.message}
         if (adopted := worker.attribution) is not None:
             document["attribution"] = {"reason": adopted.reason, "message": adopted.message}
+        if state.ready and (figures := capacity_of(worker)) is not None:
+            document["capacity"] = figures
         return JSONResponse(document, 200 if state.ready else 503)
 
     @app.get("/metrics")
@@ -105,6 +110,27 @@ def api_app(worker: Desk) -> FastAPI:
         return Response(worker.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+def capacity_of(worker: Desk) -> dict[str, Any] | None:
+    """What this worker can do, where its steps were timed."""
+    engine, adopted = worker.engine, worker.attribution
+    if engine is None or adopted is None or adopted.reason != CALIBRATED:
+        return None
+    found = adopted.profile
+    figures = capacity(
+        Costs(found.t0_ps, found.phi_ps, found.lam_ps, found.kap_ps, found.alp_ps),
+        batch_most=engine.max_batch_size,
+        sequence_most=engine.max_model_len,
+        cache_tokens=engine.cache_tokens,
+    )
+    if figures is None:
+        return None
+    sample = worker.gpu.sample
+    told = {"profileHash": found.hash, "gpuClass": worker.settings.gpu_class, **figures}
+    if sample is not None and sample.memory_total_bytes is not None and sample.memory_used_bytes is not None:
+        told["memoryHeadroomBytes"] = max(sample.memory_total_bytes - sample.memory_used_bytes, 0)
+    return told
 
 
 async def _asked(worker: Desk, request: Request) -> tuple[Caller, dict[str, Any]]:

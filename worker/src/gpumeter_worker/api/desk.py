@@ -43,6 +43,10 @@ class Desk(Clerk, Protocol):
     def attribution(self) -> Adopted | None:
         """How steps are split, once that is known."""
 
+    @property
+    def gpu(self) -> GpuWatch:
+        """What is known of the device."""
+
     def readiness(self) -> Readiness:
         """Whether new work is admitted, and why not."""
 
