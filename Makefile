@@ -7,6 +7,7 @@ PYTHON ?= python3
 CLUSTER ?= gpumeter
 BACKEND ?= auto
 GPUS ?= 2
+NODES ?=
 export GPUMETER_CACHE ?= $(HOME)/.cache/gpumeter
 export PYTHONPATH := tests/cluster:tests
 
@@ -21,6 +22,7 @@ help: ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (made-up nvidia.com/gpu of the local node, $(GPUS)),"
+	@echo "           NODES (of the local cluster, 1 to 4; as it was, or 1),"
 	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
 
 ##@ The two commands
@@ -125,7 +127,7 @@ bench-collection: setup ## Records/s into SQLite and PostgreSQL up to ten millio
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images
 cluster-up: setup ## Start (or repair) the local cluster
-	@$(DEVCLUSTER) up --name $(CLUSTER) --backend $(BACKEND) --gpus $(GPUS)
+	@$(DEVCLUSTER) up --name $(CLUSTER) --backend $(BACKEND) --gpus $(GPUS) $(if $(NODES),--nodes $(NODES))
 cluster-down: setup ## Stop the local cluster and remove all that it made
 	@$(DEVCLUSTER) down --name $(CLUSTER)
 cluster-status: setup ## What runs, and where its logs are

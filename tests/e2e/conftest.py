@@ -10,13 +10,17 @@ import pytest
 
 from demo import manifests, steps
 from demo.kube import Kube
+from devcluster.backends import LOCAL
 from devcluster.imagekeys import IMAGES, key_of
 from devcluster.layout import REPOSITORY, cluster_paths
+from devcluster.places import Place
 from devcluster.progress import Progress
+from devcluster.state import read_state
 from devcluster.tools import tool
-from e2e import story
+from e2e import faultstory, story
 
 CLUSTER = "gpumeter-e2e"
+FAULTS = "test_2_faults"
 
 
 def devcluster(*arguments: str) -> None:
@@ -74,4 +78,45 @@ def evidence(
     folder: Path = tmp_path_factory.mktemp("evidence")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(flush=True)
-        return story.play(release, keys, folder)
+        evidence = story.play(release, keys, folder)
+        if any(FAULTS in item.nodeid for item in request.session.items):
+            request.getfixturevalue("faults")  # the last minute of this story is over by then
+        story.settle(release, evidence, folder)
+        return evidence
+
+
+@pytest.fixture(scope="session")
+def second_node(request: pytest.FixtureRequest, release: steps.Demo) -> Place:
+    """A second node beside the one that runs the release, with the same images."""
+    paths = cluster_paths(CLUSTER)
+    state = read_state(paths.state)
+    if state is None or state.backend != LOCAL:
+        pytest.skip("nodes are lost and cut off where devcluster made them itself: with the backend local")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        devcluster("up", "--nodes", "2")
+        devcluster("images")
+    return Place(2)
+
+
+@pytest.fixture(scope="session")
+def faults(
+    request: pytest.FixtureRequest,
+    release: steps.Demo,
+    keys: dict[str, str],
+    second_node: Place,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> faultstory.Evidence:
+    """What a service went through, and what it left behind."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(flush=True)
+        return faultstory.play(release, keys, second_node, cluster_paths(CLUSTER), tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def settled_faults(
+    request: pytest.FixtureRequest, release: steps.Demo, faults: faultstory.Evidence
+) -> faultstory.Evidence:
+    """The same when its last period is Final."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        faultstory.settle(release, faults)
+    return faults
