@@ -79,7 +79,7 @@ chart-crds: ## Copy the CRDs into the chart (crds/ is the source of truth)
 	@cp crds/*.yaml charts/gpumeter/crds/
 
 ##@ One ring of tests at a time
-.PHONY: test-unit test-contract test-cluster test-e2e test-gpu
+.PHONY: test-unit test-contract test-cluster test-e2e test-faults test-gpu
 test-unit: setup ## unit, property and sim: pure code, seconds
 	@$(PY) -m rings unit property sim
 test-contract: setup ## contract: the real model, the real openai client, the chart
@@ -88,6 +88,8 @@ test-cluster: setup ## cluster: a real API server and etcd
 	@$(PY) -m rings cluster
 test-e2e: setup ## e2e: a real node, real containers, real traffic
 	@$(PY) -m rings e2e
+test-faults: setup ## e2e's faults and the longer ones: spike, edits, no API server, a cut wire, lost nodes; 25 minutes
+	@GPUMETER_LONG_FAULTS=1 $(PY) -m pytest tests/e2e -k test_2_faults $(ARGS)
 test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 

@@ -17,10 +17,14 @@ from devcluster.places import Place
 from devcluster.progress import Progress
 from devcluster.state import read_state
 from devcluster.tools import tool
-from e2e import faultstory, story
+from e2e import faultstory, longstory, story
+from e2e.ordeal import Evidence, Scene, settle
 
 CLUSTER = "gpumeter-e2e"
 FAULTS = "test_2_faults"
+LONG = bool(os.environ.get("GPUMETER_LONG_FAULTS"))  # set by make test-faults
+STORIES = ("faults", "long") if LONG else ("faults",)
+collect_ignore = [] if LONG else ["test_2_faults_long.py"]
 
 
 def devcluster(*arguments: str) -> None:
@@ -105,18 +109,34 @@ def faults(
     keys: dict[str, str],
     second_node: Place,
     tmp_path_factory: pytest.TempPathFactory,
-) -> faultstory.Evidence:
+) -> Evidence:
     """What a service went through, and what it left behind."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(flush=True)
-        return faultstory.play(release, keys, second_node, cluster_paths(CLUSTER), tmp_path_factory.mktemp("faults"))
+        scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
+        return faultstory.play(scene, tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="session")
-def settled_faults(
-    request: pytest.FixtureRequest, release: steps.Demo, faults: faultstory.Evidence
-) -> faultstory.Evidence:
-    """The same when its last period is Final."""
+def long(
+    request: pytest.FixtureRequest,
+    release: steps.Demo,
+    keys: dict[str, str],
+    faults: Evidence,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Evidence:
+    """What takes too long for every run; it comes after `faults`, at whose end the second node is lost."""
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        faultstory.settle(release, faults)
-    return faults
+        print(flush=True)
+        devcluster("up", "--nodes", "2")
+        scene = Scene(release, keys, cluster_paths(CLUSTER), Place(2))
+        return longstory.play(scene, tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="session", params=STORIES)
+def settled(request: pytest.FixtureRequest, release: steps.Demo) -> Evidence:
+    """A story of faults when its last period is Final."""
+    evidence: Evidence = request.getfixturevalue(request.param)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        settle(release, evidence)
+    return evidence

@@ -5,7 +5,7 @@ every look would take a processor from the workers that are waited for.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,16 @@ class Stage:
         """A merge patch of the spec; None removes."""
         self.api.merge(self.path, {"spec": spec})
 
+    def status(self, field_name: str) -> Any:
+        """One field of the status."""
+        return self.service().get("status", {}).get(field_name)
+
+    def deployed(self) -> Manifest:
+        """The pod template of the Deployment."""
+        path = f"/apis/apps/v1/namespaces/{self.namespace}/deployments/{self.name}"
+        found: Manifest = self.api.get(path)["spec"]["template"]
+        return found
+
     def condition(self, kind: str = "Ready") -> Manifest:
         """The condition as it stands, empty while it is about an older generation."""
         service = self.service()
@@ -116,12 +126,13 @@ class Stage:
         return ready.get("reason") == "Serving" and len(pods) == wanted and all(map(is_ready, pods))
 
     def kill_operators(self) -> int:
-        """kill -9 to every operator; returns how many there were."""
+        """kill -9 to every operator that runs; returns how many there were."""
         selector = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=operator"
         pods = self.demo.kube.get("-n", RELEASE_NAMESPACE, "pods", "-l", selector)["items"]
-        for pod in pods:
+        running = [pod for pod in pods if any("running" in one["state"] for one in containers(pod))]
+        for pod in running:
             kill_container(pod)
-        return len(pods)
+        return len(running)
 
     def evict(self, pod: Manifest) -> None:
         """Ask for a pod to leave, as `kubectl drain` does: a disruption budget may refuse it."""
@@ -133,6 +144,12 @@ class Stage:
         """Take a pod off the books that nobody can end any more, as the taint out-of-service makes Kubernetes do."""
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}"
         self.api.request("DELETE", path, {"gracePeriodSeconds": 0, "propagationPolicy": "Background"})
+
+
+def containers(pod: Manifest) -> list[Manifest]:
+    """What the kubelet last said of a pod's containers."""
+    found: list[Manifest] = pod["status"].get("containerStatuses", [])
+    return found
 
 
 def is_ready(pod: Manifest) -> bool:
@@ -150,13 +167,3 @@ def is_lost(pod: Manifest) -> bool:
 
 def uids(pods: list[Manifest]) -> set[str]:
     return {pod["metadata"]["uid"] for pod in pods}
-
-
-def poll(look: Callable[[], bool], within_s: float) -> bool:
-    """Whether it became true in time."""
-    end = time.monotonic() + within_s
-    while not look():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True

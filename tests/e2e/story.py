@@ -62,16 +62,16 @@ class PodWatch:
     """Every state in which the workers' pods were, the last one too: the test's own witness of `allocated`.
 
     A watch and no polling, because a pod is gone from the API milliseconds after it told when its container ended.
+    `patient` begins again where an API server that goes away breaks it off: no pod goes meanwhile.
     """
 
-    def __init__(self, kube: Kube, namespace: str) -> None:
+    def __init__(self, kube: Kube, namespace: str, *, patient: bool = False) -> None:
         self.seen: list[dict[str, Any]] = []
-        self._process = subprocess.Popen(
-            [kube.kubectl, "-n", namespace, "get", "pods", "-l", WORKERS, *WATCH],
-            env=os.environ | {"KUBECONFIG": str(kube.kubeconfig)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._command = [kube.kubectl, "-n", namespace, "get", "pods", "-l", WORKERS, *WATCH]
+        self._environment = os.environ | {"KUBECONFIG": str(kube.kubeconfig)}
+        self._patient = patient
+        self._over = threading.Event()
+        self._process = self._start()
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> "PodWatch":
@@ -79,17 +79,25 @@ class PodWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._process.terminate()
         self._thread.join()
 
     def check(self) -> None:
         """A watch that ended early has seen too little to judge by."""
-        assert self._process.poll() is None, "the watch of the pods ended early"
+        assert self._thread.is_alive(), "the watch of the pods ended early"
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(self._command, env=self._environment, stdout=subprocess.PIPE, text=True)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # one event a line
-            self.seen.append(json.loads(line)["object"])
+        while True:
+            assert self._process.stdout is not None
+            for line in self._process.stdout:  # one event a line
+                self.seen.append(json.loads(line)["object"])
+            if not self._patient or self._over.wait(0.2):
+                return
+            self._process = self._start()
 
 
 def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
