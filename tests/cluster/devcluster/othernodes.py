@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from devcluster import cgroups, links, localnode, node, packages, pki, tools
+from devcluster import cgroups, links, localnode, node, packages, pki, seeding, tools
 from devcluster.apiclient import open_api
 from devcluster.contents import offer_gpus
 from devcluster.errors import ClusterError
@@ -64,6 +64,7 @@ def start(paths: ClusterPaths, state: State, place: Place, progress: Progress) -
     begun = datetime.now(UTC)
     try:
         with progress.step(f"{place.name} Ready, in namespaces of its own"):
+            seeding.seed(paths, localnode.node_process(state), own)
             told = localnode.launch(own, settings_file, State(state.backend, 0, state.gpus))
             join(localnode.node_process(state), localnode.node_process(told), place, own)
             wait_for_report(own, told)
