@@ -15,6 +15,7 @@ GRACEFUL = ("rollout", "mistakes", "quota", "eviction")
 
 # How long the gateway may take to notice that a worker which it waits for is no more: TCP's probes, and the rest.
 NOTICED_NS = 45 * SECOND_NS
+LONGEST_NS = 30 * SECOND_NS  # an answer of 64 tokens at most, on two busy cores
 
 
 def during(evidence: Evidence, *acts: str) -> list[Exchange]:
@@ -27,10 +28,17 @@ def during(evidence: Evidence, *acts: str) -> list[Exchange]:
     return found
 
 
+def was_in_flight(one: Exchange, died_ns: int) -> bool:
+    """Whether a node's death may have ended it; one that had hung for long before is no such request."""
+    return died_ns - LONGEST_NS < one.started_at_ns and one.ended_at_ns >= died_ns
+
+
 @pytest.mark.parametrize("act", GRACEFUL)
 def test_no_request_is_lost_or_sent_away(faults: Evidence, act: str):
     died_ns = faults.lost[0][0]
-    unhappy = [one for one in during(faults, act) if one.outcome is not Outcome.FINISHED and one.ended_at_ns < died_ns]
+    unhappy = [
+        one for one in during(faults, act) if one.outcome is not Outcome.FINISHED and not was_in_flight(one, died_ns)
+    ]
     assert unhappy == [], surprises(unhappy)
 
 
