@@ -7,6 +7,7 @@ PYTHON ?= python3
 CLUSTER ?= gpumeter
 BACKEND ?= auto
 GPUS ?= 2
+NODES ?=
 export GPUMETER_CACHE ?= $(HOME)/.cache/gpumeter
 export PYTHONPATH := tests/cluster:tests
 
@@ -21,6 +22,7 @@ help: ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (made-up nvidia.com/gpu of the local node, $(GPUS)),"
+	@echo "           NODES (of the local cluster, 1 to 4; as it was, or 1),"
 	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
 
 ##@ The two commands
@@ -77,7 +79,7 @@ chart-crds: ## Copy the CRDs into the chart (crds/ is the source of truth)
 	@cp crds/*.yaml charts/gpumeter/crds/
 
 ##@ One ring of tests at a time
-.PHONY: test-unit test-contract test-cluster test-e2e test-gpu
+.PHONY: test-unit test-contract test-cluster test-e2e test-faults test-gpu
 test-unit: setup ## unit, property and sim: pure code, seconds
 	@$(PY) -m rings unit property sim
 test-contract: setup ## contract: the real model, the real openai client, the chart
@@ -86,6 +88,8 @@ test-cluster: setup ## cluster: a real API server and etcd
 	@$(PY) -m rings cluster
 test-e2e: setup ## e2e: a real node, real containers, real traffic
 	@$(PY) -m rings e2e
+test-faults: setup ## e2e's faults and the longer ones: spike, edits, no API server, a cut wire, lost nodes; 25 minutes
+	@GPUMETER_LONG_FAULTS=1 $(PY) -m pytest tests/e2e -k test_2_faults $(ARGS)
 test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
@@ -125,7 +129,7 @@ bench-collection: setup ## Records/s into SQLite and PostgreSQL up to ten millio
 ##@ The local cluster
 .PHONY: cluster-up cluster-down cluster-status images
 cluster-up: setup ## Start (or repair) the local cluster
-	@$(DEVCLUSTER) up --name $(CLUSTER) --backend $(BACKEND) --gpus $(GPUS)
+	@$(DEVCLUSTER) up --name $(CLUSTER) --backend $(BACKEND) --gpus $(GPUS) $(if $(NODES),--nodes $(NODES))
 cluster-down: setup ## Stop the local cluster and remove all that it made
 	@$(DEVCLUSTER) down --name $(CLUSTER)
 cluster-status: setup ## What runs, and where its logs are

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from devcluster import backends, cgroups, cluster, control_plane, controlplane, localnode, processes
+from devcluster import backends, cgroups, cluster, control_plane, controlplane, localnode, othernodes, places, processes
 from devcluster.apiclient import open_api
-from devcluster.layout import ClusterPaths, cluster_paths, control_plane_paths
+from devcluster.layout import ClusterPaths, cluster_paths, control_plane_paths, other_node_paths
 from devcluster.processes import Process, is_alive, wait_until
 from devcluster.progress import Progress
 from devcluster.state import State, read_state
 
 CONFIGMAPS = "/api/v1/namespaces/default/configmaps"
 NAME = "gpumeter-ring"
+SECOND = places.Place(2)
 QUIET = Progress(quiet=True)
 HOLDER = """
 import sys
@@ -86,20 +87,44 @@ def test_a_control_plane_from_the_command_line_stays_until_it_is_taken_down() ->
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[ClusterPaths]:
-    """A node of this ring's own, without a model; removed afterwards whatever happens."""
+    """A cluster of this ring's own with two nodes, without a model; removed afterwards whatever happens."""
     if not backends.can_be_local():
         pytest.skip("a node in namespaces of its own needs Linux and root")
     try:
-        yield cluster.up(cluster.Wish(NAME, backends.LOCAL, gpus=3, with_model=False), QUIET)
+        yield cluster.up(cluster.Wish(NAME, backends.LOCAL, gpus=3, nodes=2, with_model=False), QUIET)
     finally:
         cluster.down(NAME, QUIET, keep_data=False)
 
 
 def test_the_node_offers_what_was_asked_for(node: ClusterPaths) -> None:
     api = open_api(node.kubeconfig)
-    status = api.get(localnode.NODE_PATH)["status"]
+    status = api.get(places.FIRST.path)["status"]
     assert status["capacity"]["nvidia.com/gpu"] == status["allocatable"]["nvidia.com/gpu"] == "3"
     assert json.loads(node.kubeconfig.read_text())["current-context"] == f"gpumeter-{NAME}"
+
+
+def test_the_second_node_is_reached_until_its_wire_is_cut(node: ClusterPaths) -> None:
+    api = open_api(node.kubeconfig, timeout_s=3)
+    assert api.get(SECOND.path)["status"]["capacity"]["nvidia.com/gpu"] == "3"
+    kubelet = f"{SECOND.path}/proxy/healthz"
+    assert api.get(kubelet) == "ok"
+    othernodes.cut_off(node, SECOND)
+    assert not api.exists(kubelet)
+    othernodes.mend(node, SECOND)
+    assert wait_until(lambda: api.exists(kubelet), 10)
+
+
+def test_a_second_node_that_was_lost_comes_back_with_its_disk(node: ClusterPaths) -> None:
+    own = other_node_paths(node, SECOND.number)
+    before = running(own.state)
+    inside = [child for process in before.processes.values() for child in processes.children(process)]
+    (own.root / "var/lib/gpumeter/volumes/kept.txt").write_text("still here")
+    othernodes.lose(node, SECOND)
+    assert [one for one in (*before.processes.values(), *inside) if is_alive(one)] == []
+    assert cluster.problems(node, running(node.state)) == [f"{SECOND.name} does not run (`up` starts it again)"]
+    othernodes.bring_back(node, SECOND, QUIET)
+    assert cluster.problems(node, running(node.state)) == []
+    assert (own.root / "var/lib/gpumeter/volumes/kept.txt").exists()
 
 
 def test_up_on_a_running_node_starts_nothing_again(node: ClusterPaths) -> None:
@@ -145,18 +170,20 @@ def test_a_node_that_was_killed_comes_back_with_its_data(node: ClusterPaths) -> 
 
 def test_down_leaves_no_process_mount_socket_cgroup_port_or_file(node: ClusterPaths) -> None:
     cluster.up(cluster.Wish(NAME), QUIET)
-    state = running(node.state)
-    inside = [child for process in state.processes.values() for child in processes.children(process)]
-    assert len(inside) >= 8
-    assert cgroups.find(NAME, cgroups.inspect())
+    state, second = running(node.state), other_node_paths(node, SECOND.number)
+    everything = [*state.processes.values(), *running(second.state).processes.values()]
+    inside = [child for process in everything for child in processes.children(process)]
+    assert len(inside) >= 8 + 3
+    groups = (NAME, second.name)
+    assert all(cgroups.find(name, cgroups.inspect()) for name in groups)
     cluster.down(NAME, QUIET, keep_data=False)
-    assert [one for one in (*state.processes.values(), *inside) if is_alive(one)] == []
-    assert cgroups.find(NAME, cgroups.inspect()) == []
+    assert [one for one in (*everything, *inside) if is_alive(one)] == []
+    assert not any(cgroups.find(name, cgroups.inspect()) for name in groups)
     assert NAME not in Path("/proc/self/mountinfo").read_text()
     assert NAME not in Path("/proc/net/unix").read_text()
     assert processes.port_is_free(state.port)
     paths = cluster_paths(NAME)
-    assert [path for path in (paths.root, paths.lock, paths.sockets) if path.exists()] == []
+    assert [path for path in (paths.root, paths.lock, paths.sockets, second.sockets) if path.exists()] == []
 
 
 def running(state_file: Path) -> State:

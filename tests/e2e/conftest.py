@@ -10,18 +10,37 @@ import pytest
 
 from demo import manifests, steps
 from demo.kube import Kube
+from devcluster.backends import LOCAL
 from devcluster.imagekeys import IMAGES, key_of
 from devcluster.layout import REPOSITORY, cluster_paths
+from devcluster.places import Place
 from devcluster.progress import Progress
+from devcluster.state import read_state
 from devcluster.tools import tool
-from e2e import story
+from e2e import faultstory, longstory, story
+from e2e.ordeal import Evidence, Scene, settle
 
 CLUSTER = "gpumeter-e2e"
+FAULTS = "test_2_faults"
+SECOND = Place(2)
+LONG = bool(os.environ.get("GPUMETER_LONG_FAULTS"))  # set by make test-faults
+STORIES = ("faults", "long") if LONG else ("faults",)
+collect_ignore = [] if LONG else ["test_2_faults_long.py"]
 
 
 def devcluster(*arguments: str) -> None:
     """The commands of the Makefile, with a cluster of this ring's own; their progress is the test's."""
     subprocess.run([sys.executable, "-m", "devcluster", *arguments, "--name", CLUSTER], cwd=REPOSITORY, check=True)
+
+
+def shall_fail(request: pytest.FixtureRequest) -> bool:
+    """Whether a test was asked for that loses a node, and the nodes are processes of our own."""
+    return is_local() and any(FAULTS in item.nodeid for item in request.session.items)
+
+
+def is_local() -> bool:
+    state = read_state(cluster_paths(CLUSTER).state)
+    return state is not None and state.backend == LOCAL
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +54,9 @@ def release(request: pytest.FixtureRequest) -> Iterator[steps.Demo]:
         devcluster("up", "--gpus", "2")
         devcluster("images")
         paths = cluster_paths(CLUSTER)
+        two_nodes = shall_fail(request)
+        if two_nodes:
+            devcluster("up", "--nodes", "2")  # it gets the images by links as long as nothing runs in the first
         demo = steps.Demo(
             kube=Kube(tool("kubectl", progress), tool("helm", progress), paths.kubeconfig),
             progress=progress,
@@ -45,6 +67,8 @@ def release(request: pytest.FixtureRequest) -> Iterator[steps.Demo]:
         )
         context = demo.kube.run("config", "current-context").strip()
         assert context == f"gpumeter-{CLUSTER}", f"these tests did not make the context {context}"
+        if two_nodes:
+            demo.kube.run("cordon", SECOND.name)  # it is there to be lost, and the release is not
         steps.install(demo)
         demo.kube.apply(manifests.price_plan())
     yield demo
@@ -74,4 +98,57 @@ def evidence(
     folder: Path = tmp_path_factory.mktemp("evidence")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(flush=True)
-        return story.play(release, keys, folder)
+        evidence = story.play(release, keys, folder)
+        if shall_fail(request):
+            request.getfixturevalue("faults")  # the last minute of this story is over by then
+        story.settle(release, evidence, folder)
+        return evidence
+
+
+@pytest.fixture(scope="session")
+def second_node(release: steps.Demo) -> Place:
+    """A second node beside the one that runs the release, with the same images, open for workers."""
+    if not is_local():
+        pytest.skip("nodes are lost and cut off where devcluster made them itself: with the backend local")
+    release.kube.run("uncordon", SECOND.name)
+    return SECOND
+
+
+@pytest.fixture(scope="session")
+def faults(
+    request: pytest.FixtureRequest,
+    release: steps.Demo,
+    keys: dict[str, str],
+    second_node: Place,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Evidence:
+    """What a service went through, and what it left behind."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(flush=True)
+        scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
+        return faultstory.play(scene, tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="session")
+def long(
+    request: pytest.FixtureRequest,
+    release: steps.Demo,
+    keys: dict[str, str],
+    second_node: Place,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Evidence:
+    """What takes too long for every run."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(flush=True)
+        devcluster("up", "--nodes", "2")  # the shorter story has lost the second one
+        scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
+        return longstory.play(scene, tmp_path_factory.mktemp("long"))
+
+
+@pytest.fixture(scope="session", params=STORIES)
+def settled(request: pytest.FixtureRequest, release: steps.Demo) -> Evidence:
+    """A story of faults when its last period is Final."""
+    evidence: Evidence = request.getfixturevalue(request.param)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        settle(release, evidence)
+    return evidence

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from demo import manifests, steps
 from demo.kube import Kube
 from demo.manifests import RELEASE, RELEASE_NAMESPACE
@@ -60,28 +62,16 @@ class PodWatch:
     """Every state in which the workers' pods were, the last one too: the test's own witness of `allocated`.
 
     A watch and no polling, because a pod is gone from the API milliseconds after it told when its container ended.
+    `patient` begins again where an API server that goes away breaks it off: no pod goes meanwhile.
     """
 
-    def __init__(self, kube: Kube, namespace: str) -> None:
+    def __init__(self, kube: Kube, namespace: str, *, patient: bool = False) -> None:
         self.seen: list[dict[str, Any]] = []
-        self._process = subprocess.Popen(
-            [
-                kube.kubectl,
-                "-n",
-                namespace,
-                "get",
-                "pods",
-                "-l",
-                WORKERS,
-                "--watch",
-                "--output-watch-events",
-                "-o",
-                "json",
-            ],
-            env=os.environ | {"KUBECONFIG": str(kube.kubeconfig)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._command = [kube.kubectl, "-n", namespace, "get", "pods", "-l", WORKERS, *WATCH]
+        self._environment = os.environ | {"KUBECONFIG": str(kube.kubeconfig)}
+        self._patient = patient
+        self._over = threading.Event()
+        self._process = self._start()
         self._thread = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> "PodWatch":
@@ -89,21 +79,29 @@ class PodWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._process.terminate()
         self._thread.join()
 
     def check(self) -> None:
         """A watch that ended early has seen too little to judge by."""
-        assert self._process.poll() is None, "the watch of the pods ended early"
+        assert self._thread.is_alive(), "the watch of the pods ended early"
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(self._command, env=self._environment, stdout=subprocess.PIPE, text=True)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:  # one event a line
-            self.seen.append(json.loads(line)["object"])
+        while True:
+            assert self._process.stdout is not None
+            for line in self._process.stdout:  # one event a line
+                self.seen.append(json.loads(line)["object"])
+            if not self._patient or self._over.wait(0.2):
+                return
+            self._process = self._start()
 
 
 def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
-    """From a running release to a deleted service whose last period is Final."""
+    """From a running release to a deleted service whose usage is collected."""
     evidence, kube = Evidence(), demo.kube
     with PodWatch(kube, TEAM) as watch:
         kube.apply(manifests.namespace(TEAM))
@@ -133,9 +131,15 @@ def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
             evidence.deletion_s = time.monotonic() - started
         watch.check()
     evidence.pods_seen = watch.seen
-    last_end_ns = max(life.ended_ns for life in lives_of(watch.seen))
+    return evidence
+
+
+def settle(demo: steps.Demo, evidence: Evidence, folder: Path) -> None:
+    """Wait until the service's last period is Final, and take the bill with the ledger behind it."""
+    kube = demo.kube
+    last_end_ns = max(life.ended_ns for life in lives_of(evidence.pods_seen))
     with demo.progress.step("the last period becomes Final"):
-        until(lambda: _final_until_ns(kube) >= last_end_ns, 150)
+        until(lambda: final_until_ns(kube) >= last_end_ns, 150)
     listed = kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
     evidence.reports = [one for one in listed if one["spec"]["period"]["granularity"] not in ("Day", "Month")]
     collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
@@ -143,7 +147,6 @@ def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
     evidence.ledger = copy_out(
         kube, RELEASE_NAMESPACE, f"deployment/{RELEASE}-collector", "/var/lib/gpumeter/ledger.db", folder / "ledger.db"
     )
-    return evidence
 
 
 def service(demo: steps.Demo) -> dict[str, Any]:
@@ -225,21 +228,22 @@ def ready_reason(kube: Kube, namespace: str, name: str) -> str:
     return "not seen by the operator yet"
 
 
-def ready_pods(kube: Kube) -> list[dict[str, Any]]:
+def ready_pods(kube: Kube, namespace: str = TEAM, name: str = SERVICE) -> list[dict[str, Any]]:
     """The service's pods that are Ready and not on their way out."""
     return [
         pod
-        for pod in kube.get("-n", TEAM, "pods", "-l", f"{WORKERS}={SERVICE}")["items"]
+        for pod in kube.get("-n", namespace, "pods", "-l", f"{WORKERS}={name}")["items"]
         if not pod["metadata"].get("deletionTimestamp")
         and any(one["type"] == "Ready" and one["status"] == "True" for one in pod["status"].get("conditions", []))
     ]
 
 
-def until(true: Callable[[], bool], within_s: float) -> None:
-    """Poll until it holds."""
+def until(true: Callable[[], bool], within_s: float, instead: Callable[[], str] = lambda: "") -> None:
+    """Poll until it holds; `instead` says what was seen when it did not."""
     deadline = time.monotonic() + within_s
     while not true():
-        assert time.monotonic() < deadline, f"it did not happen within {within_s:.0f} s"
+        if time.monotonic() > deadline:
+            pytest.fail(f"it did not happen within {within_s:.0f} s. {instead()}")
         time.sleep(0.3)
 
 
@@ -248,11 +252,11 @@ def _acknowledged(journal: Path) -> list[tuple[str, int]]:
         return connection.execute("SELECT boot_id, acknowledged_seq FROM boots").fetchall()
 
 
-def _final_until_ns(kube: Kube) -> int:
+def final_until_ns(kube: Kube, namespace: str = TEAM) -> int:
     """The end of the latest Final report of the platform; periods close in their order."""
     ends = [
         nanoseconds(report["spec"]["period"]["end"])
-        for report in kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
+        for report in kube.get("-n", namespace, "usagereports.gpumeter.io")["items"]
         if report["spec"]["tenant"] == "_platform" and report.get("status", {}).get("phase") == "Final"
     ]
     return max(ends, default=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 from devcluster import components, contents, kindnode, model
 from devcluster.layout import REPOSITORY
+from devcluster.places import FIRST
 
 OFFER = contents.Offer("node-1", 2, "/var/lib/volumes", "/var/lib/models/abcdef0123456789")
 
@@ -99,7 +100,7 @@ def test_admission_plugins_are_added_to_upstreams_own() -> None:
 
 
 def test_containerd_writes_only_into_the_nodes_own_folders() -> None:
-    node = components.Node({}, "n", "10.250.0.1", Path("/run/node"), Path("/run/gpumeter/x"), "/usr/lib/cni", 1)
+    node = components.Node({}, FIRST, Path("/run/node"), Path("/run/gpumeter/x"), "/usr/lib/cni", 1)
     told = components.containerd_toml(node, "localhost/pause:3")
     settings = [line.strip().split(" = ") for line in told.splitlines() if " = " in line]
     written = [value.strip('"') for name, value in settings if name in ("root", "state", "temp", "path", "address")]

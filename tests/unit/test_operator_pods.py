@@ -184,3 +184,19 @@ def test_pods_of_a_former_namesake_do_not_belong() -> None:
 )
 def test_a_pod_that_ended_for_good_no_longer_counts(phase: str, there: bool) -> None:
     assert exists(pod(phase=phase)) is there
+
+
+def unheard(**ready: str) -> dict[str, Any]:
+    conditions = [{"type": "ContainersReady", "status": "True"}, {"type": "Ready", "status": "False", **ready}]
+    one = pod(main={"state": {"running": {"startedAt": "2026-11-21T09:00:00Z"}}, "ready": True}, conditions=conditions)
+    return {**one, "spec": {"nodeName": "node-7"}}
+
+
+def test_a_worker_whose_node_says_nothing_is_not_said_to_load_its_model():
+    problem = described(unheard()).problem
+    assert problem is not None and problem.reason == "NodeLost"
+    assert "node-7" in problem.message and "node.kubernetes.io/unreachable" in problem.message
+
+
+def test_a_readiness_gate_that_is_closed_is_no_lost_node():
+    assert described(unheard(reason="ReadinessGatesNotReady")).problem is None

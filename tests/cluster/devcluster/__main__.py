@@ -9,10 +9,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from devcluster import backends, cluster, controlplane, images, model, tools
+from devcluster import backends, cluster, controlplane, images, model, othernodes, tools
 from devcluster.errors import ClusterError, last_lines
 from devcluster.layout import cluster_paths
+from devcluster.places import NODES_MAX, Place
 from devcluster.progress import Progress
+from devcluster.state import locked
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +47,14 @@ def parser() -> argparse.ArgumentParser:
     up = command("up", run_up, "bring the cluster up, or repair it; does nothing where nothing is to do")
     up.add_argument("--backend", choices=backends.NAMES, default=backends.AUTO, help="default: %(default)s")
     up.add_argument("--gpus", type=int, help=f"nvidia.com/gpu that the node offers (default: {cluster.DEFAULT_GPUS})")
+    up.add_argument("--nodes", type=int, help=f"nodes, 1 to {NODES_MAX}, of the backend local (default: as it was)")
     up.add_argument("--port", type=int, help="port of the API on 127.0.0.1 (default: a free one, remembered)")
     up.add_argument("--no-model", action="store_true", help="do not convert the model; offer it if it is there")
     down = command("down", run_down, "end the cluster and remove all that it made")
     down.add_argument("--keep-data", action="store_true", help="keep etcd, images and volumes for the next up")
+    fault = command("node", run_node, "lose a node beside the first, cut it off, mend the cut, or bring it back")
+    fault.add_argument("action", choices=["lose", "cut", "mend", "back"])
+    fault.add_argument("--number", type=int, default=2, help="which node (default: %(default)s)")
     command("status", run_status, "say what runs and where its logs are; exit code 1 when something is wrong")
     built = command("images", run_images, "build the images that have changed and load them into the cluster")
     built.add_argument("--only", choices=["operator", "worker"], help="one of the two (default: both)")
@@ -68,12 +74,26 @@ def parser() -> argparse.ArgumentParser:
 def run_up(options: argparse.Namespace, progress: Progress) -> None:
     if options.gpus is not None and options.gpus < 0:
         raise ClusterError(f"--gpus takes 0 or more, not {options.gpus}.")
-    wish = cluster.Wish(options.name, options.backend, options.gpus, options.port, not options.no_model)
+    if options.nodes is not None and not 1 <= options.nodes <= NODES_MAX:
+        raise ClusterError(f"--nodes takes 1 to {NODES_MAX}, not {options.nodes}.")
+    wish = cluster.Wish(
+        options.name, options.backend, options.gpus, options.port, options.nodes, with_model=not options.no_model
+    )
     cluster.up(wish, progress)
 
 
 def run_down(options: argparse.Namespace, progress: Progress) -> None:
     cluster.down(options.name, progress, keep_data=options.keep_data)
+
+
+def run_node(options: argparse.Namespace, progress: Progress) -> None:
+    paths, place = cluster_paths(options.name), Place(options.number)
+    with locked(paths.lock, progress):
+        if options.action == "back":
+            othernodes.bring_back(paths, place, progress)
+        else:
+            {"lose": othernodes.lose, "cut": othernodes.cut_off, "mend": othernodes.mend}[options.action](paths, place)
+    progress.say(f"{place.name}: {options.action}")
 
 
 def run_status(options: argparse.Namespace, progress: Progress) -> int:

@@ -7,10 +7,11 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from devcluster import backends, contents, currentcontext, kindnode, localnode, model, node
+from devcluster import backends, contents, currentcontext, kindnode, localnode, model, node, othernodes
 from devcluster.apiclient import open_api
 from devcluster.errors import ClusterError
 from devcluster.layout import ClusterPaths, cluster_paths
+from devcluster.places import FIRST
 from devcluster.processes import is_alive
 from devcluster.progress import Progress
 from devcluster.state import State, locked, read_state, write_state
@@ -27,6 +28,7 @@ class Wish:
     backend: str = backends.AUTO
     gpus: int | None = None
     port: int | None = None
+    nodes: int | None = None
     with_model: bool = True
 
 
@@ -38,14 +40,19 @@ def up(wish: Wish, progress: Progress) -> ClusterPaths:
         gpus = wish.gpus if wish.gpus is not None else old.gpus if old else DEFAULT_GPUS
         if old and old.ready and old.backend == backends.LOCAL and wish.port not in (None, old.port):
             raise ClusterError(f"The cluster is at port {old.port}: take it down before giving it another.")
+        nodes = wish.nodes if wish.nodes is not None else old.nodes if old else 1
         backend = old.backend if old and wish.backend == backends.AUTO else pick(wish, old, progress)
+        if nodes > 1 and backend != backends.LOCAL:
+            raise ClusterError(f"Only the backend 'local' knows more than one node; this cluster's is '{backend}'.")
         existed = bool(old and old.ready and is_up(paths, old))
         if backend == backends.CURRENT:
             state = currentcontext.up(paths, gpus, progress)
         elif backend == backends.KIND:
             state = kindnode.up(paths, gpus, wish.port, progress)
         else:
-            state = localnode.up(paths, gpus, wish.port, progress)
+            state = replace(localnode.up(paths, gpus, wish.port, progress), nodes=nodes)
+            write_state(paths.state, state)
+            othernodes.up(paths, state, progress)
         if backend != backends.CURRENT:
             models = model.ensure(progress) if wish.with_model else model.converted()
             fill(paths, state, models, progress)
@@ -66,7 +73,8 @@ def fill(paths: ClusterPaths, state: State, models: Path | None, progress: Progr
     """Put into the cluster what every cluster offers."""
     inside = f"{node.MODELS}/{models.name}" if models else ""
     if state.backend == backends.LOCAL:
-        offer = contents.Offer(node.NODE_NAME, state.gpus, str(node.VOLUMES), inside)
+        beside = tuple(place.name for place in FIRST.others)
+        offer = contents.Offer(FIRST.name, state.gpus, str(node.VOLUMES), inside, beside)
         outside = paths.root / "var/lib/gpumeter/volumes"
     else:  # kind brings a default class with a provisioner of its own
         offer = contents.Offer(kindnode.node_name(paths), state.gpus, "", inside)
@@ -101,7 +109,7 @@ def problems(paths: ClusterPaths, state: State) -> list[str]:
             found.append(f"the API server does not answer, log {paths.logs / 'kube-apiserver.log'}")
         elif not localnode.node_is_ready(api):
             found.append(f"the node is not Ready, log {paths.logs / 'kubelet.log'}")
-    return found
+    return found + othernodes.problems(paths, state)
 
 
 def status(name: str, progress: Progress) -> int:
@@ -135,6 +143,7 @@ def down(name: str, progress: Progress, *, keep_data: bool) -> None:
             with progress.step("kind removes the node"):
                 kindnode.stop(paths) if keep_data else kindnode.delete(paths, progress)
         elif (state is None or state.backend == backends.LOCAL) and backends.can_be_local():
+            othernodes.stop_all(paths)
             localnode.stop(paths)
         if state and keep_data:
             write_state(paths.state, replace(state, processes={}, ready=False))

@@ -7,11 +7,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from devcluster.places import DOMAIN_SERVER, Place
+
 SERVICE_RANGE = "10.96.0.0/16"
 SERVICE_API = "10.96.0.1"
 POD_RANGE = "10.244.0.0/16"
-NODE_PODS = "10.244.0.0/24"
 DOMAIN = "cluster.local"
+NODE_SILENCE_S = 20
+"""A node that says nothing for so long is not Ready, and neither are its pods."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def controller_manager(plane: ControlPlane, *, alone: bool) -> Component:
         argv.append("--secure-port=0")  # nobody asks it, and two on one machine would want one port
     else:
         argv += ["--allocate-node-cidrs", f"--cluster-cidr={POD_RANGE}"]
+        # Kubelets here report every 5 s; the default of 50 s would make every test of a lost node wait for it.
+        argv.append(f"--node-monitor-grace-period={NODE_SILENCE_S}s")
     return Component("kube-controller-manager", tuple(argv))
 
 
@@ -135,12 +140,19 @@ class Node:
     """A node's name, address and folders, as they are seen from inside the node."""
 
     programs: dict[str, Path]
-    name: str
-    address: str
+    place: Place
     home: Path
     sockets: Path
     cni_programs: str
     cgroups_version: int
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def address(self) -> str:
+        return self.place.address
 
     @property
     def containerd_socket(self) -> Path:
@@ -224,7 +236,7 @@ temp = "/run/containerd-temp"
 """
 
 
-def cni_conflist() -> str:
+def cni_conflist(place: Place) -> str:
     bridge = {
         "type": "bridge",
         "bridge": "cni0",
@@ -234,7 +246,7 @@ def cni_conflist() -> str:
         "ipam": {
             "type": "host-local",
             "dataDir": "/run/cni-addresses",  # forgotten when the node stops, as its pods are
-            "ranges": [[{"subnet": NODE_PODS}]],
+            "ranges": [[{"subnet": place.pods}]],
             "routes": [{"dst": "0.0.0.0/0"}],
         },
     }
@@ -250,7 +262,7 @@ def kubelet_json(node: Node, pki: Path) -> str:
             "failCgroupV1": False,
             "cgroupDriver": "cgroupfs",
             "containerRuntimeEndpoint": f"unix://{node.containerd_socket}",
-            "clusterDNS": [node.address],
+            "clusterDNS": [DOMAIN_SERVER],
             "clusterDomain": DOMAIN,
             "resolvConf": str(node.home / "resolv.conf"),
             "failSwapOn": False,

@@ -20,12 +20,16 @@ LABEL = "gpumeter.io/local-cluster"
 
 @dataclass(frozen=True)
 class Offer:
-    """What the node shall offer: `volumes` and `models` are folders inside it; empty means not offered."""
+    """What the node shall offer: `volumes` and `models` are folders inside it; empty means not offered.
+
+    `beside` are other nodes, there or not, with the same models at the same place; volumes are this node's alone.
+    """
 
     node: str
     gpus: int
     volumes: str = ""
     models: str = ""
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def bring(api: Api, offer: Offer, volumes_outside: Path | None) -> list[str]:
         done.append(f"{len(steps.create)} volumes made")
     if steps.give_back:
         done.append(f"{len(steps.give_back)} released volumes emptied and offered again")
-    if offer_gpus(api, offer):
+    if offer_gpus(api, offer.node, offer.gpus):
         done.append(f"{offer.gpus} {GPU} offered by {offer.node}")
     return done
 
@@ -107,7 +111,8 @@ def volumes(offer: Offer) -> list[dict[str, Any]]:
 
 
 def volume(offer: Offer, name: str, storage_class: str, path: str, modes: list[str]) -> dict[str, Any]:
-    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [offer.node]}]}
+    nodes = [offer.node, *(offer.beside if storage_class == "models" else ())]
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": nodes}]}
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolume",
@@ -135,11 +140,11 @@ def make_folder(folder: Path) -> None:
     folder.chmod(0o777)
 
 
-def offer_gpus(api: Api, offer: Offer) -> bool:
+def offer_gpus(api: Api, node: str, gpus: int) -> bool:
     """State the GPUs as an extended resource of the node; the kubelet keeps what it did not set itself."""
-    path = f"/api/v1/nodes/{offer.node}"
+    path = f"/api/v1/nodes/{node}"
     status = api.get(path)["status"]
-    wanted = str(offer.gpus) if offer.gpus else None
+    wanted = str(gpus) if gpus else None
     if status["capacity"].get(GPU) == wanted and status["allocatable"].get(GPU) == wanted:
         return False
     patch = {"status": {"capacity": {GPU: wanted}, "allocatable": {GPU: wanted}}}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from devcluster import backends, baseimages, imageload, kindnode, packages
+from devcluster import backends, baseimages, imageload, kindnode, othernodes, packages
 from devcluster.buildah import Buildah
 from devcluster.errors import ClusterError
 from devcluster.imagekeys import IMAGES, Image, key_of
@@ -62,6 +62,8 @@ def load(image: Image, paths: ClusterPaths, state: State | None, progress: Progr
     else:
         with progress.step(f"loading {image.reference} into the cluster"):
             size = imageload.load(oci_folder(image), image.reference, paths.containerd_socket)
+            for socket in othernodes.sockets(paths, state):
+                imageload.load(oci_folder(image), image.reference, socket)
         progress.say(f"{image.reference}: {size // 1_000_000} MB were new to the node")
 
 

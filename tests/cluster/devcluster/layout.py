@@ -77,6 +77,12 @@ def cluster_paths(name: str, cache: Path | None = None) -> ClusterPaths:
     return ClusterPaths(name, clusters / name, clusters / f".{name}.lock", Path("/run/gpumeter") / name)
 
 
+def other_node_paths(paths: ClusterPaths, number: int) -> ClusterPaths:
+    """Return where a node beside the first has its own; no cluster's name has a dot, so nothing is found twice."""
+    name = f"{paths.name}.{number}"
+    return ClusterPaths(name, paths.root / "nodes" / str(number), paths.lock, paths.sockets.with_name(name))
+
+
 def control_plane_paths(name: str, cache: Path | None = None) -> ClusterPaths:
     planes = (cache or cache_root()) / "control-planes"
     checked_name(name)

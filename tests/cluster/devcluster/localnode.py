@@ -22,13 +22,13 @@ from devcluster.components import SERVICE_API
 from devcluster.errors import ClusterError
 from devcluster.layout import ClusterPaths, cache_root
 from devcluster.ociarchive import archive_of_program
+from devcluster.places import FIRST, Place
 from devcluster.processes import Process, children, choose_port, is_alive, kill, start
 from devcluster.progress import Progress
 from devcluster.state import State, read_state, write_state
 
 FIRST_PORT = 16443
 START_TIMEOUT_S = 150
-NODE_PATH = f"/api/v1/nodes/{node.NODE_NAME}"
 NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc", "--cgroup")
 
 
@@ -81,8 +81,8 @@ def start_node(paths: ClusterPaths, old: State | None, gpus: int, port: int | No
         if log.name != "apt.log":
             log.rename(log.with_suffix(".log.previous"))
     with progress.step("certificates"):
-        addresses = ["127.0.0.1", node.NODE_ADDRESS, SERVICE_API]
-        pki.make(paths.pki, [*pki.CLIENTS, pki.kubelet(node.NODE_NAME), pki.server(addresses)])
+        addresses = ["127.0.0.1", FIRST.address, SERVICE_API]
+        pki.make(paths.pki, [*pki.CLIENTS, pki.kubelet(FIRST.name), pki.server(addresses)])
         context = f"gpumeter-{paths.name}"
         pki.write_kubeconfig(paths.kubeconfig, paths.pki, "admin", f"https://127.0.0.1:{chosen}", context)
     cni = packages.cni_folder() or ""
@@ -100,7 +100,7 @@ def start_node(paths: ClusterPaths, old: State | None, gpus: int, port: int | No
             wait_for_report(paths, state)
         with progress.step("node Ready"):
             import_image(paths, node.PAUSE_IMAGE, programs)
-            wait_ready(paths, open_api(paths.kubeconfig), begun)
+            wait_ready(paths, open_api(paths.kubeconfig), FIRST, begun)
     except BaseException:
         clear(paths, read_state(paths.state))  # half a node helps nobody; its logs stay
         raise
@@ -185,18 +185,18 @@ def why_it_ended(paths: ClusterPaths) -> tuple[str, Path]:
     return "The node's first process ended while the node started.", paths.logs / "node.log"
 
 
-def wait_ready(paths: ClusterPaths, api: Api, since: datetime) -> None:
+def wait_ready(paths: ClusterPaths, api: Api, place: Place, since: datetime) -> None:
     """Wait for a kubelet that says Ready after `since`: what an earlier one said is still in etcd."""
     end = time.monotonic() + START_TIMEOUT_S
-    while not node_is_ready(api, since):
+    while not node_is_ready(api, place, since):
         if time.monotonic() > end:
-            raise ClusterError("The node did not become Ready in time.", paths.logs / "kubelet.log")
+            raise ClusterError(f"{place.name} did not become Ready in time.", paths.logs / "kubelet.log")
         time.sleep(0.1)
 
 
-def node_is_ready(api: Api, since: datetime | None = None) -> bool:
+def node_is_ready(api: Api, place: Place = FIRST, since: datetime | None = None) -> bool:
     try:
-        conditions = api.get(NODE_PATH).get("status", {}).get("conditions", [])
+        conditions = api.get(place.path).get("status", {}).get("conditions", [])
     except ClusterError:
         return False
     return any(
@@ -231,7 +231,7 @@ def repair(paths: ClusterPaths, state: State, health: Health, progress: Progress
             if time.monotonic() > end:
                 raise ClusterError("The API server does not come back.", paths.logs / "kube-apiserver.log")
             time.sleep(0.1)
-        wait_ready(paths, api, begun)
+        wait_ready(paths, api, FIRST, begun)
     return state
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from devcluster.errors import ClusterError
@@ -18,6 +19,8 @@ from devcluster.layout import REPOSITORY, cache_root
 from devcluster.progress import Progress
 
 FOLDER = "smollm2"
+SECOND = "smollm2-second"
+"""The same model under another name: what a rollout to a new revision leads to, in a test."""
 NEEDS = ("torch", "transformers", "gguf")
 
 
@@ -25,6 +28,7 @@ def ensure(progress: Progress) -> Path:
     """Return the folder that holds the model at /smollm2; converts when the recipe or a version has changed."""
     folder = folder_of()
     if is_complete(folder):
+        name_again(folder)
         return folder
     python = find_python()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +44,13 @@ def ensure(progress: Progress) -> Path:
                 for file in (result / FOLDER).iterdir():  # transformers writes weights for their owner alone
                     file.chmod(0o644)
                 result.rename(folder)
+    name_again(folder)
     return folder
+
+
+def name_again(folder: Path) -> None:
+    with suppress(FileExistsError):
+        (folder / SECOND).symlink_to(FOLDER)
 
 
 def converted() -> Path | None:

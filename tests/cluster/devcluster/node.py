@@ -24,11 +24,11 @@ from typing import Any
 from devcluster import cgroups, components, pki
 from devcluster.components import Component, ControlPlane, Node
 from devcluster.mounts import MS_PRIVATE, MS_REC, MS_SHARED, bind, mount
+from devcluster.places import DOMAIN_SERVER, FIRST, Place
 from devcluster.processes import wait_until
 
-NODE_NAME = "gpumeter-node"
-NODE_ADDRESS = "10.250.0.1"
 API_PORT = 6443
+BRIDGE = "node0"
 HOME = Path("/run/node")
 TOOLS = Path("/run/tools")
 VOLUMES = Path("/var/lib/gpumeter/volumes")
@@ -47,6 +47,7 @@ class Settings:
     models: str
     tools: dict[str, str]
     cni_programs: str
+    number: int = 1
 
     def inside(self) -> dict[str, Path]:
         """Return the programs' paths as the node sees them."""
@@ -55,28 +56,34 @@ class Settings:
 
 def main(settings_file: str) -> None:
     settings = Settings(**json.loads(Path(settings_file).read_text()))
+    place = Place(settings.number)
     programs = settings.inside()
     build_filesystem(settings)
     version = build_cgroups()
-    build_network()
-    plane = ControlPlane(programs, HOME / "pki", HOME, NODE_ADDRESS, API_PORT, 2379, 2380)
-    sockets = Path(settings.sockets)
-    node = Node(programs, NODE_NAME, NODE_ADDRESS, HOME, sockets, settings.cni_programs, version)
-    write_files(settings, plane, node)
+    build_network(place)
+    plane = ControlPlane(programs, HOME / "pki", HOME, FIRST.address, API_PORT, 2379, 2380)
+    node = Node(programs, place, HOME, Path(settings.sockets), settings.cni_programs, version)
+    write_node_files(node, plane)
     containerd_folder = programs["containerd"].parent
     os.environ["PATH"] = f"{containerd_folder}:{settings.cni_programs}:{os.environ['PATH']}"
     supervisor = Supervisor(HOME / "components.json", HOME / "logs")
-    kubelet_config = plane.kubeconfig("kubelet")
-    forward = f"UNIX-LISTEN:{sockets / 'api.sock'},fork,unlink-early,backlog=512"
-    socat = Component("api-socket", ("socat", forward, f"TCP:{NODE_ADDRESS}:{API_PORT},nodelay"))
-    supervisor.start([components.etcd(plane), components.apiserver(plane, alone=False)])
-    supervisor.start([components.containerd(node), socat])
+    if place.is_first:
+        write_control_plane_files(settings, node, plane)
+        supervisor.start([components.etcd(plane), components.apiserver(plane, alone=False)])
+    supervisor.start([components.containerd(node)])
     supervisor.wait("containerd listens", lambda: listens(node.containerd_socket))
+    if place.is_first:
+        forward = f"UNIX-LISTEN:{node.sockets / 'api.sock'},fork,unlink-early,backlog=512"
+        to = f"TCP:{place.address}:{API_PORT},nodelay"
+        supervisor.start([Component("api-socket", ("socat", forward, to))])
     supervisor.wait("the API server is ready", lambda: api_is_ready(plane))
-    supervisor.start([components.kubelet(node, kubelet_config), components.controller_manager(plane, alone=False)])
-    supervisor.start([components.scheduler(plane), components.proxy(node, plane.kubeconfig("proxy"))])
-    supervisor.start([components.coredns(node)])
-    supervisor.wait("names are answered", lambda: dns_answers(NODE_ADDRESS))
+    supervisor.start([components.kubelet(node, plane.kubeconfig("kubelet"))])
+    if place.is_first:
+        supervisor.start([components.controller_manager(plane, alone=False), components.scheduler(plane)])
+    supervisor.start([components.proxy(node, plane.kubeconfig("proxy"))])
+    if place.is_first:
+        supervisor.start([components.coredns(node)])
+    supervisor.wait("names are answered", lambda: dns_answers(DOMAIN_SERVER))
     supervisor.watch()
 
 
@@ -131,30 +138,37 @@ def build_cgroups() -> int:
     return 1
 
 
-def build_network() -> None:
-    """Make a bridge the node's only interface: it needs no module, and nothing leads to the machine's network."""
-    socket.sethostname(NODE_NAME)
+def build_network(place: Place) -> None:
+    """Make a bridge the node's only interface: it needs no module, and nothing leads to the machine's network.
+
+    Other nodes are plugged into it from outside (links.py); the way to their pods is known from the start.
+    """
+    socket.sethostname(place.name)
     for command in (
         "link set lo up",
-        "link add node0 type bridge",
-        f"address add {NODE_ADDRESS}/24 dev node0",
-        "link set node0 up",
-        "route add default dev node0",
+        f"link add {BRIDGE} type bridge",
+        f"address add {place.address}/24 dev {BRIDGE}",
+        f"link set {BRIDGE} up",
+        f"route add default dev {BRIDGE}",
+        *(f"route add {other.pods} via {other.address} dev {BRIDGE}" for other in place.others),
     ):
         subprocess.run(["ip", *command.split()], check=True)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 
-def write_files(settings: Settings, plane: ControlPlane, node: Node) -> None:
+def write_node_files(node: Node, plane: ControlPlane) -> None:
+    (HOME / "cni").mkdir(exist_ok=True)
+    (HOME / "cni" / "10-pods.conflist").write_text(components.cni_conflist(node.place))
+    (HOME / "containerd.toml").write_text(components.containerd_toml(node, PAUSE_IMAGE))
+    (HOME / "kubelet.json").write_text(components.kubelet_json(node, plane.pki))
+    (HOME / "resolv.conf").write_text(f"nameserver {DOMAIN_SERVER}\n")
+
+
+def write_control_plane_files(settings: Settings, node: Node, plane: ControlPlane) -> None:
     context = f"gpumeter-{settings.cluster}"
     for identity in ("controller-manager", "scheduler", "proxy", "kubelet", "coredns"):
         pki.write_kubeconfig(plane.kubeconfig(identity), plane.pki, identity, plane.url, context)
-    (HOME / "cni").mkdir(exist_ok=True)
-    (HOME / "cni" / "10-pods.conflist").write_text(components.cni_conflist())
-    (HOME / "containerd.toml").write_text(components.containerd_toml(node, PAUSE_IMAGE))
-    (HOME / "kubelet.json").write_text(components.kubelet_json(node, plane.pki))
     (HOME / "Corefile").write_text(components.corefile(node, plane.kubeconfig("coredns"), context))
-    (HOME / "resolv.conf").write_text(f"nameserver {NODE_ADDRESS}\n")
 
 
 @dataclass

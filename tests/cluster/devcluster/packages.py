@@ -26,7 +26,7 @@ PACKAGE_OF = {
     "skopeo": "skopeo",
     "mmdebstrap": "mmdebstrap",
 }
-FOR_NODE = ("runc", "nft", "conntrack", "socat", "openssl", "ip", "unshare", "bridge-cni")
+FOR_NODE = ("runc", "nft", "conntrack", "socat", "openssl", "ip", "unshare", "nsenter", "bridge-cni")
 FOR_CONTROL_PLANE = ("openssl",)
 FOR_IMAGES = ("buildah", "skopeo")
 FOR_BASE_IMAGES = ("mmdebstrap",)

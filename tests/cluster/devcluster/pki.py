@@ -36,8 +36,8 @@ CLIENTS = (
 )
 
 
-def kubelet(node: str) -> Identity:
-    return Identity("kubelet", f"/O=system:nodes/CN=system:node:{node}")
+def kubelet(node: str, name: str = "kubelet") -> Identity:
+    return Identity(name, f"/O=system:nodes/CN=system:node:{node}")
 
 
 def server(addresses: Sequence[str]) -> Identity:

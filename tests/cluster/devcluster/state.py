@@ -24,6 +24,7 @@ class State:
     processes: dict[str, Process] = field(default_factory=dict)
     tools: dict[str, str] = field(default_factory=dict)
     ready: bool = False
+    nodes: int = 1
 
 
 def encode(state: State) -> str:

@@ -92,6 +92,14 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> P
 def _problem(
     pod: Mapping[str, Any], state: Mapping[str, Any], failure: Failure | None, gpu_resource_name: str, *, stuck: bool
 ) -> Problem | None:
+    if _is_unheard(pod):
+        node = (pod.get("spec") or {}).get("nodeName", "")
+        return Problem(
+            "NodeLost",
+            f"The node {node} of the worker {pod['metadata']['name']} says nothing any more. Kubernetes starts another "
+            "worker in its place after 300 s, or after what spec.template tolerates of node.kubernetes.io/unreachable; "
+            f"see kubectl describe node {node}.",
+        )
     if failure is not None:
         return failure.problem
     describe_it = f"See kubectl describe pod -n {pod['metadata'].get('namespace', '')} {pod['metadata']['name']}."
@@ -118,6 +126,16 @@ def _problem(
             f"{describe_it}",
         )
     return _unschedulable(pod, gpu_resource_name)
+
+
+def _is_unheard(pod: Mapping[str, Any]) -> bool:
+    """Whether Kubernetes itself marked the pod not ready because of its node, though its containers were.
+
+    A kubelet writes both conditions together, and gives a reason where a readiness gate sets them apart.
+    """
+    told = {one["type"]: one for one in (pod.get("status") or {}).get("conditions") or []}
+    ready, containers = told.get("Ready", {}), told.get("ContainersReady", {})
+    return ready.get("status") == "False" and not ready.get("reason") and containers.get("status") == "True"
 
 
 def _companion(pod: Mapping[str, Any]) -> str | None:

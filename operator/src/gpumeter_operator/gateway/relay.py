@@ -6,11 +6,13 @@ Which endpoint, and whether a second attempt is made, routing decides. Does not 
 
 import io
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 
@@ -24,6 +26,9 @@ from gpumeter_operator.gateway.sse import EventCutter, EventTooLong
 _KEEP_IDLE_S = 4.0
 _LARGE_BODY_BYTES = 1 << 20
 _PLAIN_BYTES_MAX = 64 << 20  # a plain answer is read whole, so that it is never passed on cut off
+# A worker whose node died says nothing ever again, and a plain answer may take minutes: only TCP itself can tell these
+# apart. Ten seconds of silence, then three probes at five seconds; the same for what was sent and never acknowledged.
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 _BROKEN = (aiohttp.ClientError, TimeoutError, OSError)
 
 
@@ -99,7 +104,9 @@ class Relay:
         trace = aiohttp.TraceConfig()
         trace.on_request_headers_sent.append(_note_sent)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),  # in_flight_max is the limit
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=_KEEP_IDLE_S, socket_factory=_probed
+            ),  # in_flight_max is the limit
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -155,6 +162,17 @@ class Relay:
             message = f"The worker of {errand.service} does not speak HTTP as expected ({type(error).__name__})."
             raise Refusal(502, "worker_broken", message) from None
         return Answer(response, notes.sent_at_s)
+
+
+def _probed(address: tuple[Any, ...]) -> socket.socket:
+    """A socket on which the kernel asks whether the other side is still there."""
+    family, kind, protocol = address[:3]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _PROBES.items():
+        if hasattr(socket, name):  # not every system has all of them
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return made
 
 
 async def _note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
