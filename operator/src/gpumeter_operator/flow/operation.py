@@ -20,6 +20,7 @@ from gpumeter_operator.decide.names import HTTP_PORT
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.fleet import Fleet
+from gpumeter_operator.flow.liveness import Deliveries
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
 from gpumeter_operator.flow.scale import Scaler
@@ -50,7 +51,7 @@ class Operation:
     ) -> None:
         self._cluster = cluster
         self._election = election
-        self._acts = self._serves = False
+        self._acts = self._serves = self._scales = False
         self._http = http
         self._overdue_s = max(OVERDUE_MIN_S, 20 * interval_s)
         metrics = OperatorMetrics()
@@ -78,6 +79,7 @@ class Operation:
             told=self._starting.told,
             autoscaler=self._scaler,
         )
+        self._deliveries = Deliveries()
         self._tasks: list[asyncio.Task[None]] = []
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._metrics = metrics
@@ -103,11 +105,12 @@ class Operation:
 
     async def rest(self) -> None:
         """End all that acts; probes are still answered."""
-        self._acts = False
+        self._acts = self._scales = False
         self._metrics.active.set(0)
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(SETTLE_S):
                 await self._scaler.settle()
@@ -149,17 +152,28 @@ class Operation:
 
     async def _scale(self) -> None:
         await self._services.synced()
+        self._scales = True
         await self._scaler.run()
 
     def _wrong(self) -> str | None:
+        """The loop that stands still, by the age of its last tick. An API server that is away is no such loop."""
         standing = self._election.overdue() if self._election else None
         if standing is not None or not self._acts:
             return standing
+        return self._fleet.silent() or self._reconciler.overdue(self._overdue_s) or self._stuck()
+
+    def _stuck(self) -> str | None:
+        """The loops that begin after the first lists."""
+        if not self._tasks:
+            return None
+        ended = next((task for task in self._tasks if task.done()), None)
+        if ended is not None:
+            return f"The loop '{ended.get_name()}' has ended, though it never should."
         return (
-            self._fleet.silent()
-            or self._services.silence()
-            or self._reconciler.overdue(self._overdue_s)
-            or (self._scaler.overdue() if self._tasks else None)
+            self._services.silence()
+            or self._deliveries.late(self._services.objects.values(), self._reconciler.looked_at, self._overdue_s)
+            or (self._scaler.overdue() if self._scales else None)
+            or self._doors.overdue()
         )
 
     def _unready(self) -> str | None:

@@ -30,7 +30,7 @@ class Tenure:
 
     def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock_ns = clock_ns
-        self._until_ns = 0
+        self._until_ns: int | None = None
         self._closed = False
         self._writing = 0
         self._idle = asyncio.Event()
@@ -45,14 +45,18 @@ class Tenure:
         self._closed = True
 
     def over(self) -> bool:
-        """Whether no write may begin now; once over, a tenure stays over."""
-        self._closed = self._closed or self._clock_ns() >= self._until_ns
+        """Whether it has ended; once over, a tenure stays over."""
+        self._closed = self._closed or (self._until_ns is not None and self._clock_ns() >= self._until_ns)
         return self._closed
+
+    def open(self) -> bool:
+        """Whether a write may begin now."""
+        return self._until_ns is not None and not self.over()
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[None]:
         """Around every write."""
-        if self.over():
+        if not self.open():
             await asyncio.Event().wait()
         self._writing += 1
         self._idle.clear()
