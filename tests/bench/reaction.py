@@ -107,6 +107,7 @@ async def _measure(kubeconfig: Path, spikes: int, chance: random.Random) -> dict
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await operation.stop()
         for one in workers:
             await one.close()
         await cluster.close()

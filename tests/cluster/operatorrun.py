@@ -75,6 +75,7 @@ class OperatorProcess:
             "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
             "GPUMETER_MASTER_KEY_FILE": str(key),
             "GPUMETER_WORKER_PEERS": json.dumps(PEERS),
+            "GPUMETER_NAMESPACE": NAMESPACE,
             "GPUMETER_STATUS_INTERVAL_MS": "1000",
             "GPUMETER_HTTP_HOST": "127.0.0.1",
             "GPUMETER_HTTP_PORT": str(self.port),
@@ -82,22 +83,46 @@ class OperatorProcess:
         }
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start and wait until it is ready."""
-        with self.log.open("wb") as log:
-            command = [str(Path(sys.executable).parent / "gpumeter"), "operator"]
-            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
+    def start(self, *, acts: bool = True) -> None:
+        """Start and wait until it is ready: to act, or without `acts` to take over from another one."""
+        self.begin()
+        assert self._process is not None
         end = time.monotonic() + START_TIMEOUT_S
-        while self.answer("/readyz")[0] != 200:
+        while self.answer("/readyz")[0] != 200 or (acts and not self.acts):
             assert self._process.poll() is None, f"the operator ended:\n{self.log.read_text()}"
             assert time.monotonic() < end, f"the operator was not ready in {START_TIMEOUT_S} s:\n{self.log.read_text()}"
             time.sleep(0.05)
 
+    def begin(self) -> None:
+        """Start, and wait for nothing."""
+        with self.log.open("ab") as log:
+            command = [str(Path(sys.executable).parent / "gpumeter"), "operator"]
+            self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=subprocess.STDOUT)
+
     def stop(self, how: int = signal.SIGTERM) -> int:
         """Send a signal, wait for the end and return the exit code."""
         assert self._process is not None
+        self.signal(how)
+        return self.ended()
+
+    def signal(self, how: int) -> None:
+        assert self._process is not None
         self._process.send_signal(how)
-        return self._process.wait(timeout=30)
+
+    def ended(self, within_s: float = 30) -> int:
+        """Wait for its end; the exit code, negative for a signal."""
+        assert self._process is not None
+        return self._process.wait(timeout=within_s)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it holds the lease, by its own word."""
+        return self.metric("gpumeter_operator_active ") == 1
+
+    @property
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text()
 
     @property
     def runs(self) -> bool:

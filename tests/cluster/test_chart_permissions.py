@@ -43,7 +43,10 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
 }
 IN_THE_RELEASE = {
     "gpumeter-gateway": {("", "secrets"): READ},
-    "gpumeter-operator": {("discovery.k8s.io", "endpointslices"): READ},
+    "gpumeter-operator": {
+        ("discovery.k8s.io", "endpointslices"): READ,
+        ("coordination.k8s.io", "leases"): ("create", "get", "patch"),
+    },
 }
 
 MAY = [
@@ -63,6 +66,8 @@ MAY_NOT = [
     ("gpumeter-operator", "create", "pods", ELSEWHERE),
     ("gpumeter-operator", "delete", "pods", ELSEWHERE),
     ("gpumeter-operator", "list", "endpointslices.discovery.k8s.io", ELSEWHERE),
+    ("gpumeter-operator", "create", "leases.coordination.k8s.io", ELSEWHERE),
+    ("gpumeter-operator", "patch", "leases.coordination.k8s.io", NAMESPACE),
     ("gpumeter-operator", "create", "clusterrolebindings.rbac.authorization.k8s.io", ELSEWHERE),
     ("gpumeter-collector", "get", "secrets", NAMESPACE),
     ("gpumeter-collector", "patch", "inferenceservices.gpumeter.io", ELSEWHERE),

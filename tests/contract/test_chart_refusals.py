@@ -96,6 +96,11 @@ REFUSALS = {
         'gateway.podDisruptionBudget.maxUnavailable is "0"; use a number of pods from 1 or a percentage above 0%, '
         "because with 0 no node could be drained.",
     ),
+    "a budget of the operator that blocks every drain": (
+        ("operator.podDisruptionBudget.maxUnavailable=0%",),
+        'operator.podDisruptionBudget.maxUnavailable is "0%"; use a number of pods from 1 or a percentage above 0%, '
+        "because with 0 no node could be drained.",
+    ),
     "a wait that is too long": (
         ("gateway.waitingRoom.timeout=2h",),
         'gateway.waitingRoom.timeout is "2h"; write a duration from 1s to 1h, for example 5m.',

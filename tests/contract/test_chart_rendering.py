@@ -47,6 +47,7 @@ def test_a_release_called_gpumeter_has_short_names() -> None:
         *(("Deployment", name) for name in DEPLOYMENTS),
         ("Service", "gpumeter-gateway"),
         ("PodDisruptionBudget", "gpumeter-gateway"),
+        ("PodDisruptionBudget", "gpumeter-operator"),
     }
     assert ("Secret", "gpumeter-master-key") in names
     assert ("PersistentVolumeClaim", "gpumeter-ledger") in names
@@ -73,6 +74,7 @@ def test_the_environment_is_what_the_parts_read() -> None:
         "GPUMETER_DELETION_MARGIN_MS": "60000",
         "GPUMETER_WORKER_PEERS": json.dumps(PEERS, separators=(",", ":")),
         "GPUMETER_WORKER_MONITORING": '{"interval":"15s","labels":{}}',
+        "GPUMETER_LEASE": "gpumeter-operator",
     }
     assert environment(pods["gpumeter-collector"]) == {
         **shared,
@@ -170,11 +172,13 @@ def test_selectors_find_the_pods_of_their_part_and_no_others() -> None:
     labels = {name: one(found, "Deployment", name)["spec"]["template"]["metadata"]["labels"] for name in DEPLOYMENTS}
     selectors = {name: one(found, "Deployment", name)["spec"]["selector"]["matchLabels"] for name in DEPLOYMENTS}
     selectors["service"] = one(found, "Service", "gpumeter-gateway")["spec"]["selector"]
-    budget = one(found, "PodDisruptionBudget", "gpumeter-gateway")
-    selectors["budget"] = budget["spec"]["selector"]["matchLabels"]
+    for part in ("operator", "gateway"):
+        budget = one(found, "PodDisruptionBudget", f"gpumeter-{part}")
+        selectors[f"budget of gpumeter-{part}"] = budget["spec"]["selector"]["matchLabels"]
     for owner, selector in selectors.items():
         hit = [name for name, its in labels.items() if selector.items() <= its.items()]
-        assert hit == [owner if owner in DEPLOYMENTS else "gpumeter-gateway"]
+        wanted = owner.removeprefix("budget of ")
+        assert hit == [wanted if wanted in DEPLOYMENTS else "gpumeter-gateway"]
 
 
 def test_the_service_leads_from_port_80_to_the_gateway_and_not_to_its_internal_port() -> None:
@@ -182,10 +186,35 @@ def test_the_service_leads_from_port_80_to_the_gateway_and_not_to_its_internal_p
     assert (port["port"], port["targetPort"]) == (80, "http")
 
 
-@pytest.mark.parametrize("name", ["gpumeter-operator", "gpumeter-collector"])
-def test_who_writes_alone_is_replaced_and_never_doubled(name: str) -> None:
-    spec = one(rendered(), "Deployment", name)["spec"]
+def test_who_writes_alone_is_replaced_and_never_doubled() -> None:
+    spec = one(rendered(), "Deployment", "gpumeter-collector")["spec"]
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_of_two_operators_one_stands_by_on_another_node_and_one_is_always_left() -> None:
+    found = rendered("fullnameOverride=bill")
+    spec = one(found, "Deployment", "bill-operator")["spec"]
+    assert spec["replicas"] == 2
+    assert spec["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    [spread] = spec["template"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert one(found, "PodDisruptionBudget", "bill-operator")["spec"]["maxUnavailable"] == 1
+    assert environment(spec["template"]["spec"])["GPUMETER_LEASE"] == "bill-operator"
+    rules = one(found, "Role", "bill-operator")["rules"]
+    named = [rule for rule in rules if rule.get("resourceNames")]
+    assert named == [
+        {
+            "apiGroups": ["coordination.k8s.io"],
+            "resources": ["leases"],
+            "resourceNames": ["bill-operator"],
+            "verbs": ["get", "patch"],
+        }
+    ]
+    one_alone = rendered("operator.replicas=1", "operator.podDisruptionBudget.enabled=false")
+    assert one(one_alone, "Deployment", "gpumeter-operator")["spec"]["replicas"] == 1
+    assert ("PodDisruptionBudget", "gpumeter-operator") not in {
+        (each["kind"], each["metadata"]["name"]) for each in one_alone
+    }
 
 
 def test_a_digest_wins_over_a_tag_and_the_version_is_the_default_tag() -> None:

@@ -39,6 +39,9 @@ class StandInDoors:
     def silent(self) -> tuple[str, ...]:
         return ()
 
+    def overdue(self) -> str | None:
+        return None
+
     async def run(self) -> None:
         await asyncio.Event().wait()
 

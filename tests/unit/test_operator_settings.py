@@ -20,12 +20,15 @@ def key(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_only_image_and_key_are_needed(key: str) -> None:
-    settings = read_settings({"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key})
+def test_only_image_key_and_namespace_are_needed(key: str) -> None:
+    settings = read_settings(
+        {"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key, "GPUMETER_NAMESPACE": "gpumeter-system"}
+    )
     assert settings.installation.worker_image == "worker:1"
     assert settings.installation.worker_image_pull_policy == "IfNotPresent"
     assert (settings.status_interval_ms, settings.deletion_margin_ms) == (3_000, 60_000)
     assert settings.http_port == 8080
+    assert (settings.namespace, settings.lease) == ("gpumeter-system", "gpumeter-operator")
     assert settings.master_key == b"k" * 32
 
 
@@ -78,12 +81,13 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
             }
         )
     told = "\n".join(invalid.value.problems)
-    assert len(invalid.value.problems) == 5
+    assert len(invalid.value.problems) == 6
     for part in (
         "GPUMETER_WORKER_IMAGE is not set",
         "holds 31 bytes; a master key has at least 32",
         "GPUMETER_STATUS_INTERVAL_MS is 'fast'; set a whole number from 200 to 60000",
         "GPUMETER_HTTP_PORT is '0'",
+        "GPUMETER_NAMESPACE is not set; name the namespace in which the operators' Lease is to lie",
         "GPUMETER_WORKER_IMAGE_PULL_POLICY is 'Sometimes'",
     ):
         assert part in told

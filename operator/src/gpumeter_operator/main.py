@@ -1,60 +1,163 @@
-"""kopf's handlers: which event of an InferenceService leads to which call.
+"""The operator's process: it stands by, acts as long as it holds the Lease, and ends; and kopf's handlers.
 
-Owns the registration of handlers and how kopf is started. Decides nothing.
+Owns the order of that, what a signal does, and which event of an InferenceService leads to which call. Decides nothing.
 """
 
+import asyncio
 import logging
+import os
+import signal
+import socket
+import uuid
 from datetime import timedelta
 from typing import Any
 
 import kopf
 
 from gpumeter_operator.adapters.kubernetes import Cluster
+from gpumeter_operator.adapters.lease import Leases
 from gpumeter_operator.decide.credentials import internal_token
 from gpumeter_operator.flow.doors import doors_of
+from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.operation import Operation
 from gpumeter_operator.flow.scale_ports import NoDoors, OpenDoors
+from gpumeter_operator.flow.tenure import InTenure, Tenure
+from gpumeter_operator.login import login
 from gpumeter_operator.settings import HANDLER_BACKOFF_S, Settings, configure_kopf
 
 SERVICES = ("gpumeter.io", "v1alpha1", "inferenceservices")
+LEASE_LOST = 1
+WRITES_END_WITHIN_S = 1.0  # of a clean stop; who waits longer gives the next one no lease, which then expires by itself
+KOPF_ENDS_WITHIN_S = 5.0
+STOP_WITHIN_S = 20  # of the pod's grace period of 30 s
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Run the operator until it is told to stop."""
+    """Run the operator until it is told to stop, or has lost the Lease: then the process ends here, with code 1."""
     _quiet_kopf()
-    interval_s = settings.status_interval_ms / 1_000
-    cluster = Cluster.connect()
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    cluster, leases = Cluster.connect(), Leases(Cluster.connect(), settings.namespace, settings.lease)
+    tenure = Tenure()
+    election = Election(leases, tenure, f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}")
+    operation = _operation(settings, InTenure(cluster, tenure), election)
+    try:
+        await _Process(settings, operation, tenure, election).live()
+    finally:
+        await operation.stop()
+        await leases.close()
+
+
+class _Process:
+    """From standing by to the end. All that it waits for are tasks older than kopf's, because kopf spares those."""
+
+    def __init__(self, settings: Settings, operation: Operation, tenure: Tenure, election: Election) -> None:
+        self._settings = settings
+        self._operation = operation
+        self._tenure = tenure
+        self._election = election
+        self._told = asyncio.Event()
+        self._listen()
+        self._stop = asyncio.create_task(self._told.wait(), name="signals")
+        self._lease = asyncio.create_task(election.run(), name="lease")
+
+    async def live(self) -> None:
+        """Return when a signal has come, or when kopf has ended; where the Lease is lost, the process ends inside."""
+        await self._operation.serve()
+        won = asyncio.create_task(self._election.won.wait(), name="won")
+        await asyncio.wait({won, self._stop, self._lease}, return_when=asyncio.FIRST_COMPLETED)
+        won.cancel()
+        if self._lease.done():
+            self._end()
+        if self._told.is_set():
+            await self._give_back()
+        else:
+            await self._act()
+
+    async def _act(self) -> None:
+        settings, stop = kopf.OperatorSettings(), asyncio.Event()
+        configure_kopf(settings)
+        others = asyncio.all_tasks()  # kopf cancels every task that was not there before it
+        tasks = await kopf.spawn_tasks(
+            registry=handlers(self._settings.status_interval_ms / 1_000, self._tenure),
+            settings=settings,
+            memo=self._operation,
+            standalone=True,
+            clusterwide=True,
+            stop_flag=stop,
+        )
+        self._listen()  # kopf has put its own answer to signals in their place
+        running = asyncio.create_task(kopf.run_tasks(tasks, ignored=others), name="kopf")
+        await asyncio.wait({running, self._stop, self._lease}, return_when=asyncio.FIRST_COMPLETED)
+        if self._lease.done():
+            self._end()
+        await self._give_back()
+        stop.set()
+        await asyncio.wait({running}, timeout=KOPF_ENDS_WITHIN_S)
+        if running.done():
+            running.result()  # where it ended by itself, its failure is ours
+        else:
+            running.cancel()  # a timer of kopf that waits to write does so for ever
+
+    async def _give_back(self) -> None:
+        """Write nothing any more, and then let the next one begin: nobody has to wait until kopf has ended."""
+        signal.alarm(STOP_WITHIN_S)  # ends the process where something hangs
+        self._tenure.close()
+        self._lease.cancel()
+        await asyncio.gather(self._lease, return_exceptions=True)
+        if not await self._tenure.idle(WRITES_END_WITHIN_S):
+            log.warning(
+                "A write takes longer than %.0f s, so the lease is not given back but expires.", WRITES_END_WITHIN_S
+            )
+        elif await self._election.release():
+            log.info("LeaseReleased: the next operator may begin.")
+
+    def _end(self) -> None:
+        """The Lease is lost: no write may follow, so nothing is tidied up. The kernel closes what is open."""
+        failure = self._lease.exception()
+        if failure is not None:
+            log.error("LeaseNotRenewed: the loop that renews the lease has failed.", exc_info=failure)
+        else:
+            lost = self._lease.result()
+            log.error("%s: %s", lost.reason, lost.message)
+        logging.shutdown()
+        os._exit(LEASE_LOST)
+
+    def _listen(self) -> None:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(one, self._told.set)
+
+
+def _operation(settings: Settings, cluster: InTenure, election: Election) -> Operation:
     doors: OpenDoors = NoDoors
     if settings.gateway_service:
         doors = doors_of(cluster, settings.gateway_service, internal_token(settings.master_key))
-    operation = Operation(
+    return Operation(
         cluster,
         settings.installation,
         settings.master_key,
-        interval_s=interval_s,
+        interval_s=settings.status_interval_ms / 1_000,
         deletion_margin=timedelta(milliseconds=settings.deletion_margin_ms),
         http=(settings.http_host, settings.http_port),
         open_doors=doors,
-    )
-    kopf_settings = kopf.OperatorSettings()
-    configure_kopf(kopf_settings)
-    kopf.run(
-        registry=handlers(interval_s),
-        settings=kopf_settings,
-        memo=operation,
-        standalone=True,
-        clusterwide=True,
+        election=election,
     )
 
 
-def handlers(interval_s: float) -> kopf.OperatorRegistry:
-    """All handlers, in a registry of their own; `interval_s` is the time between two looks at a service."""
+def handlers(interval_s: float, tenure: Tenure | None = None) -> kopf.OperatorRegistry:
+    """All handlers, in a registry of their own; `interval_s` is the time between two looks at a service.
+
+    kopf's own writes happen in `tenure`; without one (a bench that has no Lease) they always may.
+    """
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
-    async def login(**kwargs: Any) -> Any:
-        # kopf's own minimal logins: neither the official client nor pykube is installed, by choice (30 MiB of memory).
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    async def log_in(**kwargs: Any) -> Any:
+        return login(tenure, **kwargs)
 
     @kopf.on.startup(registry=registry)
     async def startup(memo: Operation, **_: Any) -> None:
@@ -62,7 +165,7 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
 
     @kopf.on.cleanup(registry=registry)
     async def cleanup(memo: Operation, **_: Any) -> None:
-        await memo.stop()
+        await memo.rest()
 
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
     # would note every retry in the object, and the timer looks again in seconds anyway.

@@ -39,6 +39,9 @@ class Settings:
     deletion_margin_ms: int
     http_host: str
     http_port: int
+    namespace: str
+    lease: str
+    """Of all operators of a release one acts: the one that holds this Lease of the namespace."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -60,6 +63,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         deletion_margin_ms=read.number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
         http_host=read.text("GPUMETER_HTTP_HOST", "0.0.0.0"),  # noqa: S104 - probes come from the node
         http_port=read.number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
+        namespace=read.needed("GPUMETER_NAMESPACE", "name the namespace in which the operators' Lease is to lie"),
+        lease=read.text("GPUMETER_LEASE", "gpumeter-operator"),
     )
     read.check()
     return settings
@@ -114,7 +119,7 @@ def configure_kopf(settings: Any) -> None:
     # State lives in annotations: status is ours and its schema prunes unknown fields.
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=KOPF_PREFIX, v1=False)
     settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=KOPF_PREFIX, v1=False)
-    # One operator by the chart's Recreate strategy; kopf's peering freezes everyone when priorities are equal.
+    # One operator by the Lease (flow.election); kopf's peering freezes everyone when priorities are equal.
     settings.peering.standalone = True
     # A request that takes 10 s is lost; the default of 5 minutes would look like a freeze.
     settings.networking.request_timeout = 10

@@ -22,6 +22,7 @@ from gpumeter_operator.decide.names import INTERNAL_PORT, SLICE_OF_LABEL
 
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 25.0  # a gateway holds a poll for 20 s
+OVERDUE_S = 30.0
 SILENCE_MAX_S = 30.0  # one poll that was not answered; then what was told last says nothing about now
 BACKOFF_S = (0.05, 0.2, 0.5, 1.0, 2.0)  # the first is short: a start from zero waits for it
 ANSWER_BYTES_MAX = 8 << 20  # a hundred bytes a service
@@ -100,6 +101,7 @@ class Gateways:
         self._on_change = on_change
         self._headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
         self._moved = asyncio.Event()
+        self._ticked_s = time.monotonic()
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._told: dict[str, dict[str, Asked]] = {}  # target -> service
         self._heard_s: dict[str, float] = {}
@@ -118,6 +120,11 @@ class Gateways:
             if now_s - heard_s > self._silence_max_s
         )
 
+    def overdue(self) -> str | None:
+        """A sentence when `run` has not come round for too long; it does so every second, whoever answers."""
+        age_s = time.monotonic() - self._ticked_s
+        return f"The loop that asks the gateways came round {age_s:.0f} s ago." if age_s > OVERDUE_S else None
+
     def look(self) -> None:
         """The gateways may have changed."""
         self._moved.set()
@@ -128,6 +135,7 @@ class Gateways:
         async with aiohttp.ClientSession(timeout=timeout, headers=self._headers, auto_decompress=False) as http:
             try:
                 while True:
+                    self._ticked_s = time.monotonic()
                     self._moved.clear()
                     self._follow(http, frozenset(self._targets()))
                     try:

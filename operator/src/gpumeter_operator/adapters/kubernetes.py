@@ -63,6 +63,7 @@ POD_DISRUPTION_BUDGETS = Resource("policy", "v1", "PodDisruptionBudget", "poddis
 NETWORK_POLICIES = Resource("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies")
 POD_MONITORS = Resource("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors")  # of Prometheus' operator
 ENDPOINT_SLICES = Resource("discovery.k8s.io", "v1", "EndpointSlice", "endpointslices")
+LEASES = Resource("coordination.k8s.io", "v1", "Lease", "leases")
 
 RESOURCES: Mapping[tuple[str, str], Resource] = {
     (resource.api_version, resource.kind): resource
@@ -159,6 +160,14 @@ class Cluster:
                     async with asyncio.timeout(SILENCE_TIMEOUT_S):
                         change, item = await anext(changes)
                 yield change, dict(item)
+
+    async def create(self, manifest: Manifest) -> Manifest:
+        """Create an object that must not be there yet: Refused 409 where it is."""
+        resource = RESOURCES[manifest["apiVersion"], manifest["kind"]]
+        with _translated():
+            namespace = manifest["metadata"].get("namespace")
+            made: Any = await self._client.create(_class(resource)(manifest), namespace=namespace)  # type: ignore[call-overload]
+            return dict(made)
 
     async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
         """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are."""

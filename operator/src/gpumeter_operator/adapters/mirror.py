@@ -69,6 +69,7 @@ class Mirror:
 
     async def run(self) -> None:
         """Keep the copy up to date until cancelled."""
+        self._tried_ns = time.monotonic_ns()  # it may have been made long before
         try:
             await self._keep()
         except BaseException as end:

@@ -42,6 +42,12 @@ class OperatorMetrics:
             registry=self.registry,
         )
 
+        self.active = Gauge(
+            "gpumeter_operator_active",
+            "1 while this operator holds the lease and acts, 0 while it stands by.",
+            registry=self.registry,
+        )
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)

@@ -30,6 +30,10 @@ class GatewayDoors:
             return (f"The Service {self._where} has no gateways (no pods, or they are not listed yet).",)
         return self._gateways.silent()
 
+    def overdue(self) -> str | None:
+        """A sentence when nobody asks the gateways any more, though `run` runs."""
+        return self._gateways.overdue()
+
     async def run(self) -> None:
         """Keep it up to date until cancelled."""
         async with asyncio.TaskGroup() as group:

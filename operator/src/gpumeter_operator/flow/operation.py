@@ -1,6 +1,7 @@
 """The running operator: its parts, put together, and their health.
 
-Owns start, stop and what alive and ready mean. Does not know kopf, which calls `look` and `leave`.
+Owns start, stop and what alive and ready mean, for who stands by too. Does not know kopf, which calls `look` and
+`leave`, nor when it is its turn to act.
 """
 
 import asyncio
@@ -10,21 +11,25 @@ from datetime import timedelta
 from functools import partial
 
 from gpumeter_operator.adapters.health import HealthServer
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Cluster, Manifest, Refused, Unreachable
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.signals import Signals
 from gpumeter_operator.adapters.starting import StartingWorkers
 from gpumeter_operator.decide.names import HTTP_PORT
 from gpumeter_operator.decide.workload import Installation
+from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.fleet import Fleet
+from gpumeter_operator.flow.liveness import Deliveries
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
 from gpumeter_operator.flow.scale import Scaler
 from gpumeter_operator.flow.scale_ports import NoDoors, OpenDoors
+from gpumeter_operator.flow.tenure import Kubernetes
 
 log = logging.getLogger(__name__)
 
+SETTLE_S = 1.0
 OVERDUE_MIN_S = 60.0  # a service is looked at every few seconds; a minute without is a frozen loop
 
 
@@ -33,7 +38,7 @@ class Operation:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Kubernetes,
         installation: Installation,
         master_key: bytes,
         *,
@@ -42,8 +47,11 @@ class Operation:
         http: tuple[str, int],
         open_doors: OpenDoors = NoDoors,
         worker_port: int = HTTP_PORT,
+        election: Election | None = None,
     ) -> None:
         self._cluster = cluster
+        self._election = election
+        self._acts = self._serves = self._scales = False
         self._http = http
         self._overdue_s = max(OVERDUE_MIN_S, 20 * interval_s)
         metrics = OperatorMetrics()
@@ -71,13 +79,23 @@ class Operation:
             told=self._starting.told,
             autoscaler=self._scaler,
         )
+        self._deliveries = Deliveries()
         self._tasks: list[asyncio.Task[None]] = []
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
-        self._health = HealthServer(self._wrong, self._fleet.unsynced, metrics.render)
+        self._metrics = metrics
+        self._health = HealthServer(self._wrong, self._unready, metrics.render)
+
+    async def serve(self) -> None:
+        """Answer probes, also while standing by."""
+        if not self._serves:
+            self._serves = True
+            await self._health.start(*self._http)
 
     async def start(self) -> None:
-        """Serve probes, then wait for the first lists: to decide with half a picture would delete and double."""
-        await self._health.start(*self._http)
+        """Act: wait for the first lists, for to decide with half a picture would delete and double."""
+        await self.serve()
+        self._acts = True
+        self._metrics.active.set(1)
         await self._fleet.start()
         self._tasks = [
             asyncio.create_task(self._services.run(), name="mirror of services"),
@@ -85,15 +103,26 @@ class Operation:
             asyncio.create_task(self._doors.run(), name="gateways"),
         ]
 
-    async def stop(self) -> None:
-        """End watches, server and connections."""
-        for task in self._tasks:
+    async def rest(self) -> None:
+        """End all that acts; probes are still answered."""
+        self._acts = self._scales = False
+        self._metrics.active.set(0)
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._scaler.settle()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await self._scaler.settle()
+        except TimeoutError:
+            log.info("The autoscaler's last writes are left to the next operator.")
         await self._signals.close()
         await self._fleet.stop()
         await self._starting.close()
+
+    async def stop(self) -> None:
+        """End everything: what acts, the server and the connections."""
+        await self.rest()
         await self._health.close()
         await self._cluster.close()
 
@@ -123,12 +152,32 @@ class Operation:
 
     async def _scale(self) -> None:
         await self._services.synced()
+        self._scales = True
         await self._scaler.run()
 
     def _wrong(self) -> str | None:
+        """The loop that stands still, by the age of its last tick. An API server that is away is no such loop."""
+        standing = self._election.overdue() if self._election else None
+        if standing is not None or not self._acts:
+            return standing
+        return self._fleet.silent() or self._reconciler.overdue(self._overdue_s) or self._stuck()
+
+    def _stuck(self) -> str | None:
+        """The loops that begin after the first lists."""
+        if not self._tasks:
+            return None
+        ended = next((task for task in self._tasks if task.done()), None)
+        if ended is not None:
+            return f"The loop '{ended.get_name()}' has ended, though it never should."
         return (
-            self._fleet.silent()
-            or self._services.silence()
-            or self._reconciler.overdue(self._overdue_s)
-            or (self._scaler.overdue() if self._tasks else None)
+            self._services.silence()
+            or self._deliveries.late(self._services.objects.values(), self._reconciler.looked_at, self._overdue_s)
+            or (self._scaler.overdue() if self._scales else None)
+            or self._doors.overdue()
         )
+
+    def _unready(self) -> str | None:
+        """Who stands by is ready when it could take over: a rollout waits for that, and for no more."""
+        if self._acts:
+            return self._fleet.unsynced()
+        return self._election.blind() if self._election else self._fleet.unsynced()

@@ -107,6 +107,7 @@ class Scaler:
     async def run(self) -> None:
         """Look at all services every two seconds, and at those that a gateway tells of at once."""
         next_s = time.monotonic()
+        self._ticked_ns = time.monotonic_ns()
         while True:
             try:
                 if time.monotonic() >= next_s:

@@ -5,6 +5,7 @@ Owns the shapes of these ports, so that a test can stand in for a cluster, and t
 gateways tell nothing. Does not ask anybody.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -59,6 +60,10 @@ class Doors(Protocol):
         """A sentence for each gateway that does not tell, so that what waits at it is unknown."""
         ...
 
+    def overdue(self) -> str | None:
+        """A sentence when `run` hangs."""
+        ...
+
     async def run(self) -> None:
         """Keep it up to date until cancelled."""
         ...
@@ -84,8 +89,13 @@ class NoDoors:
         """The one reason that there is."""
         return ("The operator was not told where the gateways are.",)
 
+    def overdue(self) -> str | None:
+        """Nothing hangs where nothing runs."""
+        return None
+
     async def run(self) -> None:
         """There is nothing to keep up to date."""
+        await asyncio.Event().wait()
 
 
 class Services(Protocol):
