@@ -98,6 +98,11 @@ class OperatorProcess:
         return self._process.wait(timeout=30)
 
     @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
