@@ -39,7 +39,7 @@ def run(settings: Settings) -> None:
     kopf_settings = kopf.OperatorSettings()
     configure_kopf(kopf_settings)
     kopf.run(
-        registry=handlers(interval_s),
+        registry=handlers(),
         settings=kopf_settings,
         memo=operation,
         standalone=True,
@@ -47,8 +47,8 @@ def run(settings: Settings) -> None:
     )
 
 
-def handlers(interval_s: float) -> kopf.OperatorRegistry:
-    """All handlers, in a registry of their own; `interval_s` is the time between two looks at a service."""
+def handlers() -> kopf.OperatorRegistry:
+    """All handlers, in a registry of their own."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -65,22 +65,11 @@ def handlers(interval_s: float) -> kopf.OperatorRegistry:
         await memo.stop()
 
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
-    # would note every retry in the object, and the timer looks again in seconds anyway.
+    # would note every retry in the object, and the next round looks again in seconds anyway.
     @kopf.on.resume(*SERVICES, id="reconcile", registry=registry)
     @kopf.on.create(*SERVICES, id="reconcile", registry=registry)
     @kopf.on.update(*SERVICES, id="reconcile", registry=registry)
     async def reconcile(body: Any, memo: Operation, **_: Any) -> None:
-        await memo.look(dict(body))
-
-    @kopf.timer(
-        *SERVICES,
-        id="refresh",
-        interval=interval_s,
-        initial_delay=interval_s,
-        backoff=HANDLER_BACKOFF_S,
-        registry=registry,
-    )
-    async def refresh(body: Any, memo: Operation, **_: Any) -> None:
         await memo.look(dict(body))
 
     @kopf.on.delete(*SERVICES, id="release", backoff=HANDLER_BACKOFF_S, registry=registry)

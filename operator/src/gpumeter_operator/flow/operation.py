@@ -18,6 +18,7 @@ from gpumeter_operator.adapters.starting import StartingWorkers
 from gpumeter_operator.decide.names import HTTP_PORT
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
+from gpumeter_operator.flow.looks import Looks
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
 from gpumeter_operator.flow.scale import Scaler
@@ -71,6 +72,7 @@ class Operation:
             told=self._starting.told,
             autoscaler=self._scaler,
         )
+        self._looks = Looks(lambda: self._services.objects, self._reconciler.is_due, self.look, interval_s=interval_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._health = HealthServer(self._wrong, self._fleet.unsynced, metrics.render)
@@ -83,6 +85,7 @@ class Operation:
             asyncio.create_task(self._services.run(), name="mirror of services"),
             asyncio.create_task(self._scale(), name="autoscaler"),
             asyncio.create_task(self._doors.run(), name="gateways"),
+            asyncio.create_task(self._looks.run(), name="looks"),
         ]
 
     async def stop(self) -> None:
