@@ -94,7 +94,7 @@ test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 
 ##@ Figures
-.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-closing bench-fleet bench-collection bench-gateway bench-trace bench-reaction bench-scaling-cost bench-takeover
+.PHONY: bench-engine bench-engine-kill bench-kill bench-conservation bench-equality bench-overhead bench-attribution bench-replay bench-closing bench-fleet bench-collection bench-gateway bench-trace bench-reaction bench-scaling-cost bench-takeover bench-scale bench-edit
 bench-engine: setup ## tok/s, first token, gaps and memory beside vLLM and transformers, 45 minutes; ARGS=--quick for a look, ARGS="--parts streams memory" for some
 	@$(PY) -m bench.engine $(ARGS)
 bench-engine-kill: setup ## kill -9 of the engine under load, 50 times in a row: told in 1 s, back in its load time + 2 s
@@ -125,6 +125,10 @@ bench-scaling-cost: setup ## CPU of the autoscaler's loop over 1,000 services wi
 	@$(PY) -m bench.scaling_cost $(ARGS)
 bench-takeover: setup ## How long nobody acts when the acting operator is killed, stopped, frozen or cut off; real processes, 8 minutes
 	@$(PY) -m bench.takeover $(ARGS)
+bench-scale: setup ## The operator with 100, 1,000 and 5,000 services, kwok's nodes and pods, 40 minutes; ARGS="--services 100 1000"
+	@$(PY) -m bench.scale $(ARGS)
+bench-edit: setup ## Edit of a service to its Deployment with 1,000 services settled, 5 minutes; ARGS="--services 100"
+	@$(PY) -m bench.edit $(ARGS)
 bench-collection: setup ## Records/s into SQLite and PostgreSQL up to ten million rows, 10 minutes and 24 GB; ARGS="--rows 1000000"
 	@$(PY) -m bench.collection $(ARGS)
 

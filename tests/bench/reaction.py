@@ -89,7 +89,7 @@ async def _measure(kubeconfig: Path, spikes: int, chance: random.Random) -> dict
     stop = asyncio.Event()
     operator = asyncio.create_task(
         kopf.operator(
-            registry=handlers(3), settings=settings, memo=operation, standalone=True, clusterwide=True, stop_flag=stop
+            registry=handlers(), settings=settings, memo=operation, standalone=True, clusterwide=True, stop_flag=stop
         )
     )
     workers = StandInWorkers(BUSY, 8000), StandInWorkers(IDLE, 8000)

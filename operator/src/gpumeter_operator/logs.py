@@ -14,7 +14,7 @@ from gpumeter_operator.environment import Environment
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("json", "text")
 # Libraries that report every request of theirs at info.
-_CHATTY = ("httpx2", "httpcore2", "httpx", "httpcore", "aiohttp.access")
+_CHATTY = ("aiohttp.access",)
 
 
 def configure_logs(environ: Mapping[str, str]) -> None:

@@ -83,7 +83,7 @@ class _Process:
         configure_kopf(settings)
         others = asyncio.all_tasks()  # kopf cancels every task that was not there before it
         tasks = await kopf.spawn_tasks(
-            registry=handlers(self._settings.status_interval_ms / 1_000, self._tenure),
+            registry=handlers(self._tenure),
             settings=settings,
             memo=self._operation,
             standalone=True,
@@ -148,8 +148,8 @@ def _operation(settings: Settings, cluster: InTenure, election: Election) -> Ope
     )
 
 
-def handlers(interval_s: float, tenure: Tenure | None = None) -> kopf.OperatorRegistry:
-    """All handlers, in a registry of their own; `interval_s` is the time between two looks at a service.
+def handlers(tenure: Tenure | None = None) -> kopf.OperatorRegistry:
+    """All handlers, in a registry of their own.
 
     kopf's own writes happen in `tenure`; without one (a bench that has no Lease) they always may.
     """
@@ -168,22 +168,11 @@ def handlers(interval_s: float, tenure: Tenure | None = None) -> kopf.OperatorRe
         await memo.rest()
 
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
-    # would note every retry in the object, and the timer looks again in seconds anyway.
+    # would note every retry in the object, and the next round looks again in seconds anyway.
     @kopf.on.resume(*SERVICES, id="reconcile", registry=registry)
     @kopf.on.create(*SERVICES, id="reconcile", registry=registry)
     @kopf.on.update(*SERVICES, id="reconcile", registry=registry)
     async def reconcile(body: Any, memo: Operation, **_: Any) -> None:
-        await memo.look(dict(body))
-
-    @kopf.timer(
-        *SERVICES,
-        id="refresh",
-        interval=interval_s,
-        initial_delay=interval_s,
-        backoff=HANDLER_BACKOFF_S,
-        registry=registry,
-    )
-    async def refresh(body: Any, memo: Operation, **_: Any) -> None:
         await memo.look(dict(body))
 
     @kopf.on.delete(*SERVICES, id="release", backoff=HANDLER_BACKOFF_S, registry=registry)

@@ -45,6 +45,7 @@ CONTAINERD = ToolSet("containerd", "containerd", "tool", ("containerd", "contain
 COREDNS = ToolSet("coredns", "coredns", "tool", ("coredns",))
 HELM = ToolSet("helm", "helm", "tool", ("helm",))
 KIND = ToolSet("kind", "kind", "tool", ("kind",))
+KWOK = ToolSet("kwok", "kwok", "tool", ("kwok",))
 PAUSE = ToolSet("pause", "pause", ".", ("pause",))
 
 FOR_NODE = (KUBERNETES, ETCD, CONTAINERD, COREDNS, PAUSE, HELM)
@@ -68,7 +69,7 @@ def tool(program: str, progress: Progress | None = None) -> Path:
     """Return the path of one program, e.g. "helm"; builds it when it is missing."""
     if program == "kubectl" and is_built(KUBERNETES, folder_of(KUBERNETES)):
         return folder_of(KUBERNETES) / "kubectl"
-    for tool_set in (KUBECTL, HELM, ETCD, KIND, COREDNS, CONTAINERD, KUBERNETES):
+    for tool_set in (KUBECTL, HELM, ETCD, KIND, KWOK, COREDNS, CONTAINERD, KUBERNETES):
         if program in tool_set.programs:
             return ensure((tool_set,), progress or Progress())[program]
     raise ClusterError(f"No pinned module builds a program called '{program}'.")

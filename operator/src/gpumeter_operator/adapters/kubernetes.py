@@ -1,27 +1,29 @@
 """Kubernetes, as plain dicts: requests and a watch.
 
-Owns the connection, the names of resources, request timeouts and the translation of every failure into two
+Owns the connections, the names of resources, request timeouts and the translation of every failure into two
 exceptions, `Refused` (the API server said no, with its sentence) and `Unreachable` (it did not answer).
-Does not know what any of the objects mean.
+Does not know what any of the objects mean. metadata.managedFields are left out of lists and watches: nobody here reads
+them, and they are half of an object.
 """
 
-import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
 
-import httpx2
+import aiohttp
 import msgspec
-from lightkube import AsyncClient, KubeConfig
-from lightkube.core.exceptions import ApiError, ConfigError
-from lightkube.core.selector import build_selector
-from lightkube.generic_resource import create_global_resource, create_namespaced_resource
-from lightkube.types import PatchType
+from yarl import URL
+
+from gpumeter_operator.adapters import access
 
 Manifest = dict[str, Any]
+Decoded = TypeVar("Decoded")
 Manifests = list[Manifest]
 Labels = Mapping[str, str | None]
 """A label selector: a value that must be equal, or None where it is enough that the label exists."""
@@ -30,6 +32,8 @@ REQUEST_TIMEOUT_S = 10.0  # the API server ends its own work on a request after 
 WATCH_TIMEOUT_S = 300  # after this the server ends a watch; spreads reconnections, as client-go does with 5-10 min
 SILENCE_TIMEOUT_S = 150.0  # bookmarks come about once a minute; a watch silent for longer is a dead connection
 PAGE_SIZE = 500  # objects per page of a list, client-go's size: bounds memory of both sides
+IDLE_S = 60.0  # a connection is kept so long; the API server ends it after 90 s
+ENDED_AT_ONCE_S = 1.0  # a watch that the server ends sooner, without a word, is broken and not over
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,11 @@ RESOURCES: Mapping[tuple[str, str], Resource] = {
 }
 
 
+_APPLY, _MERGE, _JSON = "application/apply-patch+yaml", "application/merge-patch+json", "application/json"
+_REFUSAL_MAX = 300  # characters of an answer that is not in the API server's form
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
+
+
 class Refused(Exception):
     """The API server answered no. `reason` is its word (Conflict, Forbidden, ...), `message` its sentence."""
 
@@ -86,29 +95,50 @@ class Unreachable(Exception):
     """The API server did not answer, or what answered was not an API server."""
 
 
+class _Metadata(msgspec.Struct):
+    resourceVersion: str = ""
+    continued: str = msgspec.field(name="continue", default="")
+
+
+class _Page(msgspec.Struct):
+    metadata: _Metadata
+    items: list[dict[str, Any]] | None = None
+
+
+class _Change(msgspec.Struct):
+    type: str
+    object: dict[str, Any]
+
+
+class _Status(msgspec.Struct):
+    """How the API server says no."""
+
+    reason: str = ""
+    message: str = ""
+    code: int = 0
+
+
 class Cluster:
     """One connection pool to one API server. Objects in and out are plain dicts."""
 
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
+    def __init__(self, way: access.Access) -> None:
+        self._access = way
+        self._session: aiohttp.ClientSession | None = None
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> "Cluster":
         """Connect as the pod's service account, or by $KUBECONFIG or ~/.kube/config, or by the given file."""
         try:
-            config = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
-            chosen = config.get(context)
-        except (ConfigError, KeyError) as problem:
+            return cls(access.find(kubeconfig, context))
+        except access.AccessInvalid as problem:
             raise Unreachable(
                 f"No way to a cluster is configured: {problem}; set KUBECONFIG or run inside a pod."
             ) from problem
-        return cls(AsyncClient(chosen, timeout=httpx2.Timeout(REQUEST_TIMEOUT_S)))
 
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
         """The object, or None where there is none of this name."""
         try:
-            with _translated():
-                return dict(await self._client.get(_class(resource), name, namespace=namespace))
+            return await self._object("GET", _path(resource, namespace, name))
         except Refused as refusal:
             if refusal.status == 404:
                 return None
@@ -122,15 +152,17 @@ class Cluster:
         self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
     ) -> tuple[Manifests, str]:
         """All objects and the resource version at which the list was true, for `watch` to go on from."""
-        with _translated():
-            pages = self._client.list(
-                _class(resource),
-                namespace=_scope(resource, namespace),
-                chunk_size=PAGE_SIZE,
-                labels=dict(labels) if labels else None,
-            )
-            objects = [dict(item, apiVersion=resource.api_version, kind=resource.kind) async for item in pages]
-            return objects, pages.resourceVersion
+        path, query = _path(resource, namespace), {"limit": str(PAGE_SIZE), **_selector(labels)}
+        found: Manifests = []
+        while True:
+            page = _decoded(await self._answer("GET", path, query), _PAGE)
+            # Page by page: of a list of thousands the managed fields are hundreds of megabytes.
+            found += [
+                _slim({**item, "apiVersion": resource.api_version, "kind": resource.kind}) for item in page.items or ()
+            ]
+            if not page.metadata.continued:
+                return found, page.metadata.resourceVersion
+            query["continue"] = page.metadata.continued
 
     async def watch(
         self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
@@ -139,27 +171,20 @@ class Cluster:
 
         Raises Refused 410 when `version` is too old, Unreachable when the connection broke or fell silent.
         """
-        # The public watch() of lightkube cannot ask for bookmarks, and without them a quiet resource cannot be told
-        # from a dead connection. So the request is prepared one level below.
-        generic = self._client._client
-        request = generic.prepare_request(
-            "list",
-            res=_class(resource),
-            namespace=_scope(resource, namespace),
-            watch=True,
-            params={
-                "timeoutSeconds": WATCH_TIMEOUT_S,
-                "resourceVersion": version,
-                "allowWatchBookmarks": "true",
-                "labelSelector": build_selector(dict(labels)) if labels else None,
-            },
-        )
-        async with aclosing(generic.watch(request)) as changes:
-            while True:
-                with _translated():
-                    async with asyncio.timeout(SILENCE_TIMEOUT_S):
-                        change, item = await anext(changes)
-                yield change, dict(item)
+        path = _path(resource, namespace)
+        asked = {"watch": "true", "timeoutSeconds": str(WATCH_TIMEOUT_S), "allowWatchBookmarks": "true"}
+        while True:
+            begun_s, told = time.monotonic(), False
+            query = {**asked, "resourceVersion": version, **_selector(labels)}
+            async with self._answering("GET", path, query, silence_s=SILENCE_TIMEOUT_S) as response:
+                async for line in _lines(response):
+                    change, told = _decoded(line, _CHANGE), True
+                    if change.type == "ERROR":
+                        raise _refused(msgspec.convert(change.object, _Status))
+                    version = change.object["metadata"]["resourceVersion"]
+                    yield change.type, _slim(change.object)
+            if not told and time.monotonic() - begun_s < ENDED_AT_ONCE_S:
+                raise Unreachable("the API server ended a watch as soon as it was asked for")
 
     async def create(self, manifest: Manifest) -> Manifest:
         """Create an object that must not be there yet: Refused 409 where it is."""
@@ -171,19 +196,14 @@ class Cluster:
 
     async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
         """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are."""
-        resource = RESOURCES[manifest["apiVersion"], manifest["kind"]]
-        with _translated():
-            return dict(
-                await self._client.patch(
-                    _class(resource, subresource),
-                    manifest["metadata"]["name"],
-                    manifest,
-                    namespace=manifest["metadata"].get("namespace"),
-                    patch_type=PatchType.APPLY,
-                    field_manager=field_manager,
-                    force=True,
-                )
-            )
+        metadata = manifest["metadata"]
+        path = _path(
+            RESOURCES[manifest["apiVersion"], manifest["kind"]],
+            metadata.get("namespace"),
+            metadata["name"],
+            subresource,
+        )
+        return await self._object("PATCH", path, {"fieldManager": field_manager, "force": "true"}, manifest, _APPLY)
 
     async def patch(
         self, resource: Resource, name: str, namespace: str | None, patch: Manifest, *, subresource: str | None = None
@@ -193,12 +213,7 @@ class Cluster:
         With metadata.resourceVersion in the patch the server refuses (409) to change anything newer.
         """
         try:
-            with _translated():
-                return dict(
-                    await self._client.patch(
-                        _class(resource, subresource), name, patch, namespace=namespace, patch_type=PatchType.MERGE
-                    )
-                )
+            return await self._object("PATCH", _path(resource, namespace, name, subresource), None, patch, _MERGE)
         except Refused as refusal:
             if refusal.status == 404:
                 return None
@@ -217,17 +232,11 @@ class Cluster:
 
         With `uid` only that very object: a namesake made meanwhile stays, and counts as absent.
         """
-        generic = self._client._client
         options: Manifest = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         if uid is not None:
             options["preconditions"] = {"uid": uid}
         try:
-            with _translated():
-                # lightkube's delete() has no preconditions, so the options travel as the body of the same request.
-                request = generic.prepare_request("delete", res=_class(resource), name=name, namespace=namespace)
-                request.data = options
-                response = await generic.send(generic.build_adapter_request(request))  # type: ignore[no-untyped-call]
-                generic.raise_for_status(response)  # type: ignore[no-untyped-call]
+            await self._answer("DELETE", _path(resource, namespace, name), None, options, _JSON)
         except Refused as refusal:
             if refusal.status == 404 or (uid is not None and refusal.status == 409):
                 return
@@ -235,41 +244,162 @@ class Cluster:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _object(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content: str = "",
+    ) -> Manifest:
+        return _decoded(await self._answer(method, path, query, body, content), _OBJECT)
+
+    async def _answer(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content: str = "",
+    ) -> bytes:
+        async with self._answering(method, path, query, body, content) as response:
+            return await response.read()
+
+    @asynccontextmanager
+    async def _answering(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content: str = "",
+        *,
+        silence_s: float = REQUEST_TIMEOUT_S,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer that is none of refusal, to be read within the block; every failure in there is translated too."""
+        url = URL(f"{self._access.server}{path}{f'?{urlencode(query)}' if query else ''}", encoded=True)
+        data = None if body is None else msgspec.json.encode(body)
+        with _translated(silence_s):
+            for refused in (False, True):
+                headers = {"Accept": _JSON, **({"Content-Type": content} if content else {})}
+                if authorization := await self._access.authorization(refused):
+                    headers["Authorization"] = authorization
+                async with self._connections().request(
+                    method,
+                    url,
+                    data=data,
+                    headers=headers,
+                    timeout=_timeout(silence_s),
+                    proxy=self._access.proxy,
+                    server_hostname=self._access.server_name,
+                    allow_redirects=False,
+                ) as response:
+                    if response.status == 401 and not refused:
+                        continue  # a token may have been renewed meanwhile
+                    if not 200 <= response.status < 300:
+                        raise _refusal(response.status, response.reason or "", await response.read())
+                    yield response
+                    return
+
+    def _connections(self) -> aiohttp.ClientSession:
+        # Made in the loop that uses it, which is not the one, or the moment, of `connect`.
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # Without a limit: each watch holds one, and who writes much is bounded by its own rule.
+                connector=aiohttp.TCPConnector(ssl=self._access.tls or True, limit=0, keepalive_timeout=IDLE_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                # Answers of a network's length are not worth the time that both sides take to compress them.
+                skip_auto_headers=("Accept-Encoding",),
+                trust_env=any(os.environ.get(name) for name in _PROXIES),
+            )
+        return self._session
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(silence_s: float) -> Iterator[None]:
     """Turn every failure of the client library into Refused or Unreachable, once and only here."""
     try:
         yield
-    except ApiError as error:
-        status = error.status
-        raise Refused(status.code or 0, status.reason or "Unknown", status.message or str(error)) from error
-    except httpx2.HTTPStatusError as error:  # a refusal without a Status object: a proxy's, or a watch's
-        raise Refused(error.response.status_code, error.response.reason_phrase or "Unknown", str(error)) from error
+    except aiohttp.ServerTimeoutError as error:
+        raise Unreachable(f"nothing was heard for {silence_s:.0f} s ({type(error).__name__})") from error
     except TimeoutError as error:
-        raise Unreachable(f"nothing was heard for {SILENCE_TIMEOUT_S:.0f} s") from error
-    except httpx2.TimeoutException as error:
-        raise Unreachable(f"no answer within {REQUEST_TIMEOUT_S:.0f} s ({type(error).__name__})") from error
-    except httpx2.HTTPError as error:
+        raise Unreachable(f"no answer within {silence_s:.0f} s ({type(error).__name__})") from error
+    except (aiohttp.ClientError, OSError) as error:
         raise Unreachable(f"{type(error).__name__}: {error}") from error
-    except (msgspec.DecodeError, KeyError) as error:  # KeyError: an answer without Content-Type
-        raise Unreachable(f"what answered is not an API server ({type(error).__name__}: {error})") from error
-    except ConfigError as error:
+    except access.AccessInvalid as error:
         raise Unreachable(f"the credentials cannot be used: {error}") from error
 
 
-def _class(resource: Resource, subresource: str | None = None) -> Any:
-    whole = _whole(resource)
-    return whole if subresource is None else getattr(whole, subresource.capitalize())
+_OBJECT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+_PAGE: msgspec.json.Decoder[_Page] = msgspec.json.Decoder(_Page)
+_CHANGE: msgspec.json.Decoder[_Change] = msgspec.json.Decoder(_Change)
+_STATUS: msgspec.json.Decoder[_Status] = msgspec.json.Decoder(_Status)
 
 
-@cache  # lightkube registers a class for a kind once, and refuses a second one
-def _whole(resource: Resource) -> Any:
-    create = create_namespaced_resource if resource.namespaced else create_global_resource
-    return create(resource.group, resource.version, resource.kind, resource.plural)
+def _decoded(body: bytes, decoder: msgspec.json.Decoder[Decoded]) -> Decoded:
+    try:
+        return decoder.decode(body)
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise Unreachable(f"what answered is not an API server ({type(error).__name__}: {error})") from error
 
 
-def _scope(resource: Resource, namespace: str | None) -> str | None:
-    return "*" if resource.namespaced and namespace is None else namespace
+def _refusal(status: int, reason: str, body: bytes) -> Refused:
+    """A refusal in the API server's own words; a proxy's has none."""
+    try:
+        told = _STATUS.decode(body)
+    except msgspec.DecodeError:
+        told = _Status()
+    text = told.message or body[:_REFUSAL_MAX].decode(errors="replace").strip() or f"HTTP {status}"
+    return Refused(status, told.reason or reason or "Unknown", text)
+
+
+def _refused(told: _Status) -> Refused:
+    return Refused(told.code, told.reason or "Unknown", told.message)
+
+
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """Lines of any length: an object may be a megabyte, and the library's own reader ends at 128 KiB."""
+    held = bytearray()
+    async for chunk in response.content.iter_any():
+        first, *others = chunk.split(b"\n")
+        held += first
+        for following in others:
+            if held:
+                yield bytes(held)
+            held = bytearray(following)
+
+
+def _slim(item: Manifest) -> Manifest:
+    item["metadata"].pop("managedFields", None)
+    return item
+
+
+@cache
+def _timeout(silence_s: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT_S, sock_read=silence_s)
+
+
+def _path(resource: Resource, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
+    """The path of an object, or of a collection: in one namespace, or in all of them."""
+    parts = [_base(resource)]
+    if resource.namespaced and namespace is not None:
+        parts.append(f"namespaces/{quote(namespace, safe='')}")
+    elif resource.namespaced and name is not None:
+        raise ValueError(f"{resource.kind} {name} is asked for without its namespace")
+    parts.append(resource.plural)
+    parts += [quote(one, safe="") for one in (name, subresource) if one is not None]
+    return "/".join(parts)
+
+
+@cache
+def _base(resource: Resource) -> str:
+    return f"/apis/{resource.group}/{resource.version}" if resource.group else f"/api/{resource.version}"
+
+
+def _selector(labels: Labels | None) -> dict[str, str]:
+    if not labels:
+        return {}
+    return {"labelSelector": ",".join(name if value is None else f"{name}={value}" for name, value in labels.items())}

@@ -53,10 +53,13 @@ class Mirror:
         labels: Labels | None = None,
         on_change: Callable[[], None] | None = None,
         on_remove: Callable[[Manifest], None] | None = None,
+        on_item: Callable[[Manifest | None, Manifest | None], None] | None = None,
     ) -> None:
+        """`on_item` hears of each object that came, changed or went: what it was, and what it is now."""
         self.objects: dict[tuple[str, str], Manifest] = {}
         self.on_change = on_change
         self.on_remove = on_remove
+        self.on_item = on_item
         self.last_heard_ns = time.monotonic_ns()
         self._cluster = cluster
         self._resource = resource
@@ -124,7 +127,7 @@ class Mirror:
         known = [one for one in (self._version, _version(held) if held else None) if one is not None]
         if version is not None and known and version <= max(known):
             return
-        self.objects[_key(item)] = _slim(item)
+        self._put(item)
         self._tell_changed()
 
     async def _list_then_watch(self) -> None:
@@ -144,6 +147,11 @@ class Mirror:
             # Another uid under the same name: the former object ended unseen, and the hook must hear of it.
             if key not in listed or listed[key]["metadata"].get("uid") != item["metadata"].get("uid"):
                 self._tell_removed(item)
+                if key not in listed:
+                    self._tell_item(item, None)
+        for key, item in listed.items():
+            if before.get(key) != item:
+                self._tell_item(before.get(key), item)
         first = not self._synced.is_set()
         self._synced.set()
         if first or before != listed:
@@ -155,11 +163,21 @@ class Mirror:
         if change == "BOOKMARK":
             return
         if change == "DELETED":
-            self.objects.pop(_key(item), None)
+            self._tell_item(self.objects.pop(_key(item), None), None)
             self._tell_removed(_slim(item))
         else:
-            self.objects[_key(item)] = _slim(item)
+            self._put(item)
         self._tell_changed()
+
+    def _put(self, item: Manifest) -> None:
+        key, slim = _key(item), _slim(item)
+        former, self.objects[key] = self.objects.get(key), slim
+        self._tell_item(former, slim)
+
+    def _tell_item(self, former: Manifest | None, now: Manifest | None) -> None:
+        if self.on_item is not None:
+            with _hook("on_item"):
+                self.on_item(former, now)
 
     def _tell_changed(self) -> None:
         if self.on_change is not None:

@@ -5,6 +5,7 @@ Owns the mirrors of pods and owned objects, and the index from a service to them
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Any
 
 from gpumeter_operator.adapters.kubernetes import (
@@ -24,6 +25,8 @@ from gpumeter_operator.adapters.kubernetes import (
 from gpumeter_operator.adapters.mirror import Mirror, Source
 from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
 
+Reference = tuple[str, str]  # namespace and name of a service
+
 OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, NETWORK_POLICIES, DEPLOYMENTS)
 ASK_AGAIN_S = 60.0  # whether the cluster has a kind by now that it did not have
 
@@ -37,10 +40,11 @@ class Fleet:
         managed: Labels = {MANAGED_BY_LABEL: MANAGED_BY, SERVICE_LABEL: None}
         self._source = source
         self._managed = managed
-        self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_change=self._forget_index)
-        self._owned = {one.kind: Mirror(source, one, labels=managed) for one in OWNED}
+        self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_item=self._take_pod)
+        self._owned = {one.kind: Mirror(source, one, labels=managed, on_item=self._count) for one in OWNED}
         self._optional: dict[str, Mirror] = {}
-        self._index: dict[tuple[str, str], list[Manifest]] | None = None
+        self._index: dict[Reference, dict[str, Manifest]] = {}
+        self._versions: Counter[Reference] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -62,7 +66,7 @@ class Fleet:
             if await self._offers(resource):
                 break
             await asyncio.sleep(ASK_AGAIN_S)
-        mirror = Mirror(self._source, resource, labels=self._managed)
+        mirror = Mirror(self._source, resource, labels=self._managed, on_item=self._count)
         keeping = asyncio.create_task(mirror.run())
         try:
             await mirror.synced()
@@ -90,12 +94,11 @@ class Fleet:
 
     def pods_of(self, namespace: str, service: str) -> list[Manifest]:
         """The pods labelled as this service's, of former namesakes too."""
-        if self._index is None:
-            self._index = {}
-            for pod in self._pods.objects.values():
-                metadata = pod["metadata"]
-                self._index.setdefault((metadata["namespace"], metadata["labels"][SERVICE_LABEL]), []).append(pod)
-        return self._index.get((namespace, service), [])
+        return list(self._index.get((namespace, service), {}).values())
+
+    def version(self, namespace: str, service: str) -> int:
+        """A number that grows whenever a pod or an owned object of this service has changed."""
+        return self._versions[namespace, service]
 
     def owned(self, manifest: Manifest) -> Manifest | None:
         """The observed object that a manifest is about."""
@@ -126,8 +129,26 @@ class Fleet:
     def _mirrors(self) -> dict[str, Mirror]:
         return {"pods": self._pods, **{f"{kind} objects": mirror for kind, mirror in self._owned.items()}}
 
-    def _forget_index(self) -> None:
-        self._index = None
+    def _take_pod(self, former: Manifest | None, now: Manifest | None) -> None:
+        """Kept pod by pod: an index that is made anew with each change costs their square while thousands start."""
+        if former is not None:
+            pods = self._index.get(_reference(former), {})
+            pods.pop(former["metadata"]["name"], None)
+            if not pods:
+                self._index.pop(_reference(former), None)
+        if now is not None:
+            self._index.setdefault(_reference(now), {})[now["metadata"]["name"]] = now
+        self._count(former, now)
+
+    def _count(self, former: Manifest | None, now: Manifest | None) -> None:
+        for one in (former, now):
+            if one is not None:
+                self._versions[_reference(one)] += 1
+
+
+def _reference(item: Manifest) -> Reference:
+    metadata = item["metadata"]
+    return metadata["namespace"], metadata["labels"][SERVICE_LABEL]
 
 
 def controller_uid(observed: Manifest) -> str | None:

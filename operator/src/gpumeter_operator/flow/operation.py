@@ -21,6 +21,7 @@ from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.liveness import Deliveries
+from gpumeter_operator.flow.looks import Looks
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
 from gpumeter_operator.flow.release import Releaser
 from gpumeter_operator.flow.scale import Scaler
@@ -80,6 +81,7 @@ class Operation:
             autoscaler=self._scaler,
         )
         self._deliveries = Deliveries()
+        self._looks = Looks(lambda: self._services.objects, self._reconciler.is_due, self.look, interval_s=interval_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._releaser = Releaser(cluster, self._fleet, deletion_margin)
         self._metrics = metrics
@@ -101,6 +103,7 @@ class Operation:
             asyncio.create_task(self._services.run(), name="mirror of services"),
             asyncio.create_task(self._scale(), name="autoscaler"),
             asyncio.create_task(self._doors.run(), name="gateways"),
+            asyncio.create_task(self._looks.run(), name="looks"),
         ]
 
     async def rest(self) -> None:

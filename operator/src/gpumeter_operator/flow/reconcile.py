@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 # timeout runs; here they wait without one.
 _PARALLEL_LOOKS = 16
 
+# A service that was found well and of which nothing has changed is looked at again after this time all the same: what a
+# worker says of itself, and what nobody thought of, are seen then.
+CALM_NS = 60_000_000_000
+
 
 @dataclass(slots=True)
 class Known:
@@ -43,7 +47,10 @@ class Known:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     looked_ns: int = field(default_factory=time.monotonic_ns)
     generation: int = 0  # of the last look
-    ready: str = "Unknown"
+    ready: str | None = None  # status of Ready; None before it was decided
+    well: bool = False  # the last look found the wanted workers, and all of them ready
+    calm: tuple[Any, ...] | None = None  # what there was to see when a look found all well and nothing to write
+    calm_ns: int = 0
     workload: tuple[tuple[Any, ...], Workload] | None = None
 
 
@@ -52,6 +59,10 @@ class Autoscaler(Protocol):
 
     def replicas(self, service: Manifest, spec: ServiceSpec) -> Replicas | None:
         """How many workers the Deployment has; None where others say it."""
+        ...
+
+    def signs(self, service: Manifest) -> object:
+        """What `replicas` goes by: equal as long as it says the same of the same spec."""
         ...
 
     def figures(self, service: Manifest) -> decide.Figures | None:
@@ -85,6 +96,8 @@ class Reconciler:
         self._autoscaler = autoscaler
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self._known: dict[str, Known] = {}
+        for value in ("True", "False", "Unknown"):
+            metrics.services.labels(ready=value).set(0)
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
 
     async def reconcile(self, service: Manifest) -> None:
@@ -92,21 +105,35 @@ class Reconciler:
         known = self._known.setdefault(service["metadata"]["uid"], Known())
         known.generation = max(known.generation, int(service["metadata"].get("generation", 0)))
         async with known.lock, self._turn:
-            result = "failed"
+            result, known.calm, seen = "failed", None, self._signs(service)
             try:
                 with self._metrics.reconcile_seconds.time():
                     result = "changed" if await self._look(service, known) else "settled"
+                if result == "settled" and known.well:
+                    known.calm, known.calm_ns = seen, time.monotonic_ns()
             finally:
                 self._metrics.reconciles.labels(result=result).inc()
                 # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
                 # is cured by waiting.
                 known.looked_ns = time.monotonic_ns()
 
+    def is_due(self, service: Manifest) -> bool:
+        """Whether a look may find something: not while all that it goes by is as it was when all was well."""
+        known = self._known.get(service["metadata"]["uid"])
+        if known is None or known.calm is None:
+            return True
+        now_ns = time.monotonic_ns()
+        if now_ns - known.calm_ns > CALM_NS or known.calm != self._signs(service):
+            return True
+        known.looked_ns = now_ns
+        return False
+
     def forget(self, service: Manifest) -> None:
         """Drop what is remembered of a service; the caller says that no more looks follow."""
-        self._known.pop(service["metadata"]["uid"], None)
+        known = self._known.pop(service["metadata"]["uid"], None)
         self._children.forget(read(service)[0])
-        self._count()
+        if known is not None:
+            self._count(known.ready, None)
 
     def looked_at(self, uid: str) -> int | None:
         """The newest generation of a service that was brought here; None for one that never was."""
@@ -118,6 +145,14 @@ class Reconciler:
         now_ns = time.monotonic_ns()
         late = [known for known in self._known.values() if (now_ns - known.looked_ns) / 1e9 > limit_s]
         return f"{len(late)} services were not looked at for more than {limit_s:.0f} s." if late else None
+
+    def _signs(self, service: Manifest) -> tuple[Any, ...]:
+        """All that a look goes by, except the time and what workers say of themselves."""
+        metadata = service["metadata"]
+        decided: tuple[Any, ...] = ()
+        if self._autoscaler is not None:
+            decided = self._autoscaler.signs(service), self._autoscaler.figures(service)
+        return metadata["resourceVersion"], self._fleet.version(metadata["namespace"], metadata["name"]), *decided
 
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)
@@ -171,18 +206,21 @@ class Reconciler:
         former = service.get("status") or {}
         status = decide.decide_status(seen, former, now)
         ready = status["conditions"][0]
+        self._count(known.ready, ready["status"])
         known.ready = ready["status"]
-        self._count()
+        known.well = any((one["type"], one["status"]) == ("WorkloadsReady", "True") for one in status["conditions"])
         if not await write_status(self._cluster, service, status):
             return False
         self._metrics.writes.labels(kind="InferenceService").inc()
         await announce(self._cluster, service, former, ready, now)
         return True
 
-    def _count(self) -> None:
-        ready = [known.ready for known in self._known.values()]
-        for value in ("True", "False", "Unknown"):
-            self._metrics.services.labels(ready=value).set(ready.count(value))
+    def _count(self, former: str | None, now: str | None) -> None:
+        if former != now:
+            if former is not None:
+                self._metrics.services.labels(ready=former).dec()
+            if now is not None:
+                self._metrics.services.labels(ready=now).inc()
 
 
 async def write_status(cluster: Api, service: Manifest, status: dict[str, Any]) -> bool:

@@ -160,6 +160,11 @@ class Scaler:
         told = held.told or Problem(STEADY, at_first(spec.scaling, None).message)
         return Replicas(held.deployed, held.able, told.reason, told.message)
 
+    def signs(self, service: Manifest) -> object:
+        """For the reconciler: equal as long as `replicas` says the same of the same spec."""
+        held = self._held.get(service["metadata"]["uid"])
+        return None if held is None else (held.wanted, held.deployed, held.told, held.able)
+
     def figures(self, service: Manifest) -> Figures | None:
         """For the reconciler: what the status shows; at most every ten seconds something else."""
         held = self._held.get(service["metadata"]["uid"])
