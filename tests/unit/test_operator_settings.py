@@ -39,6 +39,7 @@ def test_what_the_chart_says_of_nodes_and_networks_is_read_from_json(key: str) -
         {
             **needed,
             "GPUMETER_GPU_CLASSES": json.dumps({"h100": {"nodeSelector": {"pool": "h100"}}}),
+            "GPUMETER_NAMESPACE": "gpumeter-system",
             "GPUMETER_WORKER_PEERS": json.dumps(peers),
             "GPUMETER_WORKER_MONITORING": json.dumps({"labels": {"release": "p"}, "interval": "30s"}),
         }
@@ -55,6 +56,7 @@ def test_a_policy_without_peers_would_let_everybody_in_and_is_refused(key: str) 
         read_settings(
             {
                 "GPUMETER_WORKER_IMAGE": "worker:1",
+                "GPUMETER_NAMESPACE": "gpumeter-system",
                 "GPUMETER_MASTER_KEY_FILE": key,
                 "GPUMETER_WORKER_PEERS": '{"http": [{"podSelector": {}}], "usage": []}',
                 "GPUMETER_GPU_CLASSES": '{"h100": {}}',

@@ -189,10 +189,7 @@ class Cluster:
     async def create(self, manifest: Manifest) -> Manifest:
         """Create an object that must not be there yet: Refused 409 where it is."""
         resource = RESOURCES[manifest["apiVersion"], manifest["kind"]]
-        with _translated():
-            namespace = manifest["metadata"].get("namespace")
-            made: Any = await self._client.create(_class(resource)(manifest), namespace=namespace)  # type: ignore[call-overload]
-            return dict(made)
+        return await self._object("POST", _path(resource, manifest["metadata"].get("namespace")), None, manifest, _JSON)
 
     async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
         """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are."""
