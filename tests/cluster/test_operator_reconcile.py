@@ -240,6 +240,29 @@ async def test_a_change_by_hand_is_put_right_and_a_users_own_label_survives(
     assert deployment["metadata"]["labels"]["team"] == "blue"
 
 
+async def test_labels_and_annotations_of_others_survive_on_everything_that_is_owned(
+    cluster: Cluster, namespace: str, show: Show
+) -> None:
+    await show()
+    theirs = {"metadata": {"labels": {"team": "blue"}, "annotations": {"note": "theirs"}}}
+    for resource, name in OWNED:
+        await cluster.patch(resource, name, namespace, theirs)
+    # What is removed and what is edited makes the operator write each of them again.
+    for resource, name in OWNED[:-1]:
+        ours = {"metadata": {"labels": {"llm-d.ai/model": None}}}
+        await cluster.patch(resource, name, namespace, ours)
+    await show(engine={"maxBatchSize": 8})
+
+    async def written_again() -> bool:
+        found = [await cluster.get(resource, name, namespace) or {} for resource, name in OWNED[:-1]]
+        return all("llm-d.ai/model" in one["metadata"]["labels"] for one in found)
+
+    await eventually(written_again, timeout_s=10)
+    for resource, name in OWNED:
+        metadata = (await cluster.get(resource, name, namespace) or {})["metadata"]
+        assert (metadata["labels"]["team"], metadata["annotations"]["note"]) == ("blue", "theirs"), resource.kind
+
+
 async def test_a_rule_that_lets_strangers_in_and_a_selector_that_cuts_workers_off_are_put_right(
     cluster: Cluster, namespace: str, show: Show
 ) -> None:

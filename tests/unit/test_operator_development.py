@@ -1,7 +1,9 @@
 """A notebook in place of a worker: by choice alone, on nobody's bill, and closed to everybody without its token."""
 
 import base64
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from gpumeter_operator.decide.credentials import Credentials, credentials_of
@@ -14,6 +16,7 @@ from gpumeter_operator.decide.workload import Installation, Workload, build
 
 INSTALLATION = Installation("worker:1", "IfNotPresent", "", development_image="development:1")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
+IMAGES = ("worker", "development")
 
 
 def service(**spec: Any) -> ServiceSpec:
@@ -114,3 +117,15 @@ def test_the_status_says_how_to_open_it_and_that_nothing_is_served_or_metered() 
     assert conditions["MeteringReady"][:2] == ("False", "Development")
     assert "billed to nobody" in conditions["MeteringReady"][2]
     assert (status["readyReplicas"], status["modelStatus"]["state"]) == (0, "Standby")
+
+
+def test_the_notebooks_image_changes_no_library_of_the_workers() -> None:
+    pinned = {name: dict(re.findall(r"^([a-z0-9._-]+)==(\S+)", requirements(name), re.MULTILINE)) for name in IMAGES}
+    shared = pinned["worker"].keys() & pinned["development"].keys()
+    assert len(shared) > 10
+    assert {name: pinned["worker"][name] for name in shared} == {name: pinned["development"][name] for name in shared}
+    assert "torch" not in pinned["development"]
+
+
+def requirements(name: str) -> str:
+    return (Path(__file__).parents[2] / "requirements" / f"{name}.txt").read_text()

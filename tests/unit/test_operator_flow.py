@@ -78,6 +78,8 @@ class ApiInMemory:
     async def delete(
         self, resource: Resource, name: str, namespace: str | None = None, *, uid: str | None = None
     ) -> None:
+        if "delete" in self.refusals:
+            raise self.refusals["delete"]
         self.remove(resource.kind, namespace or "", name)
 
     def put(self, manifest: Manifest) -> Manifest:
@@ -420,6 +422,24 @@ async def test_a_release_is_forced_after_the_longest_grace_period_and_a_minute_a
     assert event["type"] == "Warning"
     assert "smollm2-1 had not ended" in event["message"]
     assert "booked as unaccounted" in event["message"]
+
+
+async def test_a_deletion_that_the_cluster_refuses_to_carry_out_has_its_limit_too_and_says_who_refused(
+    world: World,
+) -> None:
+    await world.look()
+    world.api.put(worker())
+    service = deleted(world)
+    world.api.refusals["delete"] = Refused(403, "Forbidden", "a webhook denied the request")
+    await asyncio.sleep(0.01)
+    with pytest.raises(Refused):
+        await releaser(world).release(service)
+    assert not [one for one in told(world) if one["reason"] == "ReleaseForced"], "it is tried again until the limit"
+    world.now = DELETED_AT + timedelta(hours=1)
+    async with asyncio.timeout(10):
+        await releaser(world).release(service)
+    [event] = [one for one in told(world) if one["reason"] == "ReleaseForced"]
+    assert event["message"].endswith("The API server refuses a part of it: a webhook denied the request.")
 
 
 def told(world: World) -> list[Manifest]:

@@ -96,6 +96,21 @@ def test_a_broken_rollout_says_that_the_former_workers_go_on() -> None:
     assert message == f"1 of 1 worker: {LOST_MODEL.message} The former workers go on serving."
 
 
+def test_a_rollout_that_finds_no_room_says_how_to_make_some() -> None:
+    old, room = ready("w-0", template_hash="old"), "maxSurge: 0, maxUnavailable: 1"
+    for one in (status(old, worker(problem=CAPACITY)), status(old, deployment=refusing("exceeded quota: gpus"))):
+        assert told(one)[0] == "True"
+        assert room in told(one)[2]
+        assert told(one)[2].endswith("The former workers go on serving.")
+    assert room not in told(status(old, FAILED))[2], "a model that is not there needs no room"
+    assert room not in told(status(ready(), worker("w-2", problem=CAPACITY), spec={"replicas": 2}))[2], "no rollout"
+
+
+def refusing(message: str) -> dict[str, Any]:
+    condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+    return {"status": {"conditions": [condition]}}
+
+
 def test_a_rollout_under_way_says_so_too() -> None:
     old = ready("w-0", template_hash="old")
     loading = "0 of 1 worker ready; 1 loading the model. The former workers go on serving."

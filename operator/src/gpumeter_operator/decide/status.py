@@ -19,6 +19,7 @@ from gpumeter_operator.decide.pods import Failure, PodState
 from gpumeter_operator.decide.replicas import Replicas
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
 
+_MAKE_ROOM = " With spec.rolloutStrategy {maxSurge: 0, maxUnavailable: 1} a former worker goes first and makes room."
 METERING_REASONS = ("JournalUnusable",)
 
 
@@ -144,12 +145,13 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
     if seen.problems:
         return not_ready(_joined(seen.problems))
     if (refusal := replica_failure(seen.deployment)) is not None:
-        return not_ready(refusal)
+        return not_ready(Problem(refusal.reason, f"{refusal.message}{_MAKE_ROOM if former else ''}{former}"))
     if (problem := _main_problem(current)) is not None:
         affected = sum(pod.problem is not None and pod.problem.reason == problem.reason for pod in current)
         if ready:
+            room = _MAKE_ROOM if former and problem.reason == "InsufficientCapacity" else ""
             return not_ready(
-                Problem(problem.reason, f"{affected} of {_count(wanted, 'worker')}: {problem.message}{former}")
+                Problem(problem.reason, f"{affected} of {_count(wanted, 'worker')}: {problem.message}{room}{former}")
             )
         return not_ready(problem)
     if current_ready < wanted:

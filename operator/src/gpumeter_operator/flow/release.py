@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Manifest
+from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICES, PODS, Manifest, Refused
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.pods import belongs, exists
@@ -46,17 +46,22 @@ class Releaser:
         deadline = self._deadline(service, spec)
         told: int | None = None
         while True:
-            await self._delete_deployment(spec)
-            left = self._pods(spec)
-            if not left and self._fleet.deployment(spec.namespace, spec.name) is None and not await self._really(spec):
-                log.info("%s: every worker has ended; the service may go.", spec.reference)
-                return
-            now = self._clock()
+            now, left, refused = self._clock(), self._pods(spec), ""
+            try:
+                await self._delete_deployment(spec)
+                if await self._is_over(spec):
+                    log.info("%s: every worker has ended; the service may go.", spec.reference)
+                    return
+                if now < deadline and told != len(left) and await self._tell(service, len(left), deadline, now):
+                    told = len(left)
+            except Refused as refusal:
+                # Whoever refuses it, for whatever reason: a deletion that only hangs has no end and no explanation.
+                if now < deadline:
+                    raise
+                refused = f" The API server refuses a part of it: {refusal.message.rstrip('.')}."
             if now >= deadline:
-                await self._give_up(service, left, deadline)
+                await self._give_up(service, left, deadline, refused)
                 return
-            if told != len(left) and await self._tell(service, len(left), deadline, now):
-                told = len(left)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _delete_deployment(self, spec: ServiceSpec) -> None:
@@ -71,10 +76,13 @@ class Releaser:
     def _pods(self, spec: ServiceSpec) -> list[Manifest]:
         return [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
 
-    async def _really(self, spec: ServiceSpec) -> bool:
-        """Whether the API server itself still knows a pod: a mirror may be a moment behind, the finalizer may not."""
+    async def _is_over(self, spec: ServiceSpec) -> bool:
+        """Whether nothing of the service runs any more."""
+        if self._pods(spec) or self._fleet.deployment(spec.namespace, spec.name) is not None:
+            return False
+        # The API server itself is asked: a mirror may be a moment behind, the finalizer may not.
         pods = await self._cluster.list(PODS, spec.namespace, {SERVICE_LABEL: spec.name})
-        return any(belongs(pod, spec.uid) and exists(pod) for pod in pods)
+        return not any(belongs(pod, spec.uid) and exists(pod) for pod in pods)
 
     def _deadline(self, service: Manifest, spec: ServiceSpec) -> datetime:
         # Pods made before an edit keep the grace period that they were made with.
@@ -96,11 +104,12 @@ class Releaser:
         await announce(self._cluster, current, former, status["conditions"][0], now)
         return True
 
-    async def _give_up(self, service: Manifest, left: list[Manifest], deadline: datetime) -> None:
+    async def _give_up(self, service: Manifest, left: list[Manifest], deadline: datetime, refused: str) -> None:
         names = ", ".join(sorted(pod["metadata"]["name"] for pod in left)) or "its Deployment"
         told = Problem(
             "ReleaseForced",
             f"At {timestamp(deadline)} the time to hand over usage was over, but {names} had not ended. The service "
-            "goes all the same; usage that was not collected by then is booked as unaccounted and billed to nobody.",
+            "goes all the same; usage that was not collected by then is booked as unaccounted and billed to nobody."
+            f"{refused}",
         )
         await tell_event(self._cluster, service, told, False, self._clock())
