@@ -24,7 +24,8 @@ MISSING_IMAGE = "localhost/no-such-image:none"
 def play(scene: Scene, folder: Path) -> Evidence:
     """From a service with a worker on each of two nodes to its deletion with one node left."""
     stage, evidence = Stage(scene.demo, TEAM, NAME), Evidence(TEAM, NAME, folder)
-    with ordeal(scene, stage, evidence) as chat:
+    at_once = {"maxSurge": REPLICAS, "maxUnavailable": 0}
+    with ordeal(scene, stage, evidence, rolloutStrategy=at_once) as chat:
         roll_out(stage)
         spoil(stage)
         exhaust_quota(stage)

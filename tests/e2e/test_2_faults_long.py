@@ -59,7 +59,7 @@ def test_another_image_is_what_runs_in_the_end(long: Evidence):
 
 def test_a_rollout_ends_however_often_the_operator_is_killed(long: Evidence):
     kills = long.acts["kills"].seen
-    assert kills["killed"] >= KILLS // 2, "the container has a growing back-off; it cannot be killed while it waits"
+    assert kills["killed"] >= 3, f"of {KILLS} moments; while its container backs off there is nothing to kill"
     assert not kills["before"] & kills["after"] and len(kills["after"]) == REPLICAS
 
 
