@@ -65,9 +65,7 @@ class Doomed:
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
         return await self._call(f"get {resource.kind}", lambda: self._api.get(resource, name, namespace))
 
-    async def list(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
-    ) -> Manifests:
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Manifests:
         return await self._call(f"list {resource.kind}", lambda: self._api.list(resource, namespace, labels))
 
     async def list_at(

@@ -42,9 +42,7 @@ class SharedApi:
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
         return copy.deepcopy(self.objects.get((resource.kind, namespace or "", name)))
 
-    async def list(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
-    ) -> Manifests:
+    async def list(self, resource: Resource, namespace: str | None = None, labels: Labels | None = None) -> Manifests:
         return (await self.list_at(resource, namespace, labels))[0]
 
     async def list_at(
