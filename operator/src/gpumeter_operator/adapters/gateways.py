@@ -123,7 +123,7 @@ class Gateways:
     def overdue(self) -> str | None:
         """A sentence when `run` has not come round for too long; it does so every second, whoever answers."""
         age_s = time.monotonic() - self._ticked_s
-        return f"The loop that asks the gateways came round {age_s:.0f} s ago." if age_s > OVERDUE_S else None
+        return f"The loop that asks the gateways last came round {age_s:.0f} s ago." if age_s > OVERDUE_S else None
 
     def look(self) -> None:
         """The gateways may have changed."""
