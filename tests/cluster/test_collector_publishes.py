@@ -96,6 +96,13 @@ async def told_of_plan(cluster: Cluster) -> Report | None:
     return found if found and (found.get("status") or {}).get("conditions") else None
 
 
+async def told_usage(cluster: Cluster, namespace: str) -> Report | None:
+    """status.usage of the service, which the collector writes with the chart's own rights."""
+    found = await cluster.get(INFERENCE_SERVICES, "smollm2", namespace)
+    usage: Report | None = ((found or {}).get("status") or {}).get("usage")
+    return usage
+
+
 async def test_reports_are_published_add_up_and_stay(
     cluster: Cluster, server: Server, namespace: str, collector: CollectorProcess
 ) -> None:
@@ -129,6 +136,9 @@ async def test_reports_are_published_add_up_and_stay(
             return (await reports_of(cluster, namespace)).get((now, PLATFORM))
 
         assert (await eventually(running, timeout_s=30))["status"]["phase"] == "Open"
+
+        usage = await eventually(lambda: told_usage(cluster, namespace), timeout_s=30)
+        assert float(usage["gpuHours"]) > 0 and usage["cost"].endswith(" EUR"), usage
 
         plan = await eventually(lambda: told_of_plan(cluster), timeout_s=30)
         assert plan["status"]["hash"] == acme["spec"]["pricePlanHash"]
