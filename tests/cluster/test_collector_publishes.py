@@ -96,6 +96,13 @@ async def told_of_plan(cluster: Cluster) -> Report | None:
     return found if found and (found.get("status") or {}).get("conditions") else None
 
 
+async def told_usage(cluster: Cluster, namespace: str) -> Report | None:
+    """status.usage of the service, which the collector writes with the chart's own rights."""
+    found = await cluster.get(INFERENCE_SERVICES, "smollm2", namespace)
+    usage: Report | None = ((found or {}).get("status") or {}).get("usage")
+    return usage
+
+
 async def test_reports_are_published_add_up_and_stay(
     cluster: Cluster, server: Server, namespace: str, collector: CollectorProcess
 ) -> None:
@@ -130,6 +137,9 @@ async def test_reports_are_published_add_up_and_stay(
             return found if found and "status" in found else None  # a status is a write of its own
 
         assert (await eventually(running, timeout_s=30))["status"]["phase"] == "Open"
+
+        usage = await eventually(lambda: told_usage(cluster, namespace), timeout_s=30)
+        assert float(usage["gpuHours"]) > 0 and usage["cost"].endswith(" EUR"), usage
 
         plan = await eventually(lambda: told_of_plan(cluster), timeout_s=30)
         assert plan["status"]["hash"] == acme["spec"]["pricePlanHash"]

@@ -39,6 +39,7 @@ from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.profiles import ProfileKeeper
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.rounds import CloseRound, CollectRound
+from gpumeter_operator.flow.service_usage import UsageTeller
 from gpumeter_operator.flow.share import Share
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
@@ -148,6 +149,7 @@ class Process:
             services=lambda: self._services.objects,
             plans=lambda: self._plans.objects,
             teller=PlanTeller(cluster, ledger, self._execute),
+            usage=UsageTeller(cluster, ledger, self._execute, lambda: self._services.objects),
         )
         self._digester = Digester(ledger, self._execute, settings.signing_key, settings.digests_file)
         self._mirrors = (self._pods, self._services, self._plans)

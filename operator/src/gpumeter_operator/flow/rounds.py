@@ -33,6 +33,7 @@ from gpumeter_operator.flow.discover import (
 from gpumeter_operator.flow.plans import PlanTeller
 from gpumeter_operator.flow.pricing import terms_of
 from gpumeter_operator.flow.publish import Publisher
+from gpumeter_operator.flow.service_usage import UsageTeller
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 log = logging.getLogger(__name__)
@@ -245,6 +246,7 @@ class CloseRound:
         services: Objects,
         plans: Objects,
         teller: PlanTeller | None = None,
+        usage: UsageTeller | None = None,
         restore_every_ns: int = RESTORE_EVERY_NS,
     ) -> None:
         self._ledger = ledger
@@ -254,6 +256,7 @@ class CloseRound:
         self._services = services
         self._plans = plans
         self._teller = teller
+        self._usage = usage
         self._restore_every_ns = restore_every_ns
         self._restore_at_ns = 0
 
@@ -267,6 +270,8 @@ class CloseRound:
             await self._publisher.publish(manifests, now_ns)
             if self._teller is not None:
                 await self._teller.tell(list(self._plans().values()), now_ns)
+            if self._usage is not None:
+                await self._usage.tell(manifests, now_ns)
         except (Unreachable, Refused) as problem:
             log.warning("Reports are not published now, and will be: %s", problem)
 
