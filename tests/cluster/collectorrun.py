@@ -53,10 +53,11 @@ def manifest(version: str, kind: str, name: str) -> dict[str, Any]:
 class CollectorProcess:
     """`gpumeter collector` as the image runs it, over a ledger that outlives it."""
 
-    def __init__(self, kubeconfig: Path, folder: Path, port: int) -> None:
+    def __init__(self, kubeconfig: Path, folder: Path, port: int, *, ledger_url: str = "", **more: str) -> None:
+        """`more` is set in the environment, too."""
         key = folder / "master-key"
         key.write_bytes(MASTER_KEY)
-        self.ledger_url = f"sqlite:///{folder / 'ledger.db'}"
+        self.ledger_url = ledger_url or f"sqlite:///{folder / 'ledger.db'}"
         self.log = folder / "collector.log"
         self._environment = {
             "PATH": os.environ["PATH"],
@@ -69,6 +70,7 @@ class CollectorProcess:
             "GPUMETER_CLOSE_GRACE_S": "600",
             "GPUMETER_HTTP_HOST": "127.0.0.1",
             "GPUMETER_HTTP_PORT": str(port),
+            **more,
         }
         self.url = f"http://127.0.0.1:{port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -93,7 +95,11 @@ class CollectorProcess:
 
     def accounts(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """`gpumeter accounts` beside the running collector."""
-        command = [GPUMETER, "accounts", *arguments]
+        return self.beside("accounts", *arguments)
+
+    def beside(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command of gpumeter beside the running collector."""
+        command = [GPUMETER, *arguments]
         return subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False, timeout=60)
 
 

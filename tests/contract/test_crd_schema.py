@@ -93,7 +93,7 @@ def test_text_in_rules_has_a_bound(plural: str) -> None:
 def test_the_text_of_a_report_promises_what_reports_hold() -> None:
     said = dict(own_fields("usagereports"))
     told = {name: said[f"status.{name}"]["description"] for name in TOLD}
-    assert "previousDigest" not in told["digest"], "no report names the one before"
-    assert "not written yet" in told["previousDigest"]
+    assert "hashes of this report's records" in told["digest"], "it is not what the next report names"
+    assert "Final report before this one" in told["previousDigest"] and "64 zeros" in told["previousDigest"]
     assert "ended in the period" in told["sessions"]
     assert "crosses the period's edge" in told["accounts.unaccounted"]

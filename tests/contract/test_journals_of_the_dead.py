@@ -106,6 +106,23 @@ async def test_only_what_was_not_acknowledged_is_in_a_journal_and_it_joins_what_
     assert {boot for boot, *_ in held(other)} == {"b"}, "what is whole is taken all the same"
 
 
+async def test_where_nobody_has_what_is_missing_a_journal_is_taken_over_the_gap(tmp_path: Path) -> None:
+    path = a_dead_worker(tmp_path / "b", acknowledged=2)
+    for database in ("before", "ledger"):
+        ledger = a_ledger(f"sqlite:///{tmp_path / database}.db")
+        if database == "before":
+            assert (await take(path, ledger)).reason == "JournalRefused", "an older copy may have it"
+            continue
+        taken = await take_journal(path, ledger, inline, lambda: LATER, over_gaps=True)
+        assert (taken.reason, {boot for boot, *_ in held(ledger)}) == ("", {"a", "b"})
+        pod = ledger.pod(WORKER)
+        assert pod is not None and [(gap.boot_id, gap.first_seq, gap.last_seq) for gap in pod.gaps] == [("a", 1, 2)]
+        assert held(ledger) == written(path.parent)
+        assert (await take_journal(path, ledger, inline, lambda: LATER, over_gaps=True)).records == 0
+    told = CliRunner().invoke(main, ["journal", "--help"])
+    assert "--over-gaps" in told.output and "older copies" in told.output
+
+
 async def test_a_journal_of_a_worker_that_kubernetes_never_told_of_is_refused(tmp_path: Path) -> None:
     path, ledger = a_dead_worker(tmp_path / "journal"), Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     refused = await take(path, ledger)

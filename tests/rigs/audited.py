@@ -16,6 +16,7 @@ from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.days import day_end_ns
 from gpumeter_operator.adapters.ledger.digests import Due
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.resume import take_after_gap
 from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.signing import Keyring, SigningKey, signing_key
@@ -50,7 +51,7 @@ def key() -> SigningKey:
 
 
 def fill(ledger: Ledger) -> None:
-    """Three minutes of two services: a crash, a late page, a late end of a container, alarms, two plans."""
+    """Three minutes of two services: a crash, a gap, a late page, a late end of a container, alarms, two plans."""
     plans = {}
     for version, price in enumerate(("2.39", "2.50"), start=1):
         spec = canonical_spec({"currency": "EUR", "rates": [{"gpuClass": "h100", "perGpuHour": price}]})
@@ -92,7 +93,7 @@ def run(ledger_path: Path, *arguments: str) -> Result:
 
 def found(path: Path, *arguments: str) -> list[dict[str, str]]:
     """What it finds, as data."""
-    done = run(path, "--json", *arguments)
+    done = run(path, "-o", "json", *arguments)
     assert done.exit_code in (0, 1), done.output
     told = json.loads(done.stdout)
     assert told["verified"] is (done.exit_code == 0)
@@ -170,11 +171,13 @@ def _serve(ledger: Ledger) -> None:
 
 
 def _serve_another(ledger: Ledger) -> FakeWorker:
-    fake = FakeWorker(worker(2, service="other"), START_NS + 20 * SECOND_NS)
+    fake = FakeWorker(worker(2, service="other"), START_NS + 18 * SECOND_NS)
+    fake.spend(Account.INIT, START_NS + 20 * SECOND_NS)  # acknowledged by somebody else: it is a gap
+    lost = fake.boot.head_hash
     fake.serve("s-4", "acme", START_NS + 50 * SECOND_NS)
     fake.spend(Account.IDLE, START_NS + 58 * SECOND_NS)
     ledger.observe(fake.identity, [started("c-3", START_NS + 20 * SECOND_NS)], START_NS + 21 * SECOND_NS)
-    ledger.take(fake.identity, fake.page("boot-1", 0), START_NS + 59 * SECOND_NS)
+    take_after_gap(ledger, fake.identity, fake.page("boot-1", 1), lost, START_NS + 59 * SECOND_NS)
     ledger.settle(fake.identity.worker_uid, START_NS + 58 * SECOND_NS)
     return fake
 

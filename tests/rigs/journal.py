@@ -12,7 +12,7 @@ from gpumeter_worker.metering.journal import Journal
 from gpumeter_worker.metering.meter import Flush, Identity, Meter
 from gpumeter_worker.metering.parts import Part
 
-START = 10**18
+START = 1_700_000_000 * 10**9
 WORKER, SERVICE = "worker", "team/model"
 
 

@@ -52,6 +52,10 @@ class Chain:
     def head_hash(self) -> str:
         return self.links[-1].hash if self.links else GENESIS
 
+    @property
+    def acknowledged_hash(self) -> str:
+        return self.links[self.acknowledged_seq - 1].hash if self.acknowledged_seq else GENESIS
+
 
 class FakeWorker:
     """A worker with a journal: books all of its time, cut at every minute, exactly as the real one must."""
@@ -59,6 +63,7 @@ class FakeWorker:
     def __init__(self, identity: Worker, started_ns: int, boot_id: str = "boot-1", clock: str = "cuda") -> None:
         self.identity = identity
         self.clock = clock
+        self.tells_acknowledged = True  # workers of earlier builds do not
         self.profile_hash = ""  # of the profile by which sessions' steps are split
         self.frontier_ns = started_ns
         self.boots: list[Chain] = [Chain(boot_id)]
@@ -135,7 +140,14 @@ class FakeWorker:
 
     def status(self) -> JournalStatus:
         boots = tuple(
-            Boot(boot.boot_id, len(boot.links), boot.head_hash, boot.acknowledged_seq, boot.sealed)
+            Boot(
+                boot.boot_id,
+                len(boot.links),
+                boot.head_hash,
+                boot.acknowledged_seq,
+                boot.sealed,
+                boot.acknowledged_hash if self.tells_acknowledged else "",
+            )
             for boot in self.boots
             if not (boot.sealed and boot.acknowledged_seq == len(boot.links) and boot is not self.boot)
         )

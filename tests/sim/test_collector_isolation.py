@@ -105,7 +105,8 @@ def poisoned(fake: FakeWorker) -> str:
 
 
 def trimmed(fake: FakeWorker) -> str:
-    """The ledger was restored from a backup that is older than what it had acknowledged."""
+    """The ledger was restored from an older backup, and the worker is of a build that does not tell what goes on."""
+    fake.tells_acknowledged = False
     fake.boot.trimmed = fake.boot.acknowledged_seq = 2
     return "AcknowledgedAhead"
 

@@ -16,7 +16,7 @@ from gpumeter_operator.adapters.ledger.members import Members
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target
 from gpumeter_operator.billing.facts import Worker
-from gpumeter_operator.decide.shares import LIFE_NS, owner_of
+from gpumeter_operator.decide.shares import CLOCKS_NS, LIFE_NS, owner_of
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.share import Share
@@ -115,6 +115,30 @@ async def test_a_collector_that_starts_anew_in_its_pod_does_not_wait_for_its_for
     clock.now_ns += SECOND_NS  # killed, and started again at once
     await lives[1].beat()
     assert lives[1].works and len(lives[1].members) == 1
+    ledger.close()
+
+
+async def test_a_collector_whose_clock_is_an_hour_behind_leaves_the_work_to_the_others(database: Database) -> None:
+    clock, ledger = Clock(), Ledger(database.url)
+    off_ns = -CLOCKS_NS - SECOND_NS
+    behind = Share(
+        "behind", Members(ledger, "behind", "behind", lambda _: clock(), lambda: clock() + off_ns), inline, clock
+    )
+    right = Share("right", Members(ledger, "right", "right", lambda _: clock(), clock), inline, clock)
+    await behind.beat()
+    assert behind.leads and behind.stands_by() is None, "alone, it goes on: its facts are in order by its own clock"
+    clock.now_ns += SECOND_NS
+    await right.beat()
+    assert right.works and not right.leads
+    for share in (behind, right):
+        clock.now_ns += SECOND_NS
+        await share.beat()
+    assert right.leads and right.mine("uid") and len(right.members) == 1
+    assert not behind.works and not behind.mine("uid") and not behind.leads
+    assert "Set the node's clock by NTP" in (behind.stands_by() or "")
+    off_ns = CLOCKS_NS
+    await behind.beat()
+    assert behind.works and not behind.leads and behind.stands_by() is None
     ledger.close()
 
 

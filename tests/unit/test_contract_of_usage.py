@@ -1,8 +1,10 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
 from gpumeter_usage.apportion import largest_remainder
+from gpumeter_usage.canonical import canonical_json
 from gpumeter_usage.chain import GENESIS, ChainBroken, Link, link, verify
 from gpumeter_usage.page import (
     Boot,
@@ -48,6 +50,7 @@ def test_a_record_survives_its_canonical_form():
 
 def test_the_canonical_form_is_sorted_compact_json_of_integers_and_strings():
     body = canonical(slice_of_a_session())
+    assert body == canonical_json(asdict(slice_of_a_session())), "the short way gives what the long one gives"
     assert body == json.dumps(json.loads(body), sort_keys=True, separators=(",", ":")).encode()
     assert {type(value) for value in json.loads(body).values()} == {int, str}
 
@@ -124,8 +127,18 @@ def test_a_page_cut_anywhere_is_refused():
 
 
 def test_a_status_arrives_as_it_was_sent():
-    status = JournalStatus("pod-1", "team-a/smollm2", 7, (Boot("b", 3, "h", 2, True), Boot("c", 0, GENESIS, 0, False)))
+    status = JournalStatus(
+        "pod-1", "team-a/smollm2", 7, (Boot("b", 3, "h", 2, True, "g"), Boot("c", 0, GENESIS, 0, False))
+    )
     assert decode_status(encode_status(status)) == status
+
+
+def test_a_status_of_a_worker_that_does_not_tell_what_it_was_acknowledged_is_read_too():
+    status = JournalStatus("pod-1", "team-a/smollm2", 7, (Boot("b", 3, "h", 2, True, "g"),))
+    told = encode_status(status).replace(b',"acknowledged_hash":"g"', b"")
+    assert decode_status(told).boots == (Boot("b", 3, "h", 2, True, ""),)
+    with pytest.raises(PageInvalid, match="acknowledged_hash is 5"):
+        decode_status(encode_status(status).replace(b':"g"', b":5"))
 
 
 def test_what_ends_on_an_edge_belongs_to_the_period_that_it_ends():

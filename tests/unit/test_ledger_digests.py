@@ -17,10 +17,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from gpumeter_operator.adapters import digest_file
 from gpumeter_operator.adapters.digest_file import FileUnusable
 from gpumeter_operator.adapters.ledger import digests as kept
+from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.days import DAY_NS
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.billing.digest import entry_of
+from gpumeter_operator.billing.lineage import FinalReport, lineage
 from gpumeter_operator.billing.merkle import root_of
 from gpumeter_operator.billing.signing import KeyInvalid, SigningKey, public_pem, signing_key
 from gpumeter_operator.cli.collector_settings import read_settings
@@ -28,11 +30,23 @@ from gpumeter_operator.cli.digests import digests as command
 from gpumeter_operator.environment import SettingsInvalid
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.digests import Digester
-from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity
 from gpumeter_usage.record import Account
-from rigs.audited import DIGESTED_NS, PRIVATE_PEM, audited, digested, fill, found, key, made, opened_up, run
+from rigs.audited import (
+    DIGESTED_NS,
+    HOUR_NS,
+    PRIVATE_PEM,
+    audited,
+    digested,
+    fill,
+    found,
+    key,
+    made,
+    opened_up,
+    run,
+)
 from rigs.databases import Database
-from rigs.ledger import FakeWorker, inline, open_ledger, started, worker
+from rigs.ledger import START_NS, FakeWorker, inline, open_ledger, started, worker
 
 DOC = Path(__file__).parents[2] / "docs" / "audit.md"
 
@@ -102,6 +116,88 @@ def test_a_fact_that_comes_between_two_digests_is_covered_by_the_second(tmp_path
     assert kept.COVERED[1].name == "alarms"
     assert kept.covered_count(ledger.engine, kept.COVERED[1]) == before + 1
     assert found(tmp_path / "ledger.db") == []
+
+
+def test_every_final_report_names_the_tenant_s_report_before_it(whole: Path) -> None:
+    reader = Reader(f"sqlite:///{whole}")
+    heads: dict[tuple[str, str, str], str] = {}
+    chained = 0
+    for service in reader.services():
+        kinds = {"": [(end, tenant, body) for end, tenant, body in reader.final_reports(*service)]}
+        for kind in (Granularity.DAY, Granularity.MONTH):
+            kinds[kind] = rollups.rollup_bodies(reader.engine, service, kind, 0)
+        for kind, reports in kinds.items():
+            for _, tenant, body in reports:
+                key = (service[1], kind, tenant)
+                assert json.loads(body)["status"]["previousDigest"] == heads.get(key, "0" * 64), key
+                chained += key in heads
+                heads[key] = sha256(body).hexdigest()
+    assert chained >= 4, "no chain has two links"
+
+
+def test_a_report_that_was_changed_breaks_the_chain_of_those_after_it(path: Path) -> None:
+    raw = opened_up(path, path.with_name("changed.db"))
+    where = "service = 'smollm2' AND tenant = 'acme' AND phase = 'Final'"
+    ((first, body),) = raw.execute(
+        f"SELECT rowid, body FROM reports WHERE {where} ORDER BY period_end_ns LIMIT 1"
+    ).fetchall()
+    forged = bytes(body).replace(b'"sessions":', b'"sessions":1')
+    assert forged != body
+    raw.execute("UPDATE reports SET body = ?, digest = ? WHERE rowid = ?", (forged, sha256(forged).hexdigest(), first))
+    raw.close()
+    told = [each for each in found(path.with_name("changed.db")) if each["reason"] == "ReportChain"]
+    assert len(told) == 1 and "acme's report names" in told[0]["message"]
+
+
+def test_reports_of_a_version_that_chained_none_are_no_fault_and_the_chain_begins_after_them(tmp_path: Path) -> None:
+    """Three minutes, of which the first was closed by a version that wrote no previousDigest."""
+    links: list[FinalReport] = []
+    for minute, before in enumerate((None, "head", "head"), start=1):
+        status = {"figure": minute}
+        if before:
+            status["previousDigest"] = sha256(links[-1][2]).hexdigest()  # type: ignore[assignment]
+        links.append((minute, "acme", json.dumps({"status": status}).encode()))
+    assert lineage(links).breaks == ()
+    assert lineage(links).since_ns == 2
+    assert len(lineage([*links[:2], (3, "acme", b'{"status":{}}')]).breaks) == 1, "once begun, it goes on"
+    assert len(lineage([links[1], links[0], links[2]]).breaks) == 3
+    assert len(lineage([links[0], links[2]]).breaks) == 1, "one was taken out"
+
+
+def test_a_gap_that_was_put_in_to_hide_what_was_taken_out_is_found(path: Path) -> None:
+    raw = opened_up(path, path.with_name("changed.db"))
+    uid, boot, end_ns = raw.execute(
+        "SELECT worker_uid, boot_id, MIN(booked_end_ns) FROM records WHERE service = 'team-a/smollm2'"
+    ).fetchone()
+    digest = raw.execute("SELECT hash FROM records WHERE worker_uid = ? AND boot_id = ? AND seq = 3", (uid, boot))
+    gap = (uid, boot, 2, 3, digest.fetchone()[0], end_ns - MINUTE_NS, end_ns, "They are gone.")
+    raw.execute("DELETE FROM records WHERE worker_uid = ? AND boot_id = ? AND seq IN (2, 3)", (uid, boot))
+    for made_ns, expected in ((DIGESTED_NS + SECOND_NS, "RecordsRoot"), (START_NS, "GapUnproved")):
+        raw.execute("DELETE FROM gaps WHERE worker_uid = ?", (uid,))
+        raw.execute(f"INSERT INTO gaps VALUES ({', '.join('?' * 9)})", (*gap, made_ns))
+        told = {each["reason"] for each in found(path.with_name("changed.db"))}
+        assert expected in told and "RecordsRoot" in told and "RecordDiffers" not in told, told
+    raw.close()
+
+
+def test_a_clock_that_was_ahead_and_is_right_again_makes_nobody_a_forger(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path / "ledger.db")
+    fill(ledger)
+    ahead_ns, right_ns = DIGESTED_NS, DIGESTED_NS - 3 * HOUR_NS
+    digester = Digester(ledger, inline, key(), None)
+    asyncio.run(digester.run(ahead_ns))
+    ledger.raise_alarm("LateRecords", "pod-uid-1", "Came when the clock was right.", right_ns)
+    assert audited(ledger, right_ns + 50 * MINUTE_NS) == [], "three hours before the last digest, and no older than it"
+    asyncio.run(digester.run(right_ns + SECOND_NS))
+    assert audited(ledger, right_ns + 4 * HOUR_NS) == [], "it stands in a digest before anybody can doubt it"
+    many = len(list(kept.kept(ledger.engine)))
+    ledger.raise_alarm("LateRecords", "pod-uid-1", "And another.", right_ns + 2 * SECOND_NS)
+    for second in range(3, 60):
+        asyncio.run(digester.run(right_ns + second * SECOND_NS))
+    assert len(list(kept.kept(ledger.engine))) == many, "the last digest is of the right time again"
+    assert audited(ledger, right_ns + 4 * HOUR_NS) == []
+    ledger.raise_alarm("LateRecords", "pod-uid-1", "Put in as an old one.", right_ns - 2 * HOUR_NS)
+    assert [each.reason for each in audited(ledger, right_ns + 20 * MINUTE_NS)] == ["FactInserted"]
 
 
 def test_more_facts_than_a_digest_takes_go_into_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

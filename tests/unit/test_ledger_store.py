@@ -14,11 +14,12 @@ from sqlalchemy.exc import IntegrityError
 from gpumeter_operator.adapters.ledger import digests, rollups
 from gpumeter_operator.adapters.ledger.digests import Due
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
+from gpumeter_operator.adapters.ledger.gaps import keep_gap
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.ledger.tables import FACTS, metadata
 from gpumeter_operator.billing.accept import PageRefused
-from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.billing.facts import PLATFORM, Gap
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.chain import Link, link
 from gpumeter_usage.page import Page
@@ -122,6 +123,8 @@ def fill(ledger: Ledger) -> None:
     take(ledger, fake.page("boot-1", 3), START_NS + MINUTE_NS + 11 * SECOND_NS)
     day, before = day_of(START_NS + 1), rollups.facts_before(ledger.engine, SERVICE, START_NS)
     of_day = [each for each in made if each["spec"]["period"]["granularity"] == "Day"]
+    with ledger.writing() as connection:
+        keep_gap(connection, POD.worker_uid, Gap("boot-9", 1, 3, "a" * 64, START_NS, NOW_NS, "gone", NOW_NS))
     assert rollups.keep_rollup(
         ledger.engine, SERVICE, replace(day, end_ns=START_NS), of_day, made_from=before, now_ns=NOW_NS
     )

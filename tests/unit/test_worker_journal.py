@@ -123,6 +123,8 @@ def test_records_are_trimmed_only_below_the_acknowledgement(tmp_path: Path) -> N
     rest = reader.page("a", 2, 100)
     assert rest is not None
     assert rest.links == page.links[2:]
+    (told,) = reader.status().boots
+    assert (told.acknowledged_seq, told.acknowledged_hash) == (2, page.links[1].hash), "what follows is chained to it"
     with pytest.raises(RecordsGone):
         reader.page("a", 0, 100)
 

@@ -25,13 +25,18 @@ class PageInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """One boot's chain as the journal holds it: the last record, what was acknowledged, and whether it is sealed."""
+    """One boot's chain as the journal holds it: the last record, what was acknowledged, and whether it is sealed.
+
+    `acknowledged_hash` is that of the last record that was acknowledged, to which the next one is chained; "" where it
+    is not known (a worker of an earlier build, which does not tell it).
+    """
 
     boot_id: str
     head_seq: int
     head_hash: str
     acknowledged_seq: int
     sealed: bool
+    acknowledged_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,7 @@ def decode_status(data: bytes) -> JournalStatus:
                 head_hash=_string(boot, "head_hash"),
                 acknowledged_seq=_integer(boot, "acknowledged_seq"),
                 sealed=boot.get("sealed") is True,
+                acknowledged_hash=_string({"acknowledged_hash": "", **boot}, "acknowledged_hash"),
             )
             for boot in boots
         ),

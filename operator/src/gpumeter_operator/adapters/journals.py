@@ -37,9 +37,10 @@ def journals_in(path: Path) -> list[Path]:
 class JournalFile:
     """A copy of one journal, open until closed. Implements the collector's port towards one worker."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises JournalUnreadable."""
+    def __init__(self, path: Path, *, over_gaps: bool = False) -> None:
+        """Where it may go on `over_gaps`, it tells what its chains go on from. Raises JournalUnreadable."""
         self._path = path
+        self._over_gaps = over_gaps
         self._folder = tempfile.mkdtemp(prefix="gpumeter-journal-")
         self._database = sqlite3.connect(":memory:")  # until there is a copy
         try:
@@ -71,10 +72,26 @@ class JournalFile:
             "LIMIT ?",
             BOOTS_MAX,
         )
+        goes_on = self._continuations() if self._over_gaps else {}
         boots = tuple(
-            Boot(_is(str, row[0]), _is(int, row[1]), _is(str, row[2]), _is(int, row[3]), bool(row[4])) for row in rows
+            Boot(
+                boot_id=_is(str, row[0]),
+                head_seq=_is(int, row[1]),
+                head_hash=_is(str, row[2]),
+                acknowledged_seq=_is(int, row[3]),
+                sealed=bool(row[4]),
+                acknowledged_hash=goes_on.get(row[0], ""),
+            )
+            for row in rows
         )
         return JournalStatus(self.worker_uid, self.service, _is(int, rows[-1][5]) if rows else 0, boots)
+
+    def _continuations(self) -> dict[str, str]:
+        """By boot, the hash of what was acknowledged last; files of earlier builds do not keep it."""
+        if not self._read("SELECT 1 FROM pragma_table_info('boots') WHERE name = 'acknowledged_hash'"):
+            return {}
+        rows = self._read("SELECT boot_id, acknowledged_hash FROM boots LIMIT ?", BOOTS_MAX)
+        return {_is(str, boot_id): _is(str, digest) for boot_id, digest in rows}
 
     async def page(self, _target: Target, boot_id: str, after: int, limit: int) -> Page:
         """The records of a boot after a seq. Raises PageInvalid where they are damaged."""

@@ -21,6 +21,10 @@ MAX_RECORD_NS = 60 * MINUTE_NS
 """The most GPU time per device in one record. Records are slices of at most a minute, and one step may straddle; an
 hour is far beyond either."""
 
+EARLIEST_NS = 1_577_836_800 * SECOND_NS
+"""2020, before the first of these ledgers: a node whose clock is there has lost the time (one without a battery begins
+in 1970), and retention, which goes by days, would never come to what is booked there."""
+
 CLOCK_DRIFT_PER_MILLE = 1
 """How much faster than UTC a worker's monotonic clock may run; crystals are a tenth of that off at worst."""
 
@@ -144,6 +148,12 @@ def _refuse_record(record: Record | Row, seq: int, page: Page, worker: Worker, n
         raise PageRefused("SequenceGap", f"boot {page.boot_id:.64}: seq {seq} is missing, {record.seq} was sent")
     if record.ended_at > now_ns + CLOCK_SKEW_NS:
         refuse_future(f"ended_at of boot {page.boot_id:.64} seq {seq}", record.ended_at, now_ns)
+    if record.ended_at < EARLIEST_NS:
+        raise PageRefused(
+            "PastTime",
+            f"ended_at of boot {page.boot_id:.64} seq {seq} is {rfc3339(record.ended_at)}, before "
+            f"{rfc3339(EARLIEST_NS)}; check the clock of the node, and restart the pod when it is right",
+        )
     if record.gpu_ns > MAX_RECORD_NS * worker.devices:
         raise PageRefused(
             "CountTooLarge",

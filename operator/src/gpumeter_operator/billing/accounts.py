@@ -11,7 +11,7 @@ of a pod claim must be what the pod itself booked as attributed. Knows no price,
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from gpumeter_operator.billing.facts import Line, Pod, Span, span_of
+from gpumeter_operator.billing.facts import Line, Pod, Span, life_of
 from gpumeter_usage.period import Period
 from gpumeter_usage.record import Account, Kind, Status
 
@@ -121,7 +121,7 @@ def drain_tail_ns(pod: Pod, period: Period, until_ns: int) -> int:
     for boot in pod.boots:
         if boot.seal is not Status.DRAINED:
             continue
-        span = span_of(pod.spans, boot)
+        span = life_of(pod.spans, boot)
         if span is None:
             continue
         end_ns = min(period.end_ns, until_ns) if span.ended_ns is None else span.ended_ns

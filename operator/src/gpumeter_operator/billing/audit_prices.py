@@ -34,7 +34,7 @@ class RawMinute:
 
 
 @dataclass(slots=True)
-class Due:
+class Owed:
     """What a report must say. `amount` is None where something on the bill has no price."""
 
     gpu_ns: int = 0
@@ -51,9 +51,9 @@ class Due:
 
 def bills_due(
     plan: PeriodPlan, period: Period, minutes: Iterable[RawMinute], allocated_ns: Mapping[tuple[int, str], int]
-) -> dict[str, Due]:
+) -> dict[str, Owed]:
     """By tenant, what is due. `allocated_ns` is by the start of a stretch and the class of GPU."""
-    due: dict[str, Due] = defaultdict(Due)
+    due: dict[str, Owed] = defaultdict(Owed)
     cut = stretches(plan, period)
     at = {stretch.start_ns: stretch for stretch in cut}
     used: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))

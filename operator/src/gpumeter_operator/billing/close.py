@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from gpumeter_operator.billing.facts import BootFacts, Pod, span_of
+from gpumeter_operator.billing.facts import BootFacts, Pod, life_of
+from gpumeter_operator.billing.gaps import REASON, gap_in
 from gpumeter_usage.period import SECOND_NS, Period, rfc3339
 from gpumeter_usage.record import Status
 
@@ -30,7 +31,8 @@ class Phase(StrEnum):
 class Missing:
     """A worker whose records up to the period's end are not all in the ledger, and why.
 
-    `since_ns` is up to when they are (0 where that is not known), `first_seq` the first of a boot that is not.
+    `since_ns` is up to when they are (0 where that is not known), `first_seq` the first of a boot that is not, and
+    `last_seq` the last of them where they are gone and others follow.
     """
 
     worker_uid: str
@@ -40,6 +42,7 @@ class Missing:
     boot_id: str = ""
     since_ns: int = 0
     first_seq: int = 0
+    last_seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,17 @@ def _missing(pod: Pod, period: Period, forks: Mapping[str, str]) -> Missing | No
     worker = pod.worker
     if worker.worker_uid in forks:
         return Missing(worker.worker_uid, worker.pod, "ChainForked", forks[worker.worker_uid])
+    if gap := gap_in(pod, period):
+        return Missing(
+            worker.worker_uid,
+            worker.pod,
+            REASON,
+            gap.reason,
+            gap.boot_id,
+            since_ns=gap.after_ns,
+            first_seq=gap.first_seq,
+            last_seq=gap.last_seq,
+        )
     for boot, successor in pairwise(pod.boots):
         if boot.seal is Status.NONE and boot.started_ns < period.end_ns and successor.started_ns > period.start_ns:
             return _seal_missing(pod, boot, "it started anew")
@@ -137,7 +151,7 @@ def _lost_at_the_end(pod: Pod, period: Period) -> Missing | None:
     A recovered seal is written by the next boot: that one lived, and never sent a record of its own.
     """
     last = max(pod.boots, key=lambda boot: (boot.started_ns, boot.boot_id))
-    own = span_of(pod.spans, last)
+    own = life_of(pod.spans, last)
     later = [span for span in pod.spans if span.started_ns > (last.sealed_ns if own is None else own.started_ns)]
     if last.seal is Status.NONE:
         return _seal_missing(pod, last, "it is gone")

@@ -15,6 +15,7 @@ from hashlib import sha256
 from typing import Any
 
 from gpumeter_operator.billing.signing import Keyring
+from gpumeter_usage.canonical import canonical_json
 from gpumeter_usage.chain import GENESIS
 from gpumeter_usage.record import MAX_INTEGER
 
@@ -65,7 +66,7 @@ _TYPES = {field.name: field.type for field in fields(Entry)}
 
 def canonical_entry(entry: Entry) -> bytes:
     """The bytes that are hashed and signed: JSON in UTF-8, sorted keys, no spaces, integers and strings."""
-    return _canonical(asdict(entry))
+    return canonical_json(asdict(entry))
 
 
 def entry_of(body: bytes) -> Entry:
@@ -93,7 +94,7 @@ def fact_line(table: str, row: Mapping[str, Any]) -> bytes:
         name: "sha256:" + sha256(value).hexdigest() if isinstance(value, bytes | memoryview) else value
         for name, value in row.items()
     }
-    return _canonical({"columns": columns, "table": table})
+    return canonical_json({"columns": columns, "table": table})
 
 
 def columns_of(line: bytes) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def columns_of(line: bytes) -> dict[str, Any]:
 
 def export_line(digest: Digest) -> bytes:
     """One line of an exported file, without its end. Canonical too: the same ledger gives the same file."""
-    return _canonical({"body": digest.body.decode(), "digest": digest.digest, "signature": digest.signature})
+    return canonical_json({"body": digest.body.decode(), "digest": digest.digest, "signature": digest.signature})
 
 
 def digest_of_line(line: bytes) -> Digest:
@@ -169,12 +170,6 @@ def check_chain(digests: Iterable[Digest], keys: Keyring) -> Iterator[tuple[Dige
             )
         yield given, entry, faults
         previous, expected = found, entry.seq + 1
-
-
-def _canonical(values: Mapping[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
-        "utf-8", "surrogatepass"
-    )
 
 
 def _object(data: bytes, what: str) -> dict[str, Any]:

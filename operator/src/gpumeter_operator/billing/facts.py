@@ -79,6 +79,24 @@ class BootFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """Records of a boot that are gone: acknowledged, trimmed, and not in this ledger.
+
+    The record after them is chained to `last_hash`. What they booked ended after `after_ns` and at `until_ns` at the
+    latest. `reason` is a sentence, `made_ns` when it was found.
+    """
+
+    boot_id: str
+    first_seq: int
+    last_seq: int
+    last_hash: str
+    after_ns: int
+    until_ns: int
+    reason: str
+    made_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """Everything that the ledger knows of one worker pod, but for its records.
 
@@ -92,9 +110,10 @@ class Pod:
     settled_ns: int = 0
     gone: bool = False
     problem: str = ""
+    gaps: tuple[Gap, ...] = ()
 
 
-def span_of(spans: Iterable[Span], boot: BootFacts) -> Span | None:
+def life_of(spans: Iterable[Span], boot: BootFacts) -> Span | None:
     """The container of a boot: the one whose start is nearest to the boot's.
 
     Kubernetes rounds a start down to the second, so most boots begin after it. But the runtime forks the process before

@@ -8,7 +8,6 @@ What a report's gpuNanoseconds is: for a tenant, the sum of its sessions' shares
 what is unaccounted). So the reports of a service for a period add up to what was allocated to it, to the nanosecond.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -30,6 +29,7 @@ from gpumeter_operator.decide.names import (
     SERVICE_LABEL,
     TENANT_LABEL,
 )
+from gpumeter_usage.canonical import canonical_json
 from gpumeter_usage.period import SECOND_NS, Granularity, Period, rfc3339
 from gpumeter_usage.record import Account, Kind
 from gpumeter_usage.tenant import RESERVED_TENANT
@@ -104,7 +104,7 @@ def digest_of(hashes: Iterable[str]) -> str:
 
 def canonical_report(manifest: Manifest) -> bytes:
     """The bytes of a report as the ledger keeps them: sorted keys, no spaces."""
-    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return canonical_json(manifest)
 
 
 def envelope(service: tuple[str, str], tenant: str, period: Period, phase: Phase, status: Manifest) -> Manifest:
@@ -225,6 +225,8 @@ def _completeness(verdict: Verdict) -> Manifest:
             entry["since"] = rfc3339(each.since_ns)
         if each.first_seq:
             entry["first"] = each.first_seq
+        if each.last_seq:
+            entry["last"] = each.last_seq
         missing.append(entry)
     return {
         "expectedWorkers": verdict.expected,

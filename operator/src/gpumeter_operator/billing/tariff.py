@@ -19,6 +19,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
+from gpumeter_usage.canonical import canonical_json
 from gpumeter_usage.period import MINUTE_NS, from_rfc3339
 
 HOUR_NS = Decimal(3_600 * 10**9)
@@ -163,7 +164,7 @@ class PeriodPlan:
 
 def canonical_spec(spec: Mapping[str, Any]) -> bytes:
     """The bytes that are hashed and kept: sorted keys, no spaces."""
-    return json.dumps(spec, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return canonical_json(spec)
 
 
 def plan_from(name: str, version: int, spec_bytes: bytes) -> PricePlan:

@@ -6,7 +6,6 @@ Owns the table and the exit code. Reads the ledger without changing it, beside a
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.accounts import Accounts, horizon_ns
 from gpumeter_operator.billing.audit import check_kept
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.cli.ledger import LEDGER, open_reader
 from gpumeter_operator.cli.span import Moment
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_operator.flow.recount import Whole, recount_service
@@ -59,7 +58,7 @@ class Row:
 )
 @click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--check", is_flag=True, help="Recompute everything from the raw records: chains, sums, reports.")
-@click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+@LEDGER
 def accounts(
     *, namespace: str | None, service: str | None, since: int, output: str, check: bool, ledger: str | None
 ) -> None:
@@ -68,7 +67,7 @@ def accounts(
     Exit code 0 when they do, 1 when they do not, 2 when the ledger cannot be read.
     """
     try:
-        reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
+        reader = open_reader(ledger)
         services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
         rows, problems = [], []
         for each in services:

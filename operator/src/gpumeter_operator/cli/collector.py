@@ -116,7 +116,7 @@ class Process:
         self._beats = ThreadPoolExecutor(1, thread_name_prefix="beat")
         self._share = Share(
             member_id,
-            Members(ledger, member_id, socket.gethostname()),
+            Members(ledger, member_id, socket.gethostname(), own_ns=time.time_ns),
             partial(_executed, self._beats),
             time.monotonic_ns,
             one_works=has_one_writer(ledger.engine),

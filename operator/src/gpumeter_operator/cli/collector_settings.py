@@ -19,6 +19,7 @@ PERIODS = {
     "15m": Granularity.FIFTEEN_MINUTES,
     "1h": Granularity.HOUR,
 }
+LEDGER_URL = "GPUMETER_LEDGER_URL"
 DEFAULT_LEDGER = "sqlite:////var/lib/gpumeter/ledger.db"
 SIGNING_KEY_FILE = "GPUMETER_SIGNING_KEY_FILE"
 DIGESTS_FILE = "GPUMETER_DIGESTS_FILE"
@@ -51,7 +52,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """Settings from GPUMETER_*; raises SettingsInvalid with every problem."""
     read = Environment(environment)
     settings = Settings(
-        ledger_url=read.text("GPUMETER_LEDGER_URL", DEFAULT_LEDGER),
+        ledger_url=read.text(LEDGER_URL, DEFAULT_LEDGER),
         granularity=PERIODS[read.choice("GPUMETER_PERIOD", "1h", tuple(PERIODS))],
         pull_interval_ms=read.number("GPUMETER_PULL_INTERVAL_MS", 2_000, 100, 60_000),
         publish_interval_ms=read.number("GPUMETER_PUBLISH_INTERVAL_MS", 5_000, 500, 300_000),

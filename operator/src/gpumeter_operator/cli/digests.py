@@ -5,7 +5,6 @@ Owns the two commands and their output: lines of canonical JSON, and PEM. Reads 
     kubectl exec deploy/gpumeter-collector -- gpumeter digests export --after 1200 >> digests.jsonl
 """
 
-import os
 import sys
 from typing import NoReturn
 
@@ -13,12 +12,9 @@ import click
 
 from gpumeter_operator.adapters.ledger import digests as kept
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
-from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.digest import export_line
 from gpumeter_operator.billing.signing import public_pem
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
-
-_LEDGER = click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+from gpumeter_operator.cli.ledger import LEDGER, open_reader
 
 
 @click.group()
@@ -28,30 +24,26 @@ def digests() -> None:
 
 @digests.command()
 @click.option("--after", type=click.IntRange(0), default=0, help="Only digests after this number.")
-@_LEDGER
+@LEDGER
 def export(*, after: int, ledger: str | None) -> None:
     """Print every digest as a line of canonical JSON: body, digest, signature."""
     try:
-        for each in kept.kept(_reader(ledger).engine, after):
+        for each in kept.kept(open_reader(ledger).engine, after):
             click.echo(export_line(each.digest))
     except LedgerUnavailable as problem:
         _end(problem)
 
 
 @digests.command()
-@_LEDGER
+@LEDGER
 def keys(*, ledger: str | None) -> None:
     """Print the public keys that have signed, each below its key id, in PEM."""
     try:
-        found = kept.kept_keys(_reader(ledger).engine)
+        found = kept.kept_keys(open_reader(ledger).engine)
     except LedgerUnavailable as problem:
         _end(problem)
     for key_id, der in found.items():
         click.echo(f"# {key_id}\n{public_pem(der)}", nl=False)
-
-
-def _reader(ledger: str | None) -> Reader:
-    return Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
 
 
 def _end(problem: LedgerUnavailable) -> NoReturn:

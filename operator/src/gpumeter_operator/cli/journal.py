@@ -15,23 +15,29 @@ import click
 from gpumeter_operator.adapters.journals import journals_in
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.cli.ledger import LEDGER, ledger_url
 from gpumeter_operator.flow.leftover import Leftover, take_journal
 
 T = TypeVar("T")
 
 
 @click.command()
-@click.option("--ledger", "url", envvar="GPUMETER_LEDGER_URL", default=DEFAULT_LEDGER, show_default=True)
+@LEDGER
+@click.option(
+    "--over-gaps",
+    is_flag=True,
+    help="Where records before those of a journal were acknowledged and are not in the ledger, give them up as "
+    "unaccounted and go on after them. Take older copies of the same journal first: they may hold them.",
+)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-def journal(url: str, paths: tuple[Path, ...]) -> None:
+def journal(*, ledger: str | None, over_gaps: bool, paths: tuple[Path, ...]) -> None:
     """Take the journals at PATHS (files, or folders that are searched) into the ledger; they are only read."""
     files = [file for path in paths for file in journals_in(path)]
     if not files:
         click.echo("There is no journal.sqlite at or below these paths.", err=True)
         sys.exit(1)
     try:
-        found = asyncio.run(_take(url, files))
+        found = asyncio.run(_take(ledger_url(ledger), files, over_gaps=over_gaps))
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
         sys.exit(1)
@@ -40,10 +46,10 @@ def journal(url: str, paths: tuple[Path, ...]) -> None:
     sys.exit(any(one.reason for one in found))
 
 
-async def _take(url: str, files: list[Path]) -> list[Leftover]:
+async def _take(url: str, files: list[Path], *, over_gaps: bool) -> list[Leftover]:
     ledger = Ledger(url)
     try:
-        return [await take_journal(file, ledger, _at_once, time.time_ns) for file in files]
+        return [await take_journal(file, ledger, _at_once, time.time_ns, over_gaps=over_gaps) for file in files]
     finally:
         ledger.close()
 

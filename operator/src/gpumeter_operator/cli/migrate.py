@@ -4,24 +4,23 @@ Owns the command. Where the collector owns its tables (SQLite, or a PostgreSQL r
 and nobody needs this.
 """
 
-import os
 import sys
 
 import click
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.grants import migrate as migrate_ledger
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
+from gpumeter_operator.cli.ledger import LEDGER, ledger_url
 
 
 @click.command()
-@click.option("--ledger", help="URL of the ledger, as the owner of its tables; default GPUMETER_LEDGER_URL.")
+@LEDGER
 @click.option("--grant-collector", "collectors", multiple=True, help="A role of PostgreSQL that may collect.")
 @click.option("--grant-reader", "readers", multiple=True, help="A role of PostgreSQL that may read.")
 def migrate(*, ledger: str | None, collectors: tuple[str, ...], readers: tuple[str, ...]) -> None:
-    """Bring the ledger's tables up to date; with roles named, grant them what they need and nothing more."""
+    """Bring a ledger's tables up to date as their owner; roles that are named are granted what they need, no more."""
     try:
-        migrate_ledger(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER, collectors, readers)
+        migrate_ledger(ledger_url(ledger), collectors, readers)
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
         sys.exit(1)

@@ -49,7 +49,7 @@ class Month(click.ParamType[tuple[int, int]]):
         return _first_ns(year, month), _first_ns(*after)
 
 
-def span_of(since_ns: int | None, until_ns: int | None, month: tuple[int, int] | None) -> tuple[int, int]:
+def asked_span(since_ns: int | None, until_ns: int | None, month: tuple[int, int] | None) -> tuple[int, int]:
     """What was asked for as (since, until). Raises click.UsageError where it makes no sense."""
     if month is not None:
         if since_ns is not None or until_ns is not None:

@@ -6,7 +6,6 @@ Owns the options, the table, the JSON and the sentences about what was not found
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -22,10 +21,10 @@ from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked
 from gpumeter_operator.billing.tariff import plain
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER
-from gpumeter_operator.cli.span import Moment, Month, span_of
+from gpumeter_operator.cli.ledger import LEDGER, open_reader
+from gpumeter_operator.cli.span import Moment, Month, asked_span
 from gpumeter_operator.flow.billed import Cost, Plans, bills_that_differ
-from gpumeter_operator.flow.usage import Line, Slice, is_billed, lines, notes, slices
+from gpumeter_operator.flow.usage import Slice, Total, is_billed, lines, notes, slices
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 KEYS = ("tenant", "service", "model", "session")
@@ -64,7 +63,7 @@ class By(click.ParamType[tuple[str, ...]]):
 @click.option("--model", "-m", help="Only this model.")
 @click.option("--session", "session_id", help="Every slice of one session, whenever it was.")
 @click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+@LEDGER
 def usage(
     *,
     by: tuple[str, ...],
@@ -84,11 +83,11 @@ def usage(
     What the platform itself used, and what was lost, is in `gpumeter accounts`. Exit code 0; 1 where something that is
     named is not in the ledger, 2 where the ledger cannot be read.
     """
-    asked = Asked(*span_of(since, until, month), namespace, service, tenant, model)
+    asked = Asked(*asked_span(since, until, month), namespace, service, tenant, model)
     try:
-        reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
+        reader = open_reader(ledger)
         if session_id is not None:
-            plans = Plans(reader, Asked(*span_of(None, None, None)))
+            plans = Plans(reader, Asked(*asked_span(None, None, None)))
             of_session = list(slices(reader, session_id, plans))
             told = list(bills_that_differ(plans.looked_at()))
             _print(_of_session(of_session, session_id, output, told))
@@ -129,9 +128,9 @@ def _those(known: list[str]) -> str:
     return f"it has {', '.join(known[:10])}{more}."
 
 
-def _as_table(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: list[str]) -> Iterator[str]:
+def _as_table(by: tuple[str, ...], found: Iterator[Total], asked: Asked, told: list[str]) -> Iterator[str]:
     """Line by line; only the first thousand are held, for the widths."""
-    total = Line(("total",))
+    total = Total(("total",))
 
     def cells() -> Iterator[tuple[str, ...]]:
         for line in found:
@@ -166,15 +165,15 @@ def _columns(header: tuple[str, ...], cells: Iterator[tuple[str, ...]], left: in
         yield "  ".join(padded).rstrip()
 
 
-def _figures(line: Line) -> tuple[str, ...]:
+def _figures(line: Total) -> tuple[str, ...]:
     amount = " + ".join(f"{plain(amount)} {currency}" for currency, amount in sorted(line.cost.amounts.items())) or "-"
     counts = (line.gpu_ns, line.sessions, line.prompt_tokens, line.cached_tokens, line.completion_tokens)
     return (_seconds(line.gpu_ns), *map(str, counts), amount)
 
 
-def _as_json(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: list[str]) -> Iterator[str]:
+def _as_json(by: tuple[str, ...], found: Iterator[Total], asked: Asked, told: list[str]) -> Iterator[str]:
     """One object, a line of usage on a line of its own, so that millions can be read as they come."""
-    total = Line(())
+    total = Total(())
     yield json.dumps({"since": _time(asked.since_ns), "until": _time(asked.until_ns), "by": by})[:-1] + ', "usage": ['
     before = ""
     for line in found:
@@ -186,7 +185,7 @@ def _as_json(by: tuple[str, ...], found: Iterator[Line], asked: Asked, told: lis
     yield f'], "total": {json.dumps(_data(total))}, "notes": {json.dumps(told)}}}'
 
 
-def _data(line: Line) -> dict[str, Any]:
+def _data(line: Total) -> dict[str, Any]:
     return {
         "gpuNanoseconds": str(line.gpu_ns),
         "gpuSeconds": plain(Decimal(line.gpu_ns) / SECOND_NS),
@@ -210,7 +209,7 @@ def _of_session(found: list[Slice], session_id: str, output: str, told: list[str
     if not found:
         click.echo(f"The ledger has no slice of a session {session_id!r:.120}; ids are those of the answers.", err=True)
         sys.exit(1)
-    total = Line(())
+    total = Total(())
     for each in found:
         if each.account == "attributed":
             total.gpu_ns += each.gpu_ns

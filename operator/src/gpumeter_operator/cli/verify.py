@@ -23,8 +23,9 @@ from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.signing import KeyInvalid, Keyring, merged, public_keys
-from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER, SIGNING_KEY_FILE, read_signing_key
-from gpumeter_operator.cli.span import Moment, Month, span_of
+from gpumeter_operator.cli.collector_settings import SIGNING_KEY_FILE, read_signing_key
+from gpumeter_operator.cli.ledger import LEDGER, open_reader
+from gpumeter_operator.cli.span import Moment, Month, asked_span
 from gpumeter_operator.environment import Environment
 from gpumeter_operator.flow.recount import Span, Whole
 from gpumeter_operator.flow.verify import Audit, Finding, Tally, verify_file
@@ -47,9 +48,10 @@ MOST = 100
 )
 @click.option("--digests", "file", type=click.Path(path_type=Path), help="A file of exported digests to compare with.")
 @click.option("--offline", is_flag=True, help="Check the file of --digests alone, without any ledger.")
-@click.option("--json", "as_data", is_flag=True, help="Print one JSON object.")
+@click.option("--output", "-o", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--json", "output", flag_value="json", hidden=True)  # its name of before
 @click.option("--quiet", "-q", is_flag=True, help="No progress on the terminal.")
-@click.option("--ledger", help="URL of the ledger; default GPUMETER_LEDGER_URL.")
+@LEDGER
 def verify(
     *,
     since: int | None,
@@ -58,7 +60,7 @@ def verify(
     key_files: tuple[Path, ...],
     file: Path | None,
     offline: bool,
-    as_data: bool,
+    output: str,
     quiet: bool,
     ledger: str | None,
 ) -> None:
@@ -68,11 +70,12 @@ def verify(
     a file cannot be read.
     """
     whole = since is None and until is None and month is None
-    span = Whole if whole else Span(*span_of(since, until, month))
+    span = Whole if whole else Span(*asked_span(since, until, month))
     if offline and file is None:
         raise click.UsageError("--offline checks an exported file: name it with --digests.")
     if offline and not key_files:
         raise click.UsageError("--offline has no ledger to take keys from: name the public key with --public-key.")
+    as_data = output == "json"
     tally, shown = Tally(), Shown(quiet=quiet or as_data)
     try:
         pinned = merged(public_keys(_text(path)) for path in key_files)
@@ -80,7 +83,7 @@ def verify(
             trust = "the keys of --public-key"
             findings = list(verify_file(digest_file.read(file), Keyring(pinned), tally))
         else:
-            reader = Reader(ledger or os.environ.get("GPUMETER_LEDGER_URL") or DEFAULT_LEDGER)
+            reader = open_reader(ledger)
             keys, trust = (pinned, "the keys of --public-key") if pinned else _own_keys(reader)
             given = digest_file.read(file) if file else None
             audit = Audit(reader, Keyring(keys), time.time_ns(), span, given, shown.step)

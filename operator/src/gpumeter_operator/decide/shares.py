@@ -21,6 +21,17 @@ LEAD_NS = LIFE_NS - 2 * SECOND_NS
 """How long it may lead after it began to give that sign: less, so that two never lead at once."""
 
 
+CLOCKS_NS = 15 * 60 * SECOND_NS
+"""How far a collector's clock may be from the database's while others work. A digest covers what came until an hour
+before it, by the collectors' clocks; NTP holds them to milliseconds."""
+
+
+def stands_aside(off_ns: int | None, others: int) -> bool:
+    """Whether a collector whose clock is `off_ns` from the database's (None where that is not asked) leaves the work to
+    the others. One that is alone goes on: what it says is in order by its own clock."""
+    return off_ns is not None and abs(off_ns) > CLOCKS_NS and others > 0
+
+
 def owner_of(worker_uid: str, member_ids: Sequence[str]) -> str:
     """Whose a worker is: the member with the highest hash for it (rendezvous hashing, Thaler and Ravishankar 1998), so
     that only the workers of a member that comes or goes change hands. "" where there is no member."""

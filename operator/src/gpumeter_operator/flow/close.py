@@ -8,10 +8,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
 from gpumeter_operator.billing.accounts import horizon_ns
 from gpumeter_operator.billing.close import Phase, Verdict, after_earlier, decide
+from gpumeter_operator.billing.lineage import chained
 from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan, Terms
@@ -102,6 +104,8 @@ class Closer:
                 )
             )
             if final:
+                tenants = [each["spec"]["tenant"] for each in found]
+                found = chained(found, rollups.previous_digests(self._ledger.engine, service, period, tenants))
                 accounts = [(pod.worker.worker_uid, pod.booked.accounts) for pod in of_pods]
                 kept = self._ledger.keep_final(
                     service, period, manifests=found, accounts=accounts, made_from=made_from, now_ns=now_ns

@@ -10,17 +10,19 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.intake import Given, boots_of, settle_all, take_all
+from gpumeter_operator.adapters.ledger.resume import take_after_gap
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerRefuses, WorkerSilent, page_bytes_max
 from gpumeter_operator.billing.accept import PageRefused, refuse_foreign, refuse_future
 from gpumeter_operator.billing.facts import BootFacts, Worker
+from gpumeter_operator.billing.gaps import lost, refuse_without_continuation
 from gpumeter_operator.flow.bounds import Batch, Room
 from gpumeter_operator.flow.turns import Outcome, Silence, Turns
 from gpumeter_usage.chain import GENESIS
@@ -251,9 +253,9 @@ class Collector:
                     reason, kept = refusal.reason, refusal.kept
                 await self._alarm(worker, reason, str(refusal), kept, boot.boot_id)
                 refusals.append(str(refusal))
-        for lost in await self._lost(worker, turn, status, known.values()):
+        for ended in await self._lost(worker, turn, status, known.values()):
             # Its records so far are safe; what came after them is not in this journal any more.
-            message = f"boot {lost.boot_id} has left the journal without a seal after seq {lost.committed_seq}"
+            message = f"boot {ended.boot_id} has left the journal without a seal after seq {ended.committed_seq}"
             await self._alarm(worker, "BootLost", message)
         if not whole:
             return Outcome.MORE
@@ -288,26 +290,28 @@ class Collector:
                     "JournalRewound", f"boot {boot.boot_id:.64} ends at seq {boot.head_seq}; {seq} was committed before"
                 )
             return True
-        if boot.acknowledged_seq > seq:
-            raise PageRefused(
-                "AcknowledgedAhead",
-                f"boot {boot.boot_id:.64}: records {seq + 1} to {boot.acknowledged_seq} were acknowledged and trimmed, "
-                f"but are not in this ledger; either it was restored from an older backup, or somebody else holds the "
-                f"service's usage token",
-            )
+        gap = boot.acknowledged_seq > seq
+        if gap:
+            refuse_without_continuation(boot, seq)
+            await self._alarm(worker, "AcknowledgedAhead", lost(boot, seq), boot_id=boot.boot_id)
+            seq = boot.acknowledged_seq
+        elif boot.acknowledged_hash and 0 < seq == boot.acknowledged_seq and boot.acknowledged_hash != head_hash:
+            forked = replace(boot, head_seq=seq, head_hash=boot.acknowledged_hash)
+            await self._refuse_head(worker, forked, head_hash, watermark_ns)
         while seq < boot.head_seq:
             if turn.pages_left == 0:
                 return False
             turn.pages_left -= 1
             try:
-                taken = await self._take_page(worker, turn, boot, seq)
+                taken = await self._take_page(worker, turn, boot, seq, gap=gap)
             except (WorkerRefuses, PageInvalid, PageRefused):
                 # Where another collector was faster, the worker has trimmed what we asked for.
                 now = {each.boot_id: each for each in await self._cursors.put(worker.worker_uid)}.get(boot.boot_id)
                 if now is None or now.committed_seq <= seq:
                     raise
-                seq, head_hash = now.committed_seq, now.head_hash
+                seq, head_hash, gap = now.committed_seq, now.head_hash, False
                 continue
+            gap = False
             seq, head_hash = taken.seq, taken.head_hash
             if self._profiles:
                 self._profiles.heard(worker, turn.target, taken.profile_hashes)
@@ -315,24 +319,29 @@ class Collector:
             self.counters.pages += 1
             await self._acknowledge(turn, boot, seq, head_hash)
         if seq == boot.head_seq and head_hash != boot.head_hash:
-            await self._execute(
-                partial(self._ledger.refuse_head, worker, boot, head_hash, watermark_ns, self._clock_ns())
-            )
+            await self._refuse_head(worker, boot, head_hash, watermark_ns)
         if known and seq == known.committed_seq and boot.acknowledged_seq < seq:
             # The former acknowledgement was lost on its way.
             await self._acknowledge(turn, boot, seq, head_hash)
         return True
 
-    async def _take_page(self, worker: Worker, turn: Turn, boot: Boot, seq: int) -> Taken:
+    async def _take_page(self, worker: Worker, turn: Turn, boot: Boot, seq: int, *, gap: bool) -> Taken:
         limit = min(MAX_PAGE_RECORDS, boot.head_seq - seq)
         async with self._room.of(page_bytes_max(limit)):
             page = await turn.answer(self._workers.page(turn.target, boot.boot_id, seq, limit))
             if page.boot_id != boot.boot_id:
                 raise PageRefused("ForeignBoot", f"boot {boot.boot_id:.64} was asked, {page.boot_id:.64} was sent")
-            taken = await self._takes.put((worker, page))
+            if gap:
+                after = partial(take_after_gap, self._ledger, worker, page, boot.acknowledged_hash, self._clock_ns())
+                taken = await self._execute(after)
+            else:
+                taken = await self._takes.put((worker, page))
         if taken.seq <= seq:
             raise PageRefused("NothingNew", f"boot {boot.boot_id:.64}: nothing after seq {seq} was sent")
         return taken
+
+    async def _refuse_head(self, worker: Worker, boot: Boot, our_hash: str, watermark_ns: int) -> None:
+        await self._execute(partial(self._ledger.refuse_head, worker, boot, our_hash, watermark_ns, self._clock_ns()))
 
     async def _acknowledge(self, turn: Turn, boot: Boot, seq: int, head_hash: str) -> None:
         try:

@@ -33,6 +33,7 @@ class Digester:
         self._key = key
         self._file = file
         self._key_kept = False
+        self._behind_until_ns = 0
         self._swept = False  # whether this process has looked at all facts once
         self._file_problem = ""
         if key is None:
@@ -55,9 +56,10 @@ class Digester:
         services = await self._execute(self._ledger.services)
         waiting = await self._execute(partial(digests.due, engine, services))
         if not waiting:
+            await self._make_behind(key, now_ns)
             return
         # The first of a round looks for facts; what does not fit into it goes into the next ones, or into some more.
-        since_ns = await self._since_ns(waiting) if self._swept else -1
+        since_ns = await self._since_ns(waiting, now_ns) if self._swept else -1
         for made in range(DIGESTS_PER_ROUND):
             of = waiting[made] if made < len(waiting) else Due()
             entry = await self._execute(partial(digests.make, engine, of, key, now_ns, since_ns=since_ns))
@@ -75,10 +77,22 @@ class Digester:
             return  # there may be more facts than this: the next round looks at all of them again
         self._swept = True
 
-    async def _since_ns(self, waiting: list[Due]) -> int:
+    async def _make_behind(self, key: SigningKey, now_ns: int) -> None:
+        """Where the clock is behind the last digest, the facts that come now seem older than it, as if they had been
+        put in. They wait for no period to be Final: none of them stands uncovered for as long as clocks differ."""
+        if now_ns < self._behind_until_ns or await self._last_made_ns() <= now_ns:
+            return
+        self._behind_until_ns = now_ns + LATE_NS // 4
+        await self._execute(
+            partial(digests.make, self._ledger.engine, Due(), key, now_ns, since_ns=now_ns - 2 * LATE_NS)
+        )
+
+    async def _since_ns(self, waiting: list[Due], now_ns: int) -> int:
+        return min(await self._last_made_ns() - LATE_NS, now_ns - 2 * LATE_NS, waiting[0].start_ns)
+
+    async def _last_made_ns(self) -> int:
         last = await self._execute(partial(digests.last_made, self._ledger.engine))
-        made_ns = entry_of(last.body).made_ns if last else 0
-        return min(made_ns - LATE_NS, waiting[0].start_ns)
+        return entry_of(last.body).made_ns if last else 0
 
     async def _export(self, file: Path) -> None:
         try:

@@ -26,10 +26,13 @@ class Leftover:
     message: str
 
 
-async def take_journal(path: Path, ledger: Ledger, execute: Execute, clock_ns: Callable[[], int]) -> Leftover:
-    """Commit everything in a journal that is not in the ledger. Raises LedgerUnavailable."""
+async def take_journal(
+    path: Path, ledger: Ledger, execute: Execute, clock_ns: Callable[[], int], *, over_gaps: bool = False
+) -> Leftover:
+    """Commit everything in a journal that is not in the ledger; what is missing before it is given up only where its
+    chain may go on `over_gaps`: an older copy of the same journal may still hold it. Raises LedgerUnavailable."""
     try:
-        journal = JournalFile(path)
+        journal = JournalFile(path, over_gaps=over_gaps)
     except JournalUnreadable as problem:
         return Leftover(path, 0, "JournalUnreadable", str(problem))
     try:

@@ -18,6 +18,7 @@ from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerRefuses, WorkerSilent
 from gpumeter_operator.billing.facts import Worker
 from gpumeter_operator.flow.collect import Execute
+from gpumeter_usage.canonical import canonical_json
 from gpumeter_usage.period import SECOND_NS
 
 log = logging.getLogger(__name__)
@@ -135,4 +136,4 @@ def believed(answer: bytes) -> tuple[dict[str, bytes], list[str]]:
 def _canonical(entry: Any) -> bytes | None:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("profile"), Mapping):
         return None
-    return json.dumps(entry["profile"], sort_keys=True, separators=(",", ":")).encode()
+    return canonical_json(entry["profile"])

@@ -21,7 +21,10 @@ from gpumeter_operator.billing.audit import (
     nothing_hashed,
     recount,
 )
+from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import Pod
+from gpumeter_operator.billing.gaps import gaps_untold
+from gpumeter_operator.billing.lineage import Lineage, lineage
 from gpumeter_operator.billing.removals import Removed
 from gpumeter_operator.flow.refold import as_known, known_of, platform_of, refold
 from gpumeter_operator.flow.rollup import check_sums
@@ -99,28 +102,34 @@ def recount_service(
             of_class[pod.worker.gpu_class] = of_class.get(pod.worker.gpu_class, 0) + of_period.allocated
     counts.records += seen
     name = "/".join(service)
-    for problem in check_kept((each for each in reader.kept_reports(*service) if span.holds(each[0])), []):
+    kept = reader.kept_reports(*service)
+    for problem in check_kept((each for each in kept if span.holds(each[0])), []):
         yield "ReportDiffers", f"{name}: {problem}"
-    folded = (pods, recounts, hashed, allocated_ns)
+    chain = lineage((end_ns, tenant, body) for end_ns, tenant, phase, body, _ in kept if phase == Phase.FINAL.value)
+    for end_ns, told in chain.breaks:
+        if span.holds(end_ns):
+            yield "ReportChain", f"{name}: in the period that ended {rfc3339(end_ns)}, {told}"
+    folded = (pods, recounts, hashed, allocated_ns, chain)
     yield from _reports(reader, service, span, counts, folded, removed=removed)
 
 
-Folded = tuple[tuple[Pod, ...], list[Recount], HashedRecords, dict[int, dict[str, int]]]
-"""The pods of a service, what their records say, the hashes of these, and what was allocated by period and class."""
+Folded = tuple[tuple[Pod, ...], list[Recount], HashedRecords, dict[int, dict[str, int]], Lineage]
+"""The pods of a service, what their records say, the hashes of these, what was allocated by period and class, and what
+its Final reports say of those before them."""
 
 
 def _reports(
     reader: Reader, service: tuple[str, str], span: Span, counts: Counts, folded: Folded, *, removed: Removed
 ) -> Iterator[tuple[str, str]]:
     """The Final reports beside the raw records, and beside themselves folded anew."""
-    (pods, recounts, hashed, allocated_ns), name = folded, "/".join(service)
+    (pods, recounts, hashed, allocated_ns, chain), name = folded, "/".join(service)
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     known = known_of(reader, service, pods)
-    ends = {end_ns for end_ns, _ in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
-    for end_ns in sorted(each for each in ends | allocated_ns.keys() if not removed.holds(each)):
+    ends = {end_ns: kept_ns for end_ns, kept_ns in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
+    for end_ns in sorted(each for each in ends.keys() | allocated_ns.keys() if not removed.holds(each)):
         counts.periods += 1
         period = schedule.period_of(end_ns)
-        bodies = raw.final_bodies(reader.engine, *service, end_ns)
+        bodies = raw.reports_of_period(reader.engine, *service, end_ns)
         reports: dict[str, dict[str, Any]] = {tenant: json.loads(body) for tenant, _, body, _ in bodies}
         told = check_reports(
             period,
@@ -138,8 +147,12 @@ def _reports(
         if platform is None:
             yield "ReportBytes", f"{name}: the period that ended {rfc3339(end_ns)} has no report of the platform"
             continue
+        for pod, gap in gaps_untold(pods, period, platform["status"]["completeness"], ends.get(end_ns, 0)):
+            key = f"{pod.worker.worker_uid} {gap.boot_id} {gap.first_seq}"
+            when = f"{name}'s report of the period that ended {rfc3339(end_ns)}"
+            yield "GapUnproved", f"gaps ({key}): {when} came later, and does not name pod {pod.worker.pod} as missing"
         of_owners = {owner: each.running.hexdigest() for owner, each in hashed.get(end_ns, {}).items()}
-        again = refold(reader, service, period, known, platform=platform, digests=of_owners)
+        again = refold(reader, service, period, known, platform=platform, digests=of_owners, chain=chain)
         kept = {tenant: body for tenant, _, body, _ in bodies}
         counts.refolded += len(again)
         for tenant in sorted(kept.keys() | again.keys()):
@@ -154,7 +167,7 @@ def _reports(
 def _rows(reader: Reader, pod: Pod, span: Span) -> Iterator[RawRow]:
     if span == Whole:
         return iter(reader.kept_records(pod.worker.worker_uid))
-    return iter(raw.rows_between(reader.engine, pod.worker.worker_uid, span.since_ns, span.until_ns))
+    return iter(raw.records_in_span(reader.engine, pod.worker.worker_uid, span.since_ns, span.until_ns))
 
 
 def _first_difference(kept: bytes | None, again: bytes | None) -> str:

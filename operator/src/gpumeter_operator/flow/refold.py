@@ -17,6 +17,7 @@ from gpumeter_operator.adapters.ledger.audit import Allocation, ContainerFact
 from gpumeter_operator.adapters.ledger.read import Reader, span_of
 from gpumeter_operator.billing.close import Missing, Phase, Verdict, lived_in
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod
+from gpumeter_operator.billing.lineage import Lineage
 from gpumeter_operator.billing.report import ServicePeriod, canonical_report, reports
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.close import DEFAULT_PLAN
@@ -55,10 +56,12 @@ def refold(
     *,
     platform: Mapping[str, Any],
     digests: Mapping[str, str],
+    chain: Lineage,
 ) -> dict[str, bytes]:
     """The bytes of every Final report of a period, by tenant.
 
-    `platform` is the platform's report as it is kept, `digests` those of the period's records by owner.
+    `platform` is the platform's report as it is kept, `digests` those of the period's records by owner, `chain` what
+    the service's reports must say of those before them.
     """
     lines: dict[str, tuple[Line, ...]] = {}
     for line in reader.lines(*service, period.end_ns):
@@ -88,7 +91,7 @@ def refold(
             parts=parts_of(reader, service, period, plan, facts=facts, pods=by_uid),
         )
     )
-    return {manifest["spec"]["tenant"]: canonical_report(manifest) for manifest in found}
+    return {each["spec"]["tenant"]: canonical_report(each) for each in chain.chained(found, period.end_ns)}
 
 
 def as_known(pod: Pod, period: Period, known: Known) -> Pod:
@@ -137,6 +140,7 @@ def _missing(stated: Mapping[str, Any]) -> Missing:
         stated.get("bootId", ""),
         since_ns=from_rfc3339(stated["since"]) if "since" in stated else 0,
         first_seq=stated.get("first", 0),
+        last_seq=stated.get("last", 0),
     )
 
 

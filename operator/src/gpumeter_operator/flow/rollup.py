@@ -16,6 +16,7 @@ from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.billing.lineage import chained, lineage
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_operator.billing.rollup import Part, RollUp, add, decide_rollup, part_of, rolled_up
 from gpumeter_operator.billing.schedule import Schedule
@@ -132,6 +133,8 @@ class Roller:
             self._services.pop(service, None)
             return []  # a fact came in meanwhile: its period comes first
         manifests = folded(self._ledger, service, period, verdict)
+        tenants = [each["spec"]["tenant"] for each in manifests]
+        manifests = list(chained(manifests, rollups.previous_digests(self._engine, service, period, tenants)))
         if not rollups.keep_rollup(self._engine, service, period, manifests, made_from=made_from, now_ns=now_ns):
             self._services.pop(service, None)  # a fact came in, or another collector was faster: read it anew
             return []
@@ -164,7 +167,10 @@ def check_sums(reader: Reader, service: ServiceName) -> Iterator[tuple[int, str]
     parts = [end_ns for end_ns, _ in final_ends(reader.engine, *service)]
     for granularity, period_of in ((Granularity.DAY, day_of), (Granularity.MONTH, month_of)):
         kept: dict[int, dict[str, bytes]] = {}
-        for end_ns, tenant, body in rollups.rollup_bodies(reader.engine, service, granularity, 0):
+        bodies = rollups.rollup_bodies(reader.engine, service, granularity, 0)
+        chain = lineage(bodies)
+        yield from ((end_ns, f"of the {granularity.value.lower()}s, {told}") for end_ns, told in chain.breaks)
+        for end_ns, tenant, body in bodies:
             kept.setdefault(end_ns, {})[tenant] = body
         for end_ns in sorted({period_of(each).end_ns for each in parts} - kept.keys()):
             if kept and end_ns < max(kept):
@@ -175,7 +181,8 @@ def check_sums(reader: Reader, service: ServiceName) -> Iterator[tuple[int, str]
             period = period_of(end_ns)
             if _is_retired(reader, service, period, reports):
                 continue
-            again = folded(reader, service, period, decide_rollup(period, (), now_ns=2**62))
+            summed = folded(reader, service, period, decide_rollup(period, (), now_ns=2**62))
+            again = chain.chained(summed, end_ns)
             expected = {each["spec"]["tenant"]: canonical_report(each) for each in again}
             for tenant in sorted(expected.keys() | reports.keys()):
                 if expected.get(tenant) != reports.get(tenant):

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gpumeter_operator.adapters.ledger.members import Member
-from gpumeter_operator.decide.shares import leads, owner_of
+from gpumeter_operator.decide.shares import CLOCKS_NS, leads, owner_of
 from gpumeter_operator.flow.collect import Execute
+from gpumeter_usage.period import SECOND_NS
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,11 @@ class Share:
     @property
     def works(self) -> bool:
         """Whether this one does anything at all now."""
-        return self.leads if self._one_works else bool(self.members)
+        return self.leads if self._one_works else self._is_member
+
+    @property
+    def _is_member(self) -> bool:
+        return any(member.member_id == self._member_id for member in self.members)
 
     def mine(self, worker_uid: str) -> bool:
         """Whether this one pulls a worker."""
@@ -87,6 +92,11 @@ class Share:
         """A sentence where this one only waits for another to end."""
         if self.works or not self.members:
             return None
+        if not self._is_member:
+            return (
+                f"The clock of this collector is more than {CLOCKS_NS // 60 // SECOND_NS} minutes from the database's; "
+                f"it leaves the work to {self.members[0].name} until they agree. Set the node's clock by NTP."
+            )
         return (
             f"The collector {self.members[0].name} works on this ledger, which has one writer; this one stands by, and "
             "takes over when that one ends. Several share the work where ledger.url names a PostgreSQL."

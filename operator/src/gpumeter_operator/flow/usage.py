@@ -30,7 +30,7 @@ _ADDED = (
 
 
 @dataclass(slots=True)
-class Line:
+class Total:
     """What one key used over the whole span, and what it costs."""
 
     key: tuple[str, ...]
@@ -44,15 +44,15 @@ class Line:
     completion_tokens: int = 0
     cost: Cost = field(default_factory=Cost)
 
-    def add(self, other: "Line | Sum") -> None:
+    def add(self, other: "Total | Sum") -> None:
         """Add figures; what a line costs, too."""
         for name in _ADDED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        if isinstance(other, Line):
+        if isinstance(other, Total):
             self.cost.add(other.cost)
 
 
-def lines(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, now_ns: int) -> Iterator[Line]:
+def lines(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, now_ns: int) -> Iterator[Total]:
     """A line a key, in the order of the keys; of finer keys than reports know as they come out of the database."""
     return _as_billed(reader, by, asked, now_ns) if is_billed(by, asked) else _as_measured(reader, by, asked, plans)
 
@@ -62,23 +62,23 @@ def is_billed(by: Sequence[str], asked: Asked) -> bool:
     return asked.model is None and set(by) <= {"tenant", "service"}
 
 
-def _as_billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> Iterator[Line]:
-    found: dict[tuple[str, ...], Line] = {}
+def _as_billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> Iterator[Total]:
+    found: dict[tuple[str, ...], Total] = {}
     for key, cost in billed(reader, by, asked, now_ns).items():  # first: who pays for idle time may have used nothing
-        found[key] = Line(key, cost=cost)
+        found[key] = Total(key, cost=cost)
     for each in sums_of.sums(reader.engine, by, asked):
-        found.setdefault(each.key, Line(each.key)).add(each)
+        found.setdefault(each.key, Total(each.key)).add(each)
     # Who has a report and used nothing, as one whose only records were lost, is on no line.
     shown = (line for line in found.values() if line.records or line.cost.idle_ns)
     return iter(sorted(shown, key=lambda line: line.key))
 
 
-def _as_measured(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans) -> Iterator[Line]:
+def _as_measured(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans) -> Iterator[Total]:
     # Rounded by tenant as reports are, so that where a service has one model its amounts are those of its reports.
     fine = tuple(by) if "tenant" in by or "session" in by else (*by, "tenant")
     found = sums_of.sums(reader.engine, fine, asked, plans.edges_ns())
     for key, group in groupby(found, key=lambda each: each.key[: len(by)]):
-        line = Line(key)
+        line = Total(key)
         for (_, service, end_ns), of_period in groupby(group, key=lambda each: (each.key, each.service, each.end_ns)):
             of_one = list(of_period)
             for each in of_one:

@@ -41,6 +41,7 @@ ADVICE = {
     "FactInserted": "A row was put in behind the collector's back: it claims to be older than a digest that lacks it.",
     "FactAhead": "No clock of a collector said this yet: a row was put in, or this machine's clock is behind.",
     "RemovalUnproved": "Retention did not write this row, so it excuses nothing. Restore the ledger from a backup.",
+    "GapUnproved": "Reports name the gaps that were known: this row was put in. Restore the ledger from a backup.",
     "RecordsRoot": "Records of this period were changed, taken out or put in. Restore the ledger from a backup.",
     "PeriodWithoutDigest": "A collector with a signing key makes it within seconds: where one runs, it was taken out.",
     "RecordDiffers": "Compare with the worker's journal or a backup; nothing after this row of its chain is proved.",
@@ -48,6 +49,7 @@ ADVICE = {
     "AccountsDiffer": "Compare pod_accounts, containers and records of this pod with a backup.",
     "ReportDiffers": "The bill is not what its records say. Compare with the published UsageReport and a backup.",
     "ReportBytes": "It is not the report that its facts give. Compare with the published UsageReport and a backup.",
+    "ReportChain": "A report of this tenant was changed, taken out or put in. Compare with those that were published.",
     "PlanDiffers": "A price plan is not the one that was seen. Compare with a backup.",
     "ExportDiffers": "Ledger and exported file have parted: one of them was changed or restored from an older copy.",
     "CannotBeRecomputed": "A row holds what no collector writes; the findings before this one may name it.",
@@ -194,7 +196,8 @@ def _digests(of: Audit, tally: Tally, entries: dict[int, Entry]) -> Iterator[Fin
 
 def _facts(of: Audit, tally: Tally, entries: Mapping[int, Entry]) -> Iterator[Finding]:
     """Every row of facts beside the line that a digest has of it."""
-    made_ns = max((entry.made_ns for entry in entries.values()), default=0)
+    # Where the last digest is of a time that is yet to come, a clock was ahead: what comes now is no older than it.
+    made_ns = min(entries[max(entries)].made_ns, of.now_ns) if entries else 0
     inside = {seq for seq, entry in entries.items() if not entry.service or of.span.holds(entry.period_end_ns)}
     closed_ns: dict[tuple[str, str], int] = {}
     for entry in entries.values():

@@ -4,7 +4,6 @@ Owns the weights and the profile that names their parameters. Works in whole pic
 split the same way on every machine. Does not know how a step is measured, and never changes how long it took.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -13,6 +12,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from gpumeter_usage.apportion import largest_remainder
+from gpumeter_usage.canonical import canonical_json
 
 
 class Rule(StrEnum):
@@ -63,7 +63,7 @@ class Profile:
 
 @lru_cache(maxsize=64)
 def _hash(profile: Profile) -> str:
-    return sha256(json.dumps(asdict(profile), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256(canonical_json(asdict(profile))).hexdigest()
 
 
 def split(duration_ns: int, loads: Sequence[tuple[int, int]], profile: Profile) -> list[int]:

@@ -335,10 +335,13 @@ class Reader:
     def status(self) -> JournalStatus:
         """Every boot in the journal, oldest first. Raises JournalUnusable."""
         with translated(None):
+            is_kept = self._database.execute(_HAS_ACKNOWLEDGED_HASH).fetchone() is not None
+            last = "acknowledged_hash" if is_kept else "''"
             rows = self._database.execute(
-                "SELECT boot_id, head_seq, head_hash, acknowledged_seq, sealed, frontier_ns FROM boots ORDER BY ordinal"
+                "SELECT boot_id, head_seq, head_hash, acknowledged_seq, sealed, frontier_ns, "  # noqa: S608 - ours
+                f"{last} FROM boots ORDER BY ordinal"
             ).fetchall()
-        boots = tuple(Boot(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows)
+        boots = tuple(Boot(row[0], row[1], row[2], row[3], bool(row[4]), row[6]) for row in rows)
         return JournalStatus(self._worker_uid, self._service, rows[-1][5] if rows else 0, boots)
 
     def page(self, boot_id: str, after: int, limit: int) -> Page | None:

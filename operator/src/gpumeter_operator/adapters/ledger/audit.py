@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, and_, func, not_, or_, select, union_all
+from sqlalchemy import Connection, Engine, Select, and_, func, not_, or_, select, union_all
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
+from gpumeter_operator.adapters.ledger.gaps import gaps_of
+from gpumeter_operator.billing.audit import RawRow
 from gpumeter_operator.billing.close import Phase
 
 _DERIVED = [column.name for column in t.records.columns if column.name not in ("hash", "body", "booked_end_ns")]
 _READ_AT_ONCE = 5_000
-
-RawRow = tuple[str, int, str, bytes, int, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,14 @@ def heads_before(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) 
     return found
 
 
-def rows_between(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) -> Iterator[RawRow]:
+def kept_records(engine: Engine, worker_uid: str) -> Iterator[RawRow]:
+    """All records of a worker, in the order of their keys."""
+    r = t.records
+    with reading(engine) as connection:
+        yield from _raw_rows(connection, select(r).where(r.c.worker_uid == worker_uid).order_by(r.c.boot_id, r.c.seq))
+
+
+def records_in_span(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) -> Iterator[RawRow]:
     """The records of a worker from the first to the last of each boot that is booked in a span, as `kept_records`."""
     r = t.records
     inside = (
@@ -79,9 +86,7 @@ def rows_between(engine: Engine, worker_uid: str, since_ns: int, until_ns: int) 
         .order_by(r.c.boot_id, r.c.seq)
     )
     with reading(engine) as connection:
-        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query).mappings():
-            columns = {name: row[name] for name in _DERIVED}
-            yield row["boot_id"], row["seq"], row["hash"], row["body"], row["booked_end_ns"], columns
+        yield from _raw_rows(connection, query)
 
 
 def strays(engine: Engine) -> list[tuple[str, str, int]]:
@@ -131,7 +136,7 @@ def final_ends(engine: Engine, namespace: str, service: str) -> list[tuple[int, 
         return [(row[0], row[1]) for row in connection.execute(query)]
 
 
-def final_bodies(engine: Engine, namespace: str, service: str, end_ns: int) -> list[tuple[str, str, bytes, str]]:
+def reports_of_period(engine: Engine, namespace: str, service: str, end_ns: int) -> list[tuple[str, str, bytes, str]]:
     """(tenant, name, bytes, digest) of the Final reports of one period, by tenant."""
     r = t.reports.c
     query = select(r.tenant, r.name, r.body, r.digest).where(
@@ -164,14 +169,23 @@ def allocations(engine: Engine, namespace: str, service: str) -> list[Allocation
 
 
 def bookings(engine: Engine, worker_uid: str) -> dict[str, tuple[int, int]]:
-    """By boot, the ends of the periods in which its first record and its last are booked."""
+    """By boot, the ends of the periods in which its first record that is no gap, and its last, are booked."""
     b, r = t.boots.c, t.records.c
     found: dict[str, list[int]] = {}
     with reading(engine) as connection:
+        gaps = gaps_of(connection, [worker_uid]).get(worker_uid, ())
+        begins = {gap.boot_id: gap.last_seq + 1 for gap in gaps if gap.first_seq == 1}
         for boot_id, last_seq in connection.execute(
             select(b.boot_id, b.committed_seq).where(b.worker_uid == worker_uid)
         ).all():
-            for seq in (1, last_seq):
+            for seq in (begins.get(boot_id, 1), last_seq):
                 of = select(r.booked_end_ns).where(r.worker_uid == worker_uid, r.boot_id == boot_id, r.seq == seq)
                 found.setdefault(boot_id, []).append(connection.scalar(of) or 0)
     return {boot_id: (first_ns, last_ns) for boot_id, (first_ns, last_ns) in found.items()}
+
+
+def _raw_rows(connection: Connection, query: Select[Any]) -> Iterator[RawRow]:
+    """The rows of a query of whole records, a few at a time, as an audit looks at them."""
+    for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query).mappings():
+        columns = {name: row[name] for name in _DERIVED}
+        yield row["boot_id"], row["seq"], row["hash"], row["body"], row["booked_end_ns"], columns

@@ -49,6 +49,7 @@ CAME = {
     "adjustments": "made_ns",
     "alarms": "raised_ns",
     "containers": "observed_ns",
+    "gaps": "made_ns",
     "granularities": "set_ns",
     "period_terms": "end_ns",
     "periods": "opened_ns",

@@ -14,7 +14,7 @@ from gpumeter_operator.adapters.ledger import dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.locks import Lock
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.decide.shares import LIFE_NS
+from gpumeter_operator.decide.shares import LIFE_NS, stands_aside
 
 COLLECTORS = Lock("5 collectors")
 
@@ -42,16 +42,26 @@ class Members:
     """One collector's place among the others. Methods block, and raise LedgerUnavailable."""
 
     def __init__(
-        self, ledger: Ledger, member_id: str, name: str, clock_ns: Callable[[Connection], int] = database_now_ns
+        self,
+        ledger: Ledger,
+        member_id: str,
+        name: str,
+        clock_ns: Callable[[Connection], int] = database_now_ns,
+        own_ns: Callable[[], int] | None = None,
     ) -> None:
+        """`own_ns` is the clock of this collector, where it must agree with the database's."""
         self._ledger = ledger
         self._member_id = member_id
         self._name = name
         self._clock_ns = clock_ns
+        self._own_ns = own_ns
         self._begun = False
 
     def beat(self) -> tuple[Member, ...]:
-        """Say that this one lives; all who do, in the order in which they joined."""
+        """Say that this one lives; all who do, in the order in which they joined.
+
+        One whose clock is of another time than the database's leaves the work to the others, and is not among them.
+        """
         c = t.collectors.c
         with self._ledger.writing(COLLECTORS) as connection:
             now_ns = self._clock_ns(connection)
@@ -61,6 +71,13 @@ class Members:
                 connection.execute(former.values(seen_ns=0))
             known = connection.execute(select(t.collectors).where(c.member_id == self._member_id)).one_or_none()
             stayed = known is not None and known.seen_ns > now_ns - LIFE_NS
+            others = select(c.member_id, c.name, c.joined_ns).where(
+                c.seen_ns > now_ns - LIFE_NS, c.member_id != self._member_id
+            )
+            working = tuple(Member(*row) for row in connection.execute(others.order_by(c.joined_ns, c.member_id)))
+            if stands_aside(None if self._own_ns is None else self._own_ns() - now_ns, len(working)):
+                connection.execute(update(t.collectors).where(c.member_id == self._member_id).values(seen_ns=0))
+                return working
             # Whoever was given up joins behind those who did its work meanwhile; nobody joins in the same moment, or
             # before somebody who leads already.
             youngest_ns = int(connection.scalar(select(func.max(c.joined_ns))) or 0)

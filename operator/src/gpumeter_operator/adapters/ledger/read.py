@@ -6,22 +6,35 @@ Owns the queries. Changes nothing; opened read-only it works beside a running co
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, exists, func, not_, or_, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    bindparam,
+    case,
+    exists,
+    func,
+    not_,
+    or_,
+    select,
+    true,
+)
 
-from gpumeter_operator.adapters.ledger import prices
+from gpumeter_operator.adapters.ledger import audit, prices
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import open_engine, reading
+from gpumeter_operator.adapters.ledger.gaps import gaps_of
+from gpumeter_operator.adapters.ledger.sums import sums_of_period
 from gpumeter_operator.billing.accounts import NAMES, Accounts
+from gpumeter_operator.billing.audit import RawRow
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import digest_of
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_usage.period import Granularity
-from gpumeter_usage.record import ENDED, Account, Kind, Status
-
-HALF = 2**31
-"""Sums are made of what is above and below this, so that neither can leave 64 bits in as many rows as a disk holds."""
+from gpumeter_usage.record import Status
 
 FactsVersion = tuple[int, int, int]
 """How many facts a fold was made from. Facts only grow, so an equal count is an equal set."""
@@ -139,24 +152,8 @@ class Reader:
         self, namespace: str, service: str, end_ns: int, *, after_ns: int | None = None, until_ns: int | None = None
     ) -> tuple[Line, ...]:
         """The sums of the records that are booked in a period; of those only that ended after, and until, a time."""
-        r = t.records.c
-        in_time = [r.ended_at > after_ns] if after_ns is not None else []
-        in_time += [r.ended_at <= until_ns] if until_ns is not None else []
-        key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
-        ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
-        sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
-        # Each is summed in two halves: SQLite refuses a sum beyond 64 bits, and with it the whole query, and no worker
-        # may have the means to do that to its service.
-        halves = [half for column in sums for half in (func.sum(column // HALF), func.sum(column % HALF))]
-        counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
-        query = (
-            select(*key, *counts, *halves)
-            .where(r.service == f"{namespace}/{service}", r.booked_end_ns == end_ns, *in_time)
-            .group_by(*key)
-            .order_by(*key)
-        )
         with reading(self.engine) as connection:
-            return tuple(_line(tuple(row)) for row in connection.execute(query))
+            return sums_of_period(connection, f"{namespace}/{service}", end_ns, after_ns, until_ns)
 
     def digests(self, namespace: str, service: str, end_ns: int) -> dict[str, str]:
         """By owner, the digest of the records that are booked in a period."""
@@ -241,17 +238,9 @@ class Reader:
         """(boot_id, seq, hash, body, booked_end_ns) of all records of a worker, in the order of their keys."""
         return (row[:5] for row in self.kept_records(worker_uid))
 
-    def kept_records(self, worker_uid: str) -> Iterator[tuple[str, int, str, bytes, int, dict[str, Any]]]:
+    def kept_records(self, worker_uid: str) -> Iterator[RawRow]:
         """The same, and what the columns beside the body say: those that were read from it, by name."""
-        r = t.records
-        derived = [column.name for column in r.columns if column.name not in ("hash", "body", "booked_end_ns")]
-        with reading(self.engine) as connection:
-            rows = connection.execution_options(yield_per=5000).execute(
-                select(r).where(r.c.worker_uid == worker_uid).order_by(r.c.boot_id, r.c.seq)
-            )
-            for row in rows.mappings():
-                columns = {name: row[name] for name in derived}
-                yield row["boot_id"], row["seq"], row["hash"], row["body"], row["booked_end_ns"], columns
+        return audit.kept_records(self.engine, worker_uid)
 
     def kept_reports(self, namespace: str, service: str) -> list[tuple[int, str, str, bytes, str]]:
         """(end of the period, tenant, phase, bytes, digest) of every version of a service's reports that is kept."""
@@ -360,6 +349,7 @@ def _load_pods(connection: Connection, which: ColumnElement[bool]) -> tuple[Pod,
     uids = [row.worker_uid for row in rows]
     by_worker, gone = spans(connection, uids)
     boots = _boots(connection, uids)
+    gaps = gaps_of(connection, uids)
     progress = {
         row.worker_uid: row for row in connection.execute(select(t.progress).where(t.progress.c.worker_uid.in_(uids)))
     }
@@ -371,6 +361,7 @@ def _load_pods(connection: Connection, which: ColumnElement[bool]) -> tuple[Pod,
             settled_ns=progress[row.worker_uid].settled_ns if row.worker_uid in progress else 0,
             gone=row.worker_uid in gone,
             problem=progress[row.worker_uid].problem if row.worker_uid in progress else "",
+            gaps=gaps.get(row.worker_uid, ()),
         )
         for row in rows
     )
@@ -417,29 +408,4 @@ def _worker(row: Row[Any]) -> Worker:
         row.gpu_class,
         row.devices,
         row.pod,
-    )
-
-
-def _line(row: tuple[Any, ...]) -> Line:
-    key, (records, first, last, sessions, *halves) = row[:6], (int(number) for number in row[6:])
-    sums = [high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)]
-    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion, batch_ns = sums
-    return Line(
-        worker_uid=key[0],
-        boot_id=key[1],
-        kind=Kind(key[2]),
-        account=key[3],
-        tenant=key[4],
-        clock=key[5],
-        records=records,
-        first_seq=first,
-        last_seq=last,
-        sessions=sessions,
-        gpu_ns=gpu_ns,
-        prefill_ns=prefill_ns,
-        decode_ns=decode_ns,
-        prompt_tokens=prompt,
-        cached_tokens=cached,
-        completion_tokens=completion,
-        batch_ns=batch_ns,
     )

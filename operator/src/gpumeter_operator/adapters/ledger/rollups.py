@@ -4,10 +4,10 @@ Owns the table `rollups` and the queries for closing it. Every one of them reads
 does not grow with the ledger. Decides nothing; raises LedgerUnavailable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 
-from sqlalchemy import Connection, Engine, func, insert, select
+from sqlalchemy import Connection, Engine, bindparam, func, insert, select
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading, writing
@@ -74,6 +74,23 @@ def rollup_bodies(
     with reading(engine) as connection:
         rows = connection.execute(query.order_by(d.period_end_ns, d.tenant))
         return [(row[0], row[1], row[2]) for row in rows]
+
+
+def previous_digests(engine: Engine, service: Service, period: Period, tenants: Iterable[str]) -> dict[str, str]:
+    """Of each of these tenants, the digest of its last Final report of the same kind before this period: of another day
+    or month, or of another closing period. Who has none is left out."""
+    of = t.rollups if period.granularity in (Granularity.DAY, Granularity.MONTH) else t.reports
+    kind = of.c.granularity == period.granularity.value if of is t.rollups else of.c.phase == Phase.FINAL.value
+    newest = (  # one index seek a tenant, however long the history
+        select(of.c.digest)
+        .where(of.c.namespace == service[0], of.c.service == service[1], of.c.tenant == bindparam("tenant"), kind)
+        .where(of.c.period_end_ns < period.end_ns)
+        .order_by(of.c.period_end_ns.desc())
+        .limit(1)
+    )
+    with reading(engine) as connection:
+        found = {tenant: connection.scalar(newest, {"tenant": tenant}) for tenant in tenants}
+    return {tenant: digest for tenant, digest in found.items() if digest is not None}
 
 
 def pod_sums(engine: Engine, service: Service, period: Period) -> dict[str, Accounts]:

@@ -4,7 +4,7 @@ Owns names, types and keys; the migrations create exactly these (a test compares
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
 period_terms, price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms,
-profiles, digests, digest_facts, signing_keys, removals.
+profiles, digests, digest_facts, signing_keys, removals, gaps.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
 collectors (who works on it now).
 """
@@ -341,6 +341,21 @@ removals = Table(
 )
 Index("removals_by_service", removals.c.service, removals.c.last_end_ns)
 
+gaps = Table(
+    "gaps",
+    metadata,
+    Column("worker_uid", _UID, nullable=False),
+    Column("boot_id", _UID, nullable=False),
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("last_hash", _HASH, nullable=False),  # as the worker stated it: what follows is chained to it
+    Column("after_ns", BigInteger, nullable=False),  # what they booked ended after this, and
+    Column("until_ns", BigInteger, nullable=False),  # at this time at the latest
+    Column("reason", Text, nullable=False),
+    Column("made_ns", BigInteger, nullable=False),
+    PrimaryKeyConstraint("worker_uid", "boot_id", "first_seq"),
+)
+
 FACTS = (
     records,
     workers,
@@ -360,4 +375,5 @@ FACTS = (
     digest_facts,
     signing_keys,
     removals,
+    gaps,
 )

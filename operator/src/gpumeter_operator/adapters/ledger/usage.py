@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Engine, and_, case, func, literal_column, 
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
-from gpumeter_operator.adapters.ledger.read import HALF
+from gpumeter_operator.adapters.ledger.sums import HALF
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_usage.record import ENDED, Account, Kind
