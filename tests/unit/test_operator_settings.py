@@ -34,12 +34,11 @@ def test_only_image_key_and_namespace_are_needed(key: str) -> None:
 
 def test_what_the_chart_says_of_nodes_and_networks_is_read_from_json(key: str) -> None:
     peers = {"http": [{"podSelector": {}}], "usage": [{"podSelector": {}}], "egress": []}
-    needed = {"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key}
+    needed = {"GPUMETER_WORKER_IMAGE": "worker:1", "GPUMETER_MASTER_KEY_FILE": key, "GPUMETER_NAMESPACE": "gpumeter"}
     installation = read_settings(
         {
             **needed,
             "GPUMETER_GPU_CLASSES": json.dumps({"h100": {"nodeSelector": {"pool": "h100"}}}),
-            "GPUMETER_NAMESPACE": "gpumeter-system",
             "GPUMETER_WORKER_PEERS": json.dumps(peers),
             "GPUMETER_WORKER_MONITORING": json.dumps({"labels": {"release": "p"}, "interval": "30s"}),
         }
