@@ -32,7 +32,7 @@ class Ring:
     missing: Callable[[], str | None]
     prepare: tuple[str, ...] = ()
     shared: str = ""
-    """How its tests are shared out among the machine's processors: one by one, by file, or (empty) not at all."""
+    """How its tests are shared out among the processors: a way of pytest-xdist, or (empty) not at all."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ RINGS = (
     Ring("unit", _nothing, shared="worksteal"),
     Ring("property", _nothing, shared="worksteal"),
     Ring("sim", _nothing, shared="worksteal"),
-    Ring("contract", _nothing, ("model", "tools"), shared="loadfile"),  # a file starts its workers once
+    Ring("contract", _nothing, ("model", "tools"), shared="loadgroup"),
     Ring("cluster", _control_plane_missing, ("tools",)),
     Ring("e2e", _node_missing),  # brings its cluster up as a user does
     Ring("gpu", _gpu_missing),
