@@ -74,11 +74,11 @@ class OperatorProcess:
             "GPUMETER_WORKER_IMAGE": "localhost/gpumeter-worker:test",
             "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
             "GPUMETER_MASTER_KEY_FILE": str(key),
-            "GPUMETER_WORKER_PEERS": json.dumps(PEERS),
             "GPUMETER_NAMESPACE": NAMESPACE,
             "GPUMETER_STATUS_INTERVAL_MS": "1000",
             "GPUMETER_HTTP_HOST": "127.0.0.1",
             "GPUMETER_HTTP_PORT": str(self.port),
+            "GPUMETER_WORKER_PEERS": json.dumps(PEERS),
             **environment,
         }
         self._process: subprocess.Popen[bytes] | None = None

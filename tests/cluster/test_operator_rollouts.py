@@ -2,6 +2,9 @@
 it serves, and says why while it does not. The test plays scheduler and kubelet, as in test_operator_reconcile.
 """
 
+import json
+
+from apiserver import Run
 from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, EVENTS, PODS, Cluster, Manifest
 from operatorrun import condition, eventually
 from test_operator_reconcile import (  # noqa: F401 - the fixtures are found by their names
@@ -12,6 +15,7 @@ from test_operator_reconcile import (  # noqa: F401 - the fixtures are found by 
     bind,
     cluster,
     container,
+    end_pod,
     operator,
     pods,
     say,
@@ -112,3 +116,39 @@ async def test_an_edit_under_load_is_applied_in_seconds(
     assert {"name": "GPUMETER_MAX_BATCH_SIZE", "value": "8"} in (
         deployment["spec"]["template"]["spec"]["containers"][0]["env"]
     )
+
+
+async def test_a_rollout_that_a_quota_leaves_no_room_says_how_to_make_some_and_goes_on_when_it_is_made(
+    cluster: Cluster,  # noqa: F811
+    namespace: str,
+    show: Show,  # noqa: F811
+    kubectl: Run,
+) -> None:
+    former = await serving(cluster, namespace, show)
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one", "namespace": namespace}}
+    kubectl("apply", "-f", "-", stdin=json.dumps({**quota, "spec": {"hard": {"pods": "1"}}}))
+
+    async def counted() -> bool:
+        told = kubectl("get", "resourcequota", "one", "-n", namespace, "-o", "jsonpath={.status.used.pods}").stdout
+        return told == "1"
+
+    await eventually(counted, 30)
+    await show(engine={"image": f"{IMAGE}:2"})
+    status = await becomes(cluster, namespace, "QuotaExceeded")
+    ready = condition(status)
+    assert (ready["status"], condition(status, "WorkloadsReady")["status"]) == ("True", "False")
+    assert "exceeded quota: one" in ready["message"]
+    assert "{maxSurge: 0, maxUnavailable: 1}" in ready["message"]
+    assert not await leaves(cluster, former)
+
+    await show(engine={"image": f"{IMAGE}:2"}, rolloutStrategy={"maxSurge": 0, "maxUnavailable": 1})
+
+    async def made_room() -> bool:
+        return await leaves(cluster, former)
+
+    await eventually(made_room, 15)
+    await end_pod(cluster, former)
+    new = await of_image(cluster, namespace, "2")
+    await bind(cluster, new)
+    await say(cluster, new, **READY)
+    await becomes(cluster, namespace, "Serving")

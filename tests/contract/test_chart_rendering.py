@@ -67,13 +67,13 @@ def test_the_environment_is_what_the_parts_read() -> None:
     }
     assert environment(pods["gpumeter-operator"]) == {
         **shared,
+        "GPUMETER_DELETION_MARGIN_MS": "60000",
+        "GPUMETER_WORKER_PEERS": json.dumps(PEERS, separators=(",", ":")),
+        "GPUMETER_WORKER_MONITORING": '{"interval":"15s","labels":{}}',
         "GPUMETER_WORKER_IMAGE": "localhost/gpumeter-worker:dev",
         "GPUMETER_WORKER_IMAGE_PULL_POLICY": "IfNotPresent",
         "GPUMETER_GATEWAY_URL": "http://gpumeter-gateway.gpumeter-system.svc",
         "GPUMETER_GATEWAY_SERVICE": "gpumeter-system/gpumeter-gateway",
-        "GPUMETER_DELETION_MARGIN_MS": "60000",
-        "GPUMETER_WORKER_PEERS": json.dumps(PEERS, separators=(",", ":")),
-        "GPUMETER_WORKER_MONITORING": '{"interval":"15s","labels":{}}',
         "GPUMETER_LEASE": "gpumeter-operator",
     }
     assert environment(pods["gpumeter-collector"]) == {

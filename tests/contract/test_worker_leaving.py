@@ -46,17 +46,17 @@ def test_the_pod_outlives_the_workers_deadline_and_its_last_responses() -> None:
 
 def test_a_request_is_not_aborted_five_seconds_after_sigterm(tmp_path: Path) -> None:
     events: list[bytes] = []
-    with worker(tmp_path, {"GPUMETER_DRAIN_TIMEOUT_MS": "60000"}) as process:
+    with worker(tmp_path, {"GPUMETER_DRAIN_TIMEOUT_MS": "180000"}) as process:
         process.ready()
         asking = threading.Thread(target=_stream, args=(process, events))
         asking.start()
-        until(lambda: len(events) > 2, "the stream runs")
+        until(lambda: len(events) > 2, "the stream runs", timeout_s=180)
         process.send(signal.SIGTERM)
         told_s = time.monotonic()
         until(lambda: process.reason() == "Draining", "it drains")
         until(lambda: time.monotonic() - told_s > 6, "servers that give a request five seconds would have cut it off")
         seen = len(events)
-        until(lambda: len(events) > seen + 2 or not asking.is_alive(), "it is answered further")
+        until(lambda: len(events) > seen + 2 or not asking.is_alive(), "it is answered further", timeout_s=150)
         assert asking.is_alive() or b"[DONE]" in events[-1], "either it goes on, or it came to its own end"
     asking.join(30)
 

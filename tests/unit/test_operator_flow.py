@@ -14,7 +14,7 @@ from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.workload import Installation
-from gpumeter_operator.flow import children, fleet
+from gpumeter_operator.flow import children, optional
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler
 from gpumeter_operator.flow.release import Releaser
@@ -232,7 +232,7 @@ async def test_a_pod_monitor_that_is_refused_keeps_no_service_from_serving(world
 async def test_pod_monitors_are_made_from_the_moment_at_which_the_cluster_knows_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fleet, "ASK_AGAIN_S", 0.01)
+    monkeypatch.setattr(optional, "ASK_AGAIN_S", 0.01)
     api = ApiInMemory()
     api.unknown.add("PodMonitor")
     one = Fleet(api)

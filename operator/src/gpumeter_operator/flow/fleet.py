@@ -4,7 +4,6 @@ Owns the mirrors of pods and owned objects, and the index from a service to them
 """
 
 import asyncio
-import logging
 from collections import Counter
 from typing import Any
 
@@ -18,19 +17,14 @@ from gpumeter_operator.adapters.kubernetes import (
     SERVICES,
     Labels,
     Manifest,
-    Refused,
-    Resource,
-    Unreachable,
 )
 from gpumeter_operator.adapters.mirror import Mirror, Source
 from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
+from gpumeter_operator.flow.optional import OptionalMirror
 
 Reference = tuple[str, str]  # namespace and name of a service
 
 OWNED = (SERVICE_ACCOUNTS, SERVICES, POD_DISRUPTION_BUDGETS, NETWORK_POLICIES, DEPLOYMENTS)
-ASK_AGAIN_S = 60.0  # whether the cluster has a kind by now that it did not have
-
-log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -38,20 +32,18 @@ class Fleet:
 
     def __init__(self, source: Source) -> None:
         managed: Labels = {MANAGED_BY_LABEL: MANAGED_BY, SERVICE_LABEL: None}
-        self._source = source
-        self._managed = managed
         self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_item=self._take_pod)
         self._owned = {one.kind: Mirror(source, one, labels=managed, on_item=self._count) for one in OWNED}
-        self._optional: dict[str, Mirror] = {}
         self._index: dict[Reference, dict[str, Manifest]] = {}
         self._versions: Counter[Reference] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
+        self._monitors = OptionalMirror(source, POD_MONITORS, managed, on_item=self._count)
 
     async def start(self) -> None:
         """Start all watches and wait until each has its first list."""
         mirrors = self._mirrors()
         self._tasks = [asyncio.create_task(mirror.run(), name=f"mirror of {name}") for name, mirror in mirrors.items()]
-        self._tasks.append(asyncio.create_task(self._follow(POD_MONITORS), name="mirror of PodMonitor objects, if any"))
+        self._tasks.append(asyncio.create_task(self._monitors.run(), name="mirror of PodMonitor objects, if any"))
         await asyncio.gather(*(mirror.synced() for mirror in mirrors.values()))
 
     async def stop(self) -> None:
@@ -60,37 +52,10 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _follow(self, resource: Resource) -> None:
-        """Mirror a kind that a cluster need not have, from the moment at which it has."""
-        while True:
-            if await self._offers(resource):
-                break
-            await asyncio.sleep(ASK_AGAIN_S)
-        mirror = Mirror(self._source, resource, labels=self._managed, on_item=self._count)
-        keeping = asyncio.create_task(mirror.run())
-        try:
-            await mirror.synced()
-            self._optional[resource.kind] = mirror
-            await keeping
-        finally:
-            keeping.cancel()
-
-    async def _offers(self, resource: Resource) -> bool:
-        try:
-            await self._source.list_at(resource, None, self._managed)
-        except Refused as refusal:
-            if refusal.status != 404:
-                log.warning("Objects of kind %s are left alone: %s", resource.kind, refusal)
-            return False
-        except Unreachable:
-            return False
-        return True
-
     @property
     def has_pod_monitors(self) -> bool:
-        """Whether the cluster has PodMonitors; not any more when their API was taken away."""
-        mirror = self._optional.get(POD_MONITORS.kind)
-        return mirror is not None and mirror.silence() is None
+        """Whether the cluster has PodMonitors."""
+        return self._monitors.mirror is not None
 
     def pods_of(self, namespace: str, service: str) -> list[Manifest]:
         """The pods labelled as this service's, of former namesakes too."""
@@ -103,11 +68,13 @@ class Fleet:
     def owned(self, manifest: Manifest) -> Manifest | None:
         """The observed object that a manifest is about."""
         metadata = manifest["metadata"]
-        return self._mirror(manifest["kind"]).objects.get((metadata["namespace"], metadata["name"]))
+        mirror = self._mirror(manifest["kind"])
+        return mirror.objects.get((metadata["namespace"], metadata["name"])) if mirror else None
 
     def learn(self, observed: Manifest) -> None:
         """Take what a write returned."""
-        self._mirror(observed["kind"]).learn(observed)
+        if mirror := self._mirror(observed["kind"]):
+            mirror.learn(observed)
 
     def deployment(self, namespace: str, name: str) -> Manifest | None:
         """The Deployment of a service."""
@@ -123,8 +90,8 @@ class Fleet:
         sentences = (mirror.silence() for mirror in self._mirrors().values())
         return next((sentence for sentence in sentences if sentence is not None), None)
 
-    def _mirror(self, kind: str) -> Mirror:
-        return self._owned.get(kind) or self._optional[kind]
+    def _mirror(self, kind: str) -> Mirror | None:
+        return self._owned.get(kind) or self._monitors.mirror
 
     def _mirrors(self) -> dict[str, Mirror]:
         return {"pods": self._pods, **{f"{kind} objects": mirror for kind, mirror in self._owned.items()}}
