@@ -6,7 +6,7 @@ from typing import Any
 
 from devcluster import components, contents, kindnode, model
 from devcluster.layout import REPOSITORY
-from devcluster.places import FIRST
+from devcluster.places import EVERY, FIRST
 
 OFFER = contents.Offer("node-1", 2, "/var/lib/volumes", "/var/lib/models/abcdef0123456789")
 
@@ -115,3 +115,25 @@ def test_the_models_key_follows_its_pins() -> None:
     assert model.pin_of("transformers", "tokenizers==1 \\\ntransformers==5.23.0 \\\n    --hash=x\n") == (
         "transformers==5.23.0"
     )
+
+
+def test_models_are_on_every_node_and_volumes_that_are_written_on_one() -> None:
+    beside = tuple(place.name for place in FIRST.others)
+    offer = contents.Offer(FIRST.name, 0, "/var/lib/volumes", "/var/lib/models/abcdef0123456789", beside)
+    nodes: dict[str, set[str]] = {}
+    for one in contents.volumes(offer):
+        term = one["spec"]["nodeAffinity"]["required"]["nodeSelectorTerms"][0]["matchExpressions"][0]
+        nodes.setdefault(one["spec"]["storageClassName"], set()).update(term["values"])
+    assert nodes == {"standard": {"gpumeter-node"}, "models": {place.name for place in EVERY}}
+
+
+def test_no_two_nodes_share_a_name_an_address_or_a_pods_range() -> None:
+    for values in (
+        {place.name for place in EVERY},
+        {place.address for place in EVERY},
+        {place.pods for place in EVERY},
+    ):
+        assert len(values) == len(EVERY)
+    for place in EVERY:
+        bridge = json.loads(components.cni_conflist(place))["plugins"][0]
+        assert bridge["ipam"]["ranges"] == [[{"subnet": place.pods}]]
