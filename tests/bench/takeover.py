@@ -96,6 +96,7 @@ async def _measure(bench: _Bench, plane: Path, line: CutLine, asked: argparse.Na
                 await asyncio.to_thread(bench.swap)
                 print(f"{name:<6} {number:>4}/{times}, median {statistics.median(found[name]):.0f} ms", flush=True)
         found["frozen"] = [await _frozen(bench, edits)]
+        found |= await _costs(bench)
         if asked.away_s:
             found["away"] = [await _away(bench, edits, line, asked.away_s)]
     finally:
@@ -116,6 +117,16 @@ async def _frozen(bench: _Bench, edits: "_Edits") -> float:
     print(f"frozen: taken over in {took_ms:.0f} ms; when it went on it ended ({', '.join(reasons)})", flush=True)
     await asyncio.to_thread(bench.swap)
     return took_ms
+
+
+async def _costs(bench: _Bench, over_s: float = 20) -> dict[str, list[float]]:
+    """Memory of both, and what standing by takes of a core."""
+    begun_s, busy_s = time.monotonic(), bench.spare.cpu_s
+    await asyncio.sleep(over_s)
+    share = (bench.spare.cpu_s - busy_s) / (time.monotonic() - begun_s)
+    acting, spare = bench.acting.memory_mib, bench.spare.memory_mib
+    print(f"memory: {acting:.0f} MiB acting, {spare:.0f} MiB standing by at {100 * share:.1f} % of a core", flush=True)
+    return {"memory_mib": [acting, spare], "standby_cpu_share": [share]}
 
 
 async def _away(bench: _Bench, edits: "_Edits", line: CutLine, away_s: float) -> float:
@@ -176,7 +187,7 @@ def _report(found: dict[str, list[float]], raw: Path) -> int:
             print(f"{name:<42} {len(values):>6} {p50:>8.0f} {p99:>8.0f} {max(values):>8.0f}")
     raw.parent.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
-    raw.write_text(json.dumps({"machine": machine, "milliseconds": found}, indent=1))
+    raw.write_text(json.dumps({"machine": machine, "found": found}, indent=1))
     print(f"\nraw numbers: {raw}")
     met = True
     for key, goal_ms in GOAL_MS.items():

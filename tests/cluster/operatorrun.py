@@ -130,6 +130,20 @@ class OperatorProcess:
         return self._process.pid
 
     @property
+    def memory_mib(self) -> float:
+        """Resident memory."""
+        assert self._process is not None
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1_024
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time so far."""
+        assert self._process is not None
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
     def runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

@@ -261,13 +261,13 @@ class Operator:
 
 
 async def settled(world: World, operator: Operator, rounds_max: int = 100) -> None:
-    """Rounds until nothing was written for ten of them."""
+    """Rounds until nothing was written for six of them: figures of a status change every ten seconds at most."""
     quiet, version = 0, -1
     for _ in range(rounds_max):
         await operator.round()
         quiet = quiet + 1 if world.api.version == version else 0
         version = world.api.version
-        if quiet == 10:
+        if quiet == 6:
             return
     raise AssertionError(f"not settled after {rounds_max} rounds")
 

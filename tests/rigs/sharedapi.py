@@ -16,6 +16,7 @@ from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, R
 
 Key = tuple[str, str, str]
 Path = tuple[str, ...]
+FIRST = 100  # each write is the next version, so a version says where it stands in the history
 BOOKKEEPING = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
 
 
@@ -28,7 +29,7 @@ class SharedApi:
         self.on_removed: Callable[[Manifest], None] = lambda item: None
         self._now = now
         self._owned: dict[Key, dict[str, set[Path]]] = {}
-        self._version = 100
+        self._version = FIRST
         self._uids = 0
         self._history: list[tuple[int, str, Manifest]] = []
         self._news = asyncio.Condition()
@@ -56,7 +57,7 @@ class SharedApi:
     ) -> AsyncIterator[tuple[str, Manifest]]:
         seen = int(version)
         while True:
-            for at, change, item in [one for one in self._history if one[0] > seen]:
+            for at, change, item in self._history[seen - FIRST :]:
                 seen = at
                 if item["kind"] == resource.kind and _matches(item, labels):
                     yield change, copy.deepcopy(item)

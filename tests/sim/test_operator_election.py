@@ -145,6 +145,17 @@ async def test_a_renewal_whose_answer_was_lost_is_no_loss() -> None:
 
 
 @virtually
+async def test_a_claim_whose_answer_was_lost_is_known_as_ours_at_the_next_look() -> None:
+    server = LeaseServer()
+    server.write(Lease("a", 7, "x", "x", 3))
+    one = Candidate("a", server, random.Random(1))
+    await until(lambda: one.may_write, 1)
+    assert server.lease is not None
+    assert server.lease.transitions == 3
+    await one.kill()
+
+
+@virtually
 async def test_a_stop_while_standing_by_gives_back_what_a_cut_off_claim_had_taken() -> None:
     server = LeaseServer()
     first = Candidate("a", server, random.Random(1))

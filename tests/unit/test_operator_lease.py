@@ -61,6 +61,9 @@ def test_a_new_holder_is_a_transition_and_a_renewal_is_none() -> None:
     taken = claim(HELD, "b", TERMS, "now")
     assert taken == Lease("b", 7, "now", "now", 4, "17")
     assert claim(taken, "b", TERMS, "later") == Lease("b", 7, "now", "later", 4, "17")
+    assert claim(replace(taken, acquired=""), "b", TERMS, "later").acquired == "later", (
+        "no time is none to the API server"
+    )
     assert claim(None, "b", TERMS, "now") == Lease("b", 7, "now", "now", 0, "")
 
 

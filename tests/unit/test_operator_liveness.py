@@ -17,8 +17,8 @@ from gpumeter_operator.flow.tenure import InTenure, Tenure
 from rigs.sharedapi import SharedApi
 
 
-def service(uid: str, generation: int = 1, **metadata: Any) -> dict[str, Any]:
-    return {"metadata": {"namespace": "a", "name": uid, "uid": uid, "generation": generation, **metadata}}
+def service(uid: str, generation: int = 1) -> dict[str, Any]:
+    return {"metadata": {"namespace": "a", "name": uid, "uid": uid, "generation": generation}}
 
 
 class Brought:
@@ -26,18 +26,22 @@ class Brought:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.looked: dict[str, int] = {}
         self.services: list[dict[str, Any]] = []
         self.deliveries = Deliveries(lambda: self.now_s)
 
     def late(self, at_s: float) -> str | None:
         self.now_s = at_s
-        return self.deliveries.late(self.services, self.looked.get, 60)
+        return self.deliveries.late(self.services, 60)
+
+    def bring(self, uid: str, generation: int | None) -> None:
+        self.deliveries.hear(uid, generation)
 
 
 def test_a_watch_that_brings_no_edit_any_more_is_told_with_what_waits() -> None:
     world = Brought()
-    world.services, world.looked = [service("x", 1), service("y", 4)], {"x": 1, "y": 4}
+    world.services = [service("x", 1), service("y", 4)]
+    world.bring("x", 1)
+    world.bring("y", 4)
     assert world.late(0) is None
     world.services[1] = service("y", 5)
     assert world.late(100) is None, "noticed just now"
@@ -45,7 +49,7 @@ def test_a_watch_that_brings_no_edit_any_more_is_told_with_what_waits() -> None:
     assert world.late(161) == (
         "The watch of InferenceServices has brought nothing for 61 s, but 1 of them are new or edited (the first: a/y)."
     )
-    world.looked["y"] = 5
+    world.bring("y", 5)
     assert world.late(162) is None
 
 
@@ -54,15 +58,18 @@ def test_a_long_queue_that_gets_shorter_is_no_frozen_watch() -> None:
     world.services = [service(f"s{number}") for number in range(20)]
     for number in range(20):
         assert world.late(number * 30) is None
-        world.looked[f"s{number}"] = 1
+        world.bring(f"s{number}", 1)
     assert world.late(10_000) is None
 
 
-def test_a_service_that_is_deleted_is_waited_for_by_the_release_and_not_counted_here() -> None:
+def test_a_service_that_is_gone_and_comes_again_is_waited_for_again() -> None:
     world = Brought()
-    world.services = [service("x", deletionTimestamp="2026-11-21T10:00:00Z")]
+    world.services = [service("x")]
+    world.bring("x", 1)
     assert world.late(0) is None
-    assert world.late(1_000) is None
+    world.bring("x", None)
+    assert world.late(1) is None
+    assert "a/x" in (world.late(62) or "")
 
 
 class Absent:

@@ -167,6 +167,12 @@ def handlers(tenure: Tenure | None = None) -> kopf.OperatorRegistry:
     async def cleanup(memo: Operation, **_: Any) -> None:
         await memo.rest()
 
+    # Before anything is written or decided: it tells that the watch lives, though an object's handlers may be kept
+    # from being called, by a policy that refuses its finalizer for example.
+    @kopf.on.event(*SERVICES, id="heard", registry=registry)
+    async def heard(event: Any, body: Any, memo: Operation, **_: Any) -> None:
+        memo.hear(body["metadata"], gone=event["type"] == "DELETED")
+
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
     # would note every retry in the object, and the next round looks again in seconds anyway.
     @kopf.on.resume(*SERVICES, id="reconcile", registry=registry)

@@ -87,7 +87,7 @@ def next_look_ns(sighting: Sighting | None, terms: Terms, now_ns: int) -> int:
 def claim(former: Lease | None, me: str, terms: Terms, stamp: str) -> Lease:
     """What is written by who takes the Lease, or renews its own. `stamp` is this machine's time, for people."""
     if former is not None and former.holder == me:
-        return Lease(me, terms.duration_s, former.acquired, stamp, former.transitions, former.version)
+        return Lease(me, terms.duration_s, former.acquired or stamp, stamp, former.transitions, former.version)
     if former is None:
         return Lease(me, terms.duration_s, stamp, stamp, 0)
     return Lease(me, terms.duration_s, stamp, stamp, former.transitions + 1, former.version)
@@ -95,7 +95,7 @@ def claim(former: Lease | None, me: str, terms: Terms, stamp: str) -> Lease:
 
 def given_back(lease: Lease, stamp: str) -> Lease:
     """What a holder writes that has stopped acting: the next one need not wait. A Lease lasts at least a second."""
-    return Lease("", 1, lease.acquired, stamp, lease.transitions, lease.version)
+    return Lease("", 1, lease.acquired or stamp, stamp, lease.transitions, lease.version)
 
 
 def may_act_until_ns(sent_ns: int, terms: Terms) -> int:

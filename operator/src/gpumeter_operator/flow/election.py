@@ -135,7 +135,8 @@ class Election:
         if lease is not None:
             now_ns = self._clock_ns()
             self._sighting = sight(self._sighting, lease, now_ns)
-            if free_at_ns(self._sighting) > now_ns:
+            # Ours already, where a claim of ours was written and its answer lost: nobody else has ever had this name.
+            if lease.holder != self._me and free_at_ns(self._sighting) > now_ns:
                 return None
         sent_ns = self._clock_ns()
         held = await self._store.write(claim(lease, self._me, self._terms, stamp()))

@@ -1,7 +1,7 @@
 """Whether kopf still brings every service: its watch is the one loop that cannot be asked for its last tick.
 
-Owns the comparison of what the mirror knows with what was looked at. kopf's timers look at every service that it knows,
-with the version that it knows; so a watch that is frozen shows in new services and in new generations only.
+Owns the comparison of what the mirror knows with what kopf has brought. kopf's timers look at every service that it
+knows, with the version that it knows; so a watch that is frozen shows in new services and in new generations only.
 Does not know kopf.
 """
 
@@ -11,27 +11,32 @@ from typing import Any
 
 
 class Deliveries:
-    """Services that wait for their first look at a generation, and since when."""
+    """Services of which kopf has not brought the newest generation, and since when."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
+        self._heard: dict[str, int] = {}
         self._since_s: dict[tuple[str, int], float] = {}
         self._progress_s = clock_s()
 
-    def late(
-        self, services: Iterable[dict[str, Any]], looked_at: Callable[[str], int | None], limit_s: float
-    ) -> str | None:
-        """A sentence when some have waited for longer than `limit_s`, and none of those that wait had its turn since.
+    def hear(self, uid: str, generation: int | None) -> None:
+        """kopf has brought this generation of a service, or None: that it is gone."""
+        if generation is None:
+            self._heard.pop(uid, None)
+        else:
+            self._heard[uid] = generation
 
-        `looked_at` gives the generation of a uid that was looked at last. A long queue is no frozen watch: as long as
-        it gets shorter, everybody has time.
+    def late(self, services: Iterable[dict[str, Any]], limit_s: float) -> str | None:
+        """A sentence when some have waited for longer than `limit_s`, and none of those that wait was brought since.
+
+        A long queue is no frozen watch: as long as it gets shorter, everybody has time.
         """
         now_s = self._clock_s()
         waiting: dict[tuple[str, int], str] = {}
         for service in services:
             metadata = service["metadata"]
             generation = int(metadata.get("generation", 0))
-            if "deletionTimestamp" not in metadata and (looked_at(metadata["uid"]) or 0) < generation:
+            if self._heard.get(metadata["uid"], -1) < generation:
                 waiting[metadata["uid"], generation] = f"{metadata['namespace']}/{metadata['name']}"
         if self._since_s.keys() - waiting.keys() or not waiting:
             self._progress_s = now_s

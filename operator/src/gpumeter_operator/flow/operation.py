@@ -6,9 +6,10 @@ Owns start, stop and what alive and ready mean, for who stands by too. Does not 
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from gpumeter_operator.adapters.health import HealthServer
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused, Unreachable
@@ -129,6 +130,10 @@ class Operation:
         await self._health.close()
         await self._cluster.close()
 
+    def hear(self, metadata: Mapping[str, Any], *, gone: bool) -> None:
+        """The watch of services has brought one."""
+        self._deliveries.hear(metadata["uid"], None if gone else int(metadata.get("generation", 0)))
+
     async def look(self, service: Manifest) -> None:
         """Reconcile once; what the API server keeps from being done is told in the log and done at the next look."""
         try:
@@ -174,7 +179,7 @@ class Operation:
             return f"The loop '{ended.get_name()}' has ended, though it never should."
         return (
             self._services.silence()
-            or self._deliveries.late(self._services.objects.values(), self._reconciler.looked_at, self._overdue_s)
+            or self._deliveries.late(self._services.objects.values(), OVERDUE_MIN_S)
             or (self._scaler.overdue() if self._scales else None)
             or self._doors.overdue()
         )

@@ -46,7 +46,6 @@ class Known:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     looked_ns: int = field(default_factory=time.monotonic_ns)
-    generation: int = 0  # of the last look
     ready: str | None = None  # status of Ready; None before it was decided
     well: bool = False  # the last look found the wanted workers, and all of them ready
     calm: tuple[Any, ...] | None = None  # what there was to see when a look found all well and nothing to write
@@ -103,7 +102,6 @@ class Reconciler:
     async def reconcile(self, service: Manifest) -> None:
         """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
         known = self._known.setdefault(service["metadata"]["uid"], Known())
-        known.generation = max(known.generation, int(service["metadata"].get("generation", 0)))
         async with known.lock, self._turn:
             result, known.calm, seen = "failed", None, self._signs(service)
             try:
@@ -134,11 +132,6 @@ class Reconciler:
         self._children.forget(read(service)[0])
         if known is not None:
             self._count(known.ready, None)
-
-    def looked_at(self, uid: str) -> int | None:
-        """The newest generation of a service that was brought here; None for one that never was."""
-        known = self._known.get(uid)
-        return None if known is None else known.generation
 
     def overdue(self, limit_s: float) -> str | None:
         """A sentence when a service has not been looked at for too long."""
