@@ -92,6 +92,7 @@ class Reconciler:
         self._told = told
         self._autoscaler = autoscaler
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
+        self.calm_ns = CALM_NS
         self._known: dict[str, Known] = {}
         for value in ("True", "False", "Unknown"):
             metrics.services.labels(ready=value).set(0)
@@ -119,7 +120,7 @@ class Reconciler:
         if known is None or known.calm is None:
             return True
         now_ns = time.monotonic_ns()
-        if now_ns - known.calm_ns > CALM_NS or known.calm != self._signs(service):
+        if now_ns - known.calm_ns > self.calm_ns or known.calm != self._signs(service):
             return True
         known.looked_ns = now_ns
         return False
