@@ -108,6 +108,7 @@ class Reconciler:
                     result = "changed" if await self._look(service, known) else "settled"
                 if result == "settled" and known.well:
                     known.calm, known.calm_ns = seen, time.monotonic_ns()
+                    known.workload = None  # not needed for a minute, and a tenth of what all objects of it take
             finally:
                 self._metrics.reconciles.labels(result=result).inc()
                 # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
