@@ -148,7 +148,7 @@ def _machinery(kubeconfig: Path, folder: Path) -> list[Process]:
         "--manage-all-nodes",
         f"--cidr={POD_RANGE}",
         f"--config={STAGES}",
-        "--node-lease-duration-seconds=200",
+        "--node-lease-duration-seconds=40",
     )
     fleet = (sys.executable, "-m", "bench.scale_fleet")
     commands = {"scheduler": (*scheduler(plane).argv, *fast), "kwok": kwok, "fleet": fleet}

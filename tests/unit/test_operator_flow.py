@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -173,6 +173,61 @@ ALL = ["Secret", "ServiceAccount", "Service", "Service", "PodDisruptionBudget", 
 async def test_the_first_look_writes_everything_in_order_and_the_second_nothing(world: World) -> None:
     assert await world.look() == ALL
     assert await world.look() == []
+
+
+async def a_calm_service(world: World) -> None:
+    """Its one worker is ready, its status says so, and a look has found nothing to do."""
+    await world.look()
+    deployment = world.api.objects["Deployment", "team-a", "smollm2"]
+    pod = worker(status={"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]})
+    pod["metadata"]["annotations"] |= deployment["spec"]["template"]["metadata"]["annotations"]
+    pod["metadata"]["labels"] |= deployment["spec"]["template"]["metadata"]["labels"]
+    world.api.put(pod)
+    while await world.look():
+        pass
+
+
+async def test_a_service_that_is_well_is_not_due_until_something_of_it_changes(world: World) -> None:
+    assert world.reconciler.is_due(world.service()), "nobody has looked at it yet"
+    await a_calm_service(world)
+    assert world.ready()["status"] == "True", world.ready()
+    assert not world.reconciler.is_due(world.service())
+
+    changes: list[tuple[str, Callable[[], object]]] = [
+        ("another's label on a pod", lambda: world.api.put(changed("Pod", "smollm2-1"))),
+        ("a drift of the Deployment", lambda: world.api.put(changed("Deployment", "smollm2"))),
+        ("a Service that was removed", lambda: world.api.remove("Service", "team-a", "smollm2-usage")),
+        ("an edit", lambda: world.api.put(changed("InferenceService", "smollm2"))),
+        ("a pod that went", lambda: world.api.remove("Pod", "team-a", "smollm2-1")),
+    ]
+
+    def changed(kind: str, name: str) -> Manifest:
+        found = copy.deepcopy(world.api.objects[kind, "team-a", name])
+        found["metadata"].setdefault("labels", {})["other"] = "x"
+        return found
+
+    for what, change in changes:
+        change()
+        await asyncio.sleep(0.01)
+        assert world.reconciler.is_due(world.service()), what
+        while await world.look():
+            pass
+        assert what == changes[-1][0] or not world.reconciler.is_due(world.service()), f"calm again after {what}"
+    assert world.reconciler.is_due(world.service()), "a service without its worker is looked at in every round"
+
+
+async def test_a_service_that_is_well_is_looked_at_again_after_a_while_all_the_same(world: World) -> None:
+    await a_calm_service(world)
+    assert not world.reconciler.is_due(world.service())
+    world.reconciler.calm_ns = 0
+    assert world.reconciler.is_due(world.service())
+
+
+async def test_a_service_that_is_not_looked_at_because_it_is_well_is_not_overdue(world: World) -> None:
+    await a_calm_service(world)
+    assert world.reconciler.overdue(0.0) is not None
+    world.reconciler.is_due(world.service())
+    assert world.reconciler.overdue(5.0) is None
 
 
 async def test_a_restarted_operator_finds_everything_settled(world: World) -> None:

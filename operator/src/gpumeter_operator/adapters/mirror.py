@@ -54,12 +54,17 @@ class Mirror:
         on_change: Callable[[], None] | None = None,
         on_remove: Callable[[Manifest], None] | None = None,
         on_item: Callable[[Manifest | None, Manifest | None], None] | None = None,
+        pack: Callable[[Manifest], Manifest] | None = None,
     ) -> None:
-        """`on_item` hears of each object that came, changed or went: what it was, and what it is now."""
+        """`on_item` hears of each object that came, changed or went: what it was, and what it is now.
+
+        `pack` gives what is kept of an object, with its metadata's name, namespace, uid and resourceVersion.
+        """
         self.objects: dict[tuple[str, str], Manifest] = {}
         self.on_change = on_change
         self.on_remove = on_remove
         self.on_item = on_item
+        self._pack = pack
         self.last_heard_ns = time.monotonic_ns()
         self._cluster = cluster
         self._resource = resource
@@ -132,7 +137,7 @@ class Mirror:
 
     async def _list_then_watch(self) -> None:
         listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
-        self._replace_all({_key(item): _slim(item) for item in listed})
+        self._replace_all({_key(item): self._kept(item) for item in listed})
         self._version = _number(version)
         async with aclosing(  # type: ignore[type-var]  # an async generator, which the protocol need not say
             self._cluster.watch(self._resource, self._namespace, self._labels, version)
@@ -164,15 +169,18 @@ class Mirror:
             return
         if change == "DELETED":
             self._tell_item(self.objects.pop(_key(item), None), None)
-            self._tell_removed(_slim(item))
+            self._tell_removed(self._kept(item))
         else:
             self._put(item)
         self._tell_changed()
 
     def _put(self, item: Manifest) -> None:
-        key, slim = _key(item), _slim(item)
+        key, slim = _key(item), self._kept(item)
         former, self.objects[key] = self.objects.get(key), slim
         self._tell_item(former, slim)
+
+    def _kept(self, item: Manifest) -> Manifest:
+        return _slim(item) if self._pack is None else self._pack(_slim(item))
 
     def _tell_item(self, former: Manifest | None, now: Manifest | None) -> None:
         if self.on_item is not None:

@@ -19,6 +19,7 @@ from gpumeter_operator.adapters.kubernetes import (
     Manifest,
 )
 from gpumeter_operator.adapters.mirror import Mirror, Source
+from gpumeter_operator.adapters.packed import packed, unpacked, without_bulk
 from gpumeter_operator.decide.names import MANAGED_BY, MANAGED_BY_LABEL, SERVICE_LABEL
 from gpumeter_operator.flow.optional import OptionalMirror
 
@@ -32,8 +33,8 @@ class Fleet:
 
     def __init__(self, source: Source) -> None:
         managed: Labels = {MANAGED_BY_LABEL: MANAGED_BY, SERVICE_LABEL: None}
-        self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_item=self._take_pod)
-        self._owned = {one.kind: Mirror(source, one, labels=managed, on_item=self._count) for one in OWNED}
+        self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_item=self._take_pod, pack=without_bulk)
+        self._owned = {one.kind: Mirror(source, one, labels=managed, on_item=self._count, pack=packed) for one in OWNED}
         self._index: dict[Reference, dict[str, Manifest]] = {}
         self._versions: Counter[Reference] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,7 +70,8 @@ class Fleet:
         """The observed object that a manifest is about."""
         metadata = manifest["metadata"]
         mirror = self._mirror(manifest["kind"])
-        return mirror.objects.get((metadata["namespace"], metadata["name"])) if mirror else None
+        found = mirror.objects.get((metadata["namespace"], metadata["name"])) if mirror else None
+        return None if found is None else unpacked(found)
 
     def learn(self, observed: Manifest) -> None:
         """Take what a write returned."""
@@ -77,7 +79,7 @@ class Fleet:
             mirror.learn(observed)
 
     def deployment(self, namespace: str, name: str) -> Manifest | None:
-        """The Deployment of a service."""
+        """The Deployment of a service: identity, replicas and status."""
         return self._owned[DEPLOYMENTS.kind].objects.get((namespace, name))
 
     def unsynced(self) -> str | None:

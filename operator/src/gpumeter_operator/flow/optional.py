@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Refused, Resource, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror, Source
+from gpumeter_operator.adapters.packed import packed
 
 ASK_AGAIN_S = 60.0
 OnItem = Callable[[Manifest | None, Manifest | None], None]
@@ -21,7 +22,7 @@ class OptionalMirror:
     """A mirror, if there is anything to mirror."""
 
     def __init__(self, source: Source, resource: Resource, labels: Labels, on_item: OnItem) -> None:
-        """`on_item` is told of each object that changed."""
+        """`on_item` is told of each object that changed; they are kept packed."""
         self._source = source
         self._resource = resource
         self._labels = labels
@@ -39,7 +40,7 @@ class OptionalMirror:
             if await self._is_offered():
                 break
             await asyncio.sleep(ASK_AGAIN_S)
-        mirror = Mirror(self._source, self._resource, labels=self._labels, on_item=self._on_item)
+        mirror = Mirror(self._source, self._resource, labels=self._labels, on_item=self._on_item, pack=packed)
         keeping = asyncio.create_task(mirror.run())
         try:
             await mirror.synced()

@@ -94,6 +94,7 @@ class Reconciler:
         self._told = told
         self._autoscaler = autoscaler
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
+        self.calm_ns = CALM_NS
         self._known: dict[str, Known] = {}
         for value in ("True", "False", "Unknown"):
             metrics.services.labels(ready=value).set(0)
@@ -109,6 +110,7 @@ class Reconciler:
                     result = "changed" if await self._look(service, known) else "settled"
                 if result == "settled" and known.well:
                     known.calm, known.calm_ns = seen, time.monotonic_ns()
+                    known.workload = None  # not needed for a minute, and a tenth of what all objects of it take
             finally:
                 self._metrics.reconciles.labels(result=result).inc()
                 # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
@@ -121,7 +123,7 @@ class Reconciler:
         if known is None or known.calm is None:
             return True
         now_ns = time.monotonic_ns()
-        if now_ns - known.calm_ns > CALM_NS or known.calm != self._signs(service):
+        if now_ns - known.calm_ns > self.calm_ns or known.calm != self._signs(service):
             return True
         known.looked_ns = now_ns
         return False
