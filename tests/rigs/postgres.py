@@ -49,6 +49,12 @@ class Server:
     _process: subprocess.Popen[bytes] | None = None
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
+    @property
+    def pid(self) -> int:
+        """Of the running server's first process."""
+        assert self._process is not None, "it is not running"
+        return self._process.pid
+
     def url(self, database: str, user: str = OWNER) -> str:
         """As `ledger.url` has it."""
         return f"postgresql://{user}@/{database}?host={self.folder}"

@@ -4,15 +4,14 @@ Owns how two neighbours are linked. Works on bytes alone, so an auditor needs no
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from hashlib import sha256
+from typing import NamedTuple
 
 GENESIS = "0" * 64
 """The hash before the first record of every boot."""
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """One record's canonical bytes and the hash that binds them to everything before them."""
 
     hash: str
@@ -25,16 +24,18 @@ class ChainBroken(ValueError):
 
 def link(previous_hash: str, body: bytes) -> Link:
     """Append `body` to the chain that ends in `previous_hash` (64 hex digits): SHA-256(previous_hash || body)."""
-    return Link(sha256(previous_hash.encode() + body).hexdigest(), body)
+    return Link(_hash(previous_hash, body), body)
 
 
 def verify(previous_hash: str, links: Iterable[Link]) -> str:
     """Check that `links` continue the chain from `previous_hash`; returns the new head. Raises ChainBroken."""
-    for index, given in enumerate(links):
-        expected = link(previous_hash, given.body).hash
-        if given.hash != expected:
-            raise ChainBroken(
-                f"record {index} of the page has hash {given.hash:.16}…, the chain requires {expected:.16}…"
-            )
-        previous_hash = given.hash
+    for index, (given, body) in enumerate(links):
+        expected = _hash(previous_hash, body)
+        if given != expected:
+            raise ChainBroken(f"record {index} of the page has hash {given:.16}…, the chain requires {expected:.16}…")
+        previous_hash = given
     return previous_hash
+
+
+def _hash(previous_hash: str, body: bytes) -> str:
+    return sha256(previous_hash.encode() + body).hexdigest()

@@ -7,7 +7,7 @@ chained, and that no number or time is beyond what a worker can have measured. P
 from dataclasses import dataclass
 
 from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
-from gpumeter_operator.billing.reading import Row, read
+from gpumeter_operator.billing.reading import Row, reader
 from gpumeter_usage.chain import ChainBroken, verify
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
@@ -94,6 +94,7 @@ def accept(
     records: list[Record | Row] = []
     tenants = {"", PLATFORM}  # that were looked at in this page
     sealed = False
+    read = reader(link.body for link in page.links)
     for seq, link in enumerate(page.links, start=page.after + 1):
         if sealed:
             raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq} after its seal")

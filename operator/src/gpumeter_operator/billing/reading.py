@@ -6,6 +6,7 @@ that is not so there, and a property test holds the two against each other. (The
 alone, and its way takes ten times as long.)
 """
 
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import msgspec
@@ -27,33 +28,34 @@ _Text = Annotated[str, msgspec.Meta(max_length=MAX_STRING_CHARS)]
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A record: the same fields as gpumeter_usage.record.Record."""
+    """A record: the same fields as gpumeter_usage.record.Record, in the canonical form's order, in which they are
+    expected and found quickest."""
 
-    worker_uid: _Text
-    boot_id: _Text
-    seq: _Count
-    kind: Kind
     account: _Text
-    session_id: _Text
-    tenant: _Text
-    service: _Text
-    model: _Text
-    started_at: _Count
-    ended_at: _Count
-    gpu_ns: _Count
-    prefill_ns: _Count
-    decode_ns: _Count
-    prompt_tokens: _Count
-    cached_tokens: _Count
-    completion_tokens: _Count
-    steps: _Count
     batch_ns: _Count
-    kv_byte_s: _Count
-    gpu_uuid: _Text
-    gpu_class: _Text
+    boot_id: _Text
+    cached_tokens: _Count
     clock: _Text
+    completion_tokens: _Count
+    decode_ns: _Count
+    ended_at: _Count
+    gpu_class: _Text
+    gpu_ns: _Count
+    gpu_uuid: _Text
+    kind: Kind
+    kv_byte_s: _Count
+    model: _Text
+    prefill_ns: _Count
     profile_hash: _Text
+    prompt_tokens: _Count
+    seq: _Count
+    service: _Text
+    session_id: _Text
+    started_at: _Count
     status: Status
+    steps: _Count
+    tenant: _Text
+    worker_uid: _Text
 
 
 _DECODE = msgspec.json.Decoder(Row).decode
@@ -63,10 +65,23 @@ _SESSION_STATUSES = ENDED | {Status.OPEN}
 _SEALS = frozenset({Status.DRAINED, Status.RECOVERED})
 
 
+def reader(bodies: Iterable[bytes]) -> Callable[[bytes], Record | Row]:
+    """The quickest way to read these: `read`, or the same without a look at each one's characters."""
+    return _read_plain if _is_plain(b"".join(bodies)) else read
+
+
 def read(body: bytes) -> Record | Row:
     """Read a record from its bytes. Raises RecordInvalid with the first thing that is wrong."""
+    return _read_plain(body) if _is_plain(body) else parse(body)
+
+
+def _is_plain(data: bytes) -> bool:
     # Printable, without a look at each string: plain ASCII holds no other characters than these where none is escaped.
-    if not body.isascii() or b"\\" in body or b"\x7f" in body or len(body) > MAX_BODY_BYTES:
+    return data.isascii() and b"\\" not in data and b"\x7f" not in data
+
+
+def _read_plain(body: bytes) -> Record | Row:
+    if len(body) > MAX_BODY_BYTES:
         return parse(body)
     try:
         row = _DECODE(body)

@@ -7,7 +7,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,24 +51,27 @@ class Room:
 
 
 class Batch(Generic[T, R]):
-    """Writes what comes in while a write is under way together with the next one.
+    """Writes what comes in while writes are under way together with the next one; `at_once` of them at the same time.
 
     `write` takes some items and gives for each its result, or the exception that is to be raised for it alone; what it
     raises is raised for all of them.
     """
 
-    def __init__(self, write: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]], most: int) -> None:
+    def __init__(
+        self, write: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]], most: int, at_once: int = 1
+    ) -> None:
         self._write = write
         self._most = most
+        self._at_once = at_once
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._writer: asyncio.Task[None] | None = None
+        self._writers: set[asyncio.Task[Any] | None] = set()
 
     async def put(self, item: T) -> R:
         """The item's result, when it is written."""
         result: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, result))
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._run())
+        if len(self._writers) < self._at_once:
+            self._writers.add(asyncio.create_task(self._run()))
         return await result
 
     async def _run(self) -> None:
@@ -92,4 +95,4 @@ class Batch(Generic[T, R]):
                     else:
                         result.set_result(of_item)
         finally:
-            self._writer = None
+            self._writers.discard(asyncio.current_task())

@@ -47,6 +47,9 @@ TURN_S = 20.0
 MAX_TOGETHER = 64
 """Pages that are committed together; to wait for more would only make each of them wait longer."""
 
+COMMITS_AT_ONCE = 2
+"""While one is written, the pages of the next are judged: the database works beside the interpreter, not after it."""
+
 FIGURES = re.compile(r"[0-9a-f]{16,}|[0-9]+")
 """A fault that lasts is told with another seq or hash in every pull; without them it is one alarm of a boot."""
 
@@ -152,7 +155,7 @@ class Collector:
         self._runners: set[asyncio.Task[None]] = set()
         self._room = Room(PAGES_BYTES)
         self._cursors = Batch(self._boots_of, MAX_TURNS)
-        self._takes = Batch(self._take_all, MAX_TOGETHER)
+        self._takes = Batch(self._take_all, MAX_TOGETHER, COMMITS_AT_ONCE)
         self._settles = Batch(self._settle_all, MAX_TURNS)
 
     @property

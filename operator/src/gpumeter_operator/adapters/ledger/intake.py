@@ -2,29 +2,48 @@
 
 Owns what may be written together. A page that is not simply the next one of its boot is not: it goes through
 `Ledger.take` by itself, which compares, retries and keeps evidence. Either way a page is taken whole or not at all.
+
+Pages are judged before the transaction begins, by where their boots stood then: that takes as long as the writing, and
+others write meanwhile. Where a boot has moved since, its cursor does not let the page in.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.adapters.ledger.days import DayMissing, Days
+from gpumeter_operator.adapters.ledger.days import DayMissing
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import boot_of
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.billing.accept import PageRefused, accept
+from gpumeter_operator.billing.accept import Accepted, PageRefused, accept
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
-from gpumeter_operator.billing.reading import Row
-from gpumeter_usage.chain import GENESIS, Link
+from gpumeter_usage.chain import GENESIS
 from gpumeter_usage.page import Page
-from gpumeter_usage.record import Record, Status
+from gpumeter_usage.record import Status
 
 Given = tuple[Worker, Page]
 Refusal = PageRefused | LedgerUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A page that is the next one of its boot, from where that stands, and what of it is acceptable."""
+
+    worker: Worker
+    page: Page
+    known: BootFacts | None
+    accepted: Accepted
+
+    @property
+    def taken(self) -> Taken:
+        records, seq = self.accepted.records, self.page.after + len(self.page.links)
+        named = frozenset(record.profile_hash for record in records if record.profile_hash)
+        return Taken(len(records), seq, self.accepted.head_hash, named)
 
 
 def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken | Refusal]:
@@ -34,17 +53,21 @@ def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken 
     """
     if len(given) == 1:
         return [_alone(ledger, *given[0], now_ns)]
+    judged = _judge(ledger, given, now_ns)
+    next_ones = [each for each in judged if isinstance(each, _Judged)]
     try:
-        services = {locks.of_service(worker.service_key, shared=True) for worker, _ in given}
-        workers = {locks.of_worker(worker.worker_uid) for worker, _ in given}
-        with ledger.writing(*services, *workers) as connection:
-            together = _take_next(connection, given, now_ns, ledger.days)
+        moved = iter(_write(ledger, next_ones, now_ns))
     except (DayMissing, IntegrityError):
-        together = [None] * len(given)  # nothing of this was committed; alone each makes its day, or tells its fault
-    return [
-        _alone(ledger, worker, page, now_ns) if done is None else done
-        for done, (worker, page) in zip(together, given, strict=True)
-    ]
+        moved = iter([False] * len(next_ones))  # none was committed; alone each makes its day, or tells its fault
+    results: list[Taken | Refusal] = []
+    for each, (worker, page) in zip(judged, given, strict=True):
+        if isinstance(each, PageRefused):
+            results.append(each)
+        elif each is not None and next(moved):
+            results.append(each.taken)
+        else:
+            results.append(_alone(ledger, worker, page, now_ns))
+    return results
 
 
 def boots_of(ledger: Ledger, worker_uids: Collection[str]) -> dict[str, tuple[BootFacts, ...]]:
@@ -66,18 +89,16 @@ def settle_all(ledger: Ledger, settled: Sequence[tuple[str, int]]) -> None:
                 rows.put_progress(connection, uid, {"settled_ns": reached_ns, "problem": ""})
 
 
-def _take_next(
-    connection: Connection, given: Sequence[Given], now_ns: int, days: Days
-) -> list[Taken | PageRefused | None]:
-    """For each page what became of it; None where it is not the next one of its boot."""
+def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged | PageRefused | None]:
+    """Each page as it is to be judged where its boot stands now; None where it is not the next one of its boot."""
     uids = {worker.worker_uid for worker, _ in given}
-    boots = {(uid, boot.boot_id): boot for uid, of_worker in _boots(connection, uids).items() for boot in of_worker}
     c = t.containers.c
     began = select(c.worker_uid, func.min(c.at_ns)).where(c.worker_uid.in_(uids), c.event == "started")
-    since_ns = {row[0]: int(row[1]) for row in connection.execute(began.group_by(c.worker_uid))}
+    with reading(ledger.engine) as connection:
+        boots = {(uid, boot.boot_id): boot for uid, of_worker in _boots(connection, uids).items() for boot in of_worker}
+        since_ns = {row[0]: int(row[1]) for row in connection.execute(began.group_by(c.worker_uid))}
     met: set[tuple[str, str]] = set()
-    results: list[Taken | PageRefused | None] = []
-    pages: list[tuple[Worker, Sequence[Record | Row], Sequence[Link]]] = []
+    judged: list[_Judged | PageRefused | None] = []
     for worker, page in given:
         key = (worker.worker_uid, page.boot_id)
         boot = boots.get(key)
@@ -89,24 +110,35 @@ def _take_next(
             or (boot and boot.seal is not Status.NONE)
             or not page.boot_id.isprintable()
         ):
-            results.append(None)
+            judged.append(None)
             continue
         spent = boot.spent if boot else NOTHING
         try:
             accepted = accept(page, worker, head_hash, now_ns, spent=spent, since_ns=since_ns.get(key[0], 0))
         except PageRefused as refused:
-            results.append(refused)
+            judged.append(refused)
             continue
         met.add(key)
-        if not rows.advance(connection, boot, accepted):
-            results.append(None)  # another collector was faster
-            continue
-        pages.append((worker, accepted.records, page.links))
-        named = frozenset(record.profile_hash for record in accepted.records if record.profile_hash)
-        results.append(Taken(len(page.links), seq + len(page.links), accepted.head_hash, named))
-    if pages:
-        rows.insert_pages(connection, pages, now_ns, days=days)
-    return results
+        judged.append(_Judged(worker, page, boot, accepted))
+    return judged
+
+
+def _write(ledger: Ledger, judged: Sequence[_Judged], now_ns: int) -> list[bool]:
+    """Commit these pages; for each whether it is in: it is not where another collector was faster."""
+    if not judged:
+        return []
+    services = {locks.of_service(each.worker.service_key, shared=True) for each in judged}
+    workers = {locks.of_worker(each.worker.worker_uid) for each in judged}
+    with ledger.writing(*services, *workers) as connection:
+        moved = [rows.advance(connection, each.known, each.accepted) for each in judged]
+        pages = [
+            (each.worker, each.accepted.records, each.page.links)
+            for each, is_next in zip(judged, moved, strict=True)
+            if is_next
+        ]
+        if pages:
+            rows.insert_pages(connection, pages, now_ns, days=ledger.days)
+    return moved
 
 
 def _boots(connection: Connection, worker_uids: Collection[str]) -> dict[str, tuple[BootFacts, ...]]:

@@ -71,26 +71,21 @@ class Reader:
     ) -> tuple[Pod, ...]:
         """The pods of a service that ran after `since_ns` or may still run, or have something booked after it.
 
-        Whoever knows which workers have records booked after it says so with `booked`, and no record is looked at.
+        Whoever knows which workers have records booked after it says so with `booked`; then no record is looked at, and
+        no pod that ended before. Without it nothing but facts is trusted.
         """
         with reading(self.engine) as connection:
-            w, r, a, c = t.workers.c, t.records.c, t.adjustments.c, t.containers.c
-            ended_later = exists().where(
-                c.worker_uid == w.worker_uid, c.event.in_(("ended", "vanished")), c.at_ns > since_ns
-            )
-            with_records = (
-                exists().where(
-                    r.worker_uid == w.worker_uid, r.service == f"{namespace}/{service}", r.booked_end_ns > since_ns
-                )
-                if booked is None
-                else w.worker_uid.in_(booked)
-            )
-            adjusted = w.worker_uid.in_(
-                select(a.worker_uid).where(a.namespace == namespace, a.service == service, a.booked_end_ns > since_ns)
-            )
+            w, v, a = t.workers.c, t.lives.c, t.adjustments.c
             of_service = and_(w.namespace == namespace, w.service == service)
-            alive = or_(not_(_has_event("gone")), ended_later, adjusted, with_records)
-            return _load_pods(connection, and_(of_service, alive))
+            adjusted = select(a.worker_uid).where(
+                a.namespace == namespace, a.service == service, a.booked_end_ns > since_ns
+            )
+            if booked is None:
+                which = or_(_ran_after(since_ns), w.worker_uid.in_(adjusted), _booked_after(since_ns))
+                return _load_pods(connection, and_(of_service, which))
+            ran = select(v.worker_uid).where(v.namespace == namespace, v.service == service, v.until_ns > since_ns)
+            found = {*connection.scalars(ran), *connection.scalars(adjusted), *booked}
+            return _load_pods(connection, and_(of_service, w.worker_uid.in_(found)))
 
     def boots(self, worker_uid: str) -> tuple[BootFacts, ...]:
         """The chains of a worker, oldest first."""
@@ -396,6 +391,20 @@ def _has_event(event: str) -> Any:
     c = t.containers.c
     of_container = c.container_id == "" if event == "gone" else true()  # the whole key, so that it is one look-up
     return exists().where(c.worker_uid == t.workers.c.worker_uid, of_container, c.event == event)
+
+
+def _ran_after(since_ns: int) -> ColumnElement[bool]:
+    c = t.containers.c
+    ended_later = exists().where(
+        c.worker_uid == t.workers.c.worker_uid, c.event.in_(("ended", "vanished")), c.at_ns > since_ns
+    )
+    return or_(not_(_has_event("gone")), ended_later)
+
+
+def _booked_after(since_ns: int) -> ColumnElement[bool]:
+    r, w = t.records.c, t.workers.c
+    key = w.namespace.concat("/").concat(w.service)
+    return exists().where(r.worker_uid == w.worker_uid, r.service == key, r.booked_end_ns > since_ns)
 
 
 def _worker(row: Row[Any]) -> Worker:

@@ -5,16 +5,16 @@ booked, how far its chain reaches, and what an observation changes in periods th
 transaction.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.bulk import Run
 from gpumeter_operator.adapters.ledger.days import Days
 from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
@@ -25,7 +25,7 @@ from gpumeter_operator.billing.reading import Row
 from gpumeter_operator.billing.report import Manifest, canonical_report
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_usage.chain import Link
-from gpumeter_usage.period import MINUTE_NS, Period, rfc3339
+from gpumeter_usage.period import Period, rfc3339
 from gpumeter_usage.record import Kind, Record
 
 MAX_ALARMS_PER_WORKER = 100
@@ -81,70 +81,60 @@ def insert_pages(
     """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
     finals_ns: dict[str, int] = {}
-    booked: list[tuple[Record | Row, Link, int]] = []
+    booked: list[Run] = []
     belated = []
     for worker, records, links in pages:
         final_ns = finals_ns.get(worker.service_key)
         if final_ns is None:
             final_ns = finals_ns[worker.service_key] = last_final_ns(connection, worker.namespace, worker.service)
-        of_page, late = _booked(records, links, periods, final_ns, days)
-        booked += of_page
-        belated.append((worker, late, periods.period_of(final_ns + 1).end_ns))
+        next_open_ns = periods.period_of(final_ns + 1).end_ns
+        for run in _runs(records, links, periods):
+            if run.end_ns <= final_ns:
+                belated.append((worker, run, next_open_ns))
+                booked.append(replace(run, end_ns=next_open_ns))
+            else:
+                booked.append(run)
+    days.require({run.end_ns for run in booked})
     try:
         bulk.insert_records(connection, booked)
     except bulk.NoPartition:
-        raise days.gone(end_ns for _, _, end_ns in booked) from None
-    for worker, late, next_open_ns in belated:
-        _tell_late(connection, worker, late, next_open_ns, now_ns)
+        raise days.gone(run.end_ns for run in booked) from None
+    for worker, run, next_open_ns in belated:
+        _tell_late(connection, worker, run, next_open_ns, now_ns)
 
 
-def _booked(
-    records: Sequence[Record | Row], links: Sequence[Link], periods: Schedule, final_ns: int, days: Days
-) -> tuple[list[tuple[Record | Row, Link, int]], list[tuple[int, Record | Row]]]:
-    """A page's records, each with the end of the period in which it is booked, and those of them that come late, each
-    with the end of the closed period to which it would have belonged."""
-    next_open_ns = periods.period_of(final_ns + 1).end_ns
-    booked_ns: dict[int, int] = {}  # by minute: a page holds few, and every period is whole minutes
-    booked: list[tuple[Record | Row, Link, int]] = []
-    late: list[tuple[int, Record | Row]] = []
-    for record, link in zip(records, links, strict=True):
-        minute = -(-record.ended_at // MINUTE_NS)
-        end_ns = booked_ns.get(minute)
-        if end_ns is None:
-            end_ns = booked_ns[minute] = periods.period_of(record.ended_at).end_ns
-        if end_ns <= final_ns:
-            late.append((end_ns, record))
-            end_ns = next_open_ns
-        booked.append((record, link, end_ns))
-    ends_ns = {end_ns for end_ns in booked_ns.values() if end_ns > final_ns}
-    days.require(ends_ns | {next_open_ns} if late else ends_ns)
-    return booked, late
+def _runs(records: Sequence[Record | Row], links: Sequence[Link], periods: Schedule) -> Iterator[Run]:
+    """A page's records, cut where one belongs to another period than the one before it."""
+    start, period = 0, periods.period_of(records[0].ended_at)
+    start_ns, end_ns = period.start_ns, period.end_ns
+    for index, record in enumerate(records):
+        if not start_ns < record.ended_at <= end_ns:
+            yield Run(records[start:index], links[start:index], end_ns)
+            start, period = index, periods.period_of(record.ended_at)
+            start_ns, end_ns = period.start_ns, period.end_ns
+    yield Run(records[start:], links[start:], end_ns)
 
 
-def _tell_late(
-    connection: Connection, worker: Worker, late: Sequence[tuple[int, Record | Row]], next_open_ns: int, now_ns: int
-) -> None:
-    for closed_ns, group in groupby(late, key=lambda pair: pair[0]):
-        of_period = [record for _, record in group]
-        first, last = of_period[0], of_period[-1]
-        reason = (
-            f"Records {first.seq} to {last.seq} of pod {worker.pod} arrived after the period that ended "
-            f"{rfc3339(closed_ns)} was Final; they are booked here."
-        )
-        _adjust(
-            connection,
-            worker,
-            now_ns,
-            kind="records",
-            boot_id=first.boot_id,
-            first_seq=first.seq,
-            last_seq=last.seq,
-            closed_end_ns=closed_ns,
-            booked_end_ns=next_open_ns,
-            allocated_ns=0,
-            reason=reason,
-        )
-        raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
+def _tell_late(connection: Connection, worker: Worker, run: Run, next_open_ns: int, now_ns: int) -> None:
+    first, last = run.records[0], run.records[-1]
+    reason = (
+        f"Records {first.seq} to {last.seq} of pod {worker.pod} arrived after the period that ended "
+        f"{rfc3339(run.end_ns)} was Final; they are booked here."
+    )
+    _adjust(
+        connection,
+        worker,
+        now_ns,
+        kind="records",
+        boot_id=first.boot_id,
+        first_seq=first.seq,
+        last_seq=last.seq,
+        closed_end_ns=run.end_ns,
+        booked_end_ns=next_open_ns,
+        allocated_ns=0,
+        reason=reason,
+    )
+    raise_alarm(connection, now_ns, reason="LateRecords", worker_uid=worker.worker_uid, message=reason)
 
 
 def advance(connection: Connection, known: BootFacts | None, accepted: Accepted) -> bool:

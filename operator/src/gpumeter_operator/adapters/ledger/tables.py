@@ -6,7 +6,7 @@ Facts (never updated, never deleted; triggers in the database refuse it): record
 period_terms, price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms,
 profiles, digests, digest_facts, signing_keys, removals, gaps.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
-collectors (who works on it now).
+lives (until when each pod may matter to a period; the database keeps it by triggers), collectors (who works on it now).
 """
 
 from sqlalchemy import (
@@ -106,6 +106,16 @@ containers = Table(
     Column("observed_ns", BigInteger, nullable=False),
     PrimaryKeyConstraint("worker_uid", "container_id", "event"),
 )
+
+lives = Table(
+    "lives",
+    metadata,
+    Column("worker_uid", _UID, primary_key=True),
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("until_ns", BigInteger, nullable=False),  # the last end of its containers; 2^63 - 1 until it was seen to go
+)
+Index("lives_by_service", lives.c.namespace, lives.c.service, lives.c.until_ns)
 
 granularities = Table(
     "granularities",
