@@ -12,7 +12,7 @@ from gpumeter_operator.adapters.kubernetes import Manifest
 
 _WHOLE = "packed"
 _METADATA = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences", "deletionTimestamp")
-_CONTAINER = ("name", "image", "env", "resources")
+_CONTAINER = ("name", "image", "env")
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
