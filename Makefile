@@ -88,7 +88,7 @@ test-cluster: setup ## cluster: a real API server and etcd
 	@$(PY) -m rings cluster
 test-e2e: setup ## e2e: a real node, real containers, real traffic
 	@$(PY) -m rings e2e
-test-faults: setup ## e2e's faults and the longer ones: spike, edits, no API server, a cut wire, lost nodes; 25 minutes
+test-faults: setup ## e2e's faults and the longer ones: spike, edits, no API server, a cut wire, lost nodes; long
 	@GPUMETER_LONG_FAULTS=1 $(PY) -m pytest tests/e2e -k test_2_faults $(ARGS)
 test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu

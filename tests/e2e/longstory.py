@@ -1,6 +1,6 @@
 """What takes longer: a spike, edits, an image, operators killed at random, no API server, a cut wire, a drained node.
 
-Owns the order of events; judges nothing. Played with `make test-faults`, because it takes a quarter of an hour.
+Owns the order of events; judges nothing. Played with `make test-faults`, because it takes too long for every run.
 """
 
 import os

@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 
 from e2e import audit
-from e2e.story import SERVICE, Evidence
+from e2e.story import SERVICE, TEAM, Evidence
 from traffic.exchange import Exchange, Outcome
 from traffic.summary import surprises
 
@@ -25,7 +25,8 @@ KILL_NS = 5 * SECOND_NS + 2 * SECOND_NS
 
 @pytest.fixture(scope="module")
 def records(evidence: Evidence) -> list[dict]:
-    return audit.rows_of(evidence.ledger)
+    """Those of the story's service: the ledger is everybody's."""
+    return [record for record in audit.rows_of(evidence.ledger) if record["service"] == f"{TEAM}/{SERVICE}"]
 
 
 @pytest.fixture(scope="module")
