@@ -239,5 +239,22 @@ async def test_what_comes_during_a_write_is_written_together_and_one_refusal_is_
     assert batches == [[0, 1, 2, 3], [4, 5]]
 
 
+async def test_no_more_writes_are_under_way_than_allowed_and_none_is_left_waiting() -> None:
+    under_way, most = 0, 0
+
+    async def write(items):  # type: ignore[no-untyped-def]
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001)
+        under_way -= 1
+        return items
+
+    batch: Batch[int, int] = Batch(write, 3, 2)
+    for _ in range(3):  # the writers end, and begin anew
+        assert await asyncio.gather(*(batch.put(number) for number in range(20))) == list(range(20))
+    assert most == 2 and under_way == 0
+
+
 def test_a_turn_s_page_is_bounded_by_the_records_that_it_was_asked_for() -> None:
     assert page_bytes_max(20) < 200_000 < page_bytes_max(MAX_PAGE_RECORDS)

@@ -3,7 +3,7 @@
 Owns the choice between them, by the connection that is to run them. Knows no table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Table
@@ -16,6 +16,12 @@ def keep_first(connection: Connection, table: Table, values: Mapping[str, Any]) 
     statement = _insert(connection)(table).values(values).on_conflict_do_nothing()
     # Of an INSERT the count is forgotten unless it is asked for.
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
+
+
+def keep_first_of_each(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The same for many rows, in one statement."""
+    if rows:
+        connection.execute(_insert(connection)(table).on_conflict_do_nothing(), rows)
 
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:

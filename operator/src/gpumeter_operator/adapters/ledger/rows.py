@@ -279,20 +279,23 @@ def raise_alarm(
 
 def keep_reports(connection: Connection, manifests: Sequence[Manifest], period: Period, now_ns: int) -> None:
     """Keep these versions; of a phase that is kept already the first stays."""
+    values = []
     for manifest in manifests:
         body = canonical_report(manifest)
-        values = {
-            "namespace": manifest["metadata"]["namespace"],
-            "service": manifest["spec"]["serviceRef"]["name"],
-            "tenant": manifest["spec"]["tenant"],
-            "period_end_ns": period.end_ns,
-            "phase": manifest["status"]["phase"],
-            "name": manifest["metadata"]["name"],
-            "body": body,
-            "digest": sha256(body).hexdigest(),
-            "kept_ns": now_ns,
-        }
-        dialect.keep_first(connection, t.reports, values)
+        values.append(
+            {
+                "namespace": manifest["metadata"]["namespace"],
+                "service": manifest["spec"]["serviceRef"]["name"],
+                "tenant": manifest["spec"]["tenant"],
+                "period_end_ns": period.end_ns,
+                "phase": manifest["status"]["phase"],
+                "name": manifest["metadata"]["name"],
+                "body": body,
+                "digest": sha256(body).hexdigest(),
+                "kept_ns": now_ns,
+            }
+        )
+    dialect.keep_first_of_each(connection, t.reports, values)
 
 
 def _text(told: str) -> str:
