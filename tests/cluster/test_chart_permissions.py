@@ -34,6 +34,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         (GPUMETER, "priceplans"): READ,
         (GPUMETER, "usagereports"): ("get", "list", *WRITE, "delete"),
         (GPUMETER, "usagereports/status"): ("patch",),
+        (GPUMETER, "inferenceservices/status"): ("patch",),
         (GPUMETER, "priceplans/status"): ("patch",),
     },
     "gpumeter-gateway": {

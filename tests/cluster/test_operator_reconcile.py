@@ -26,6 +26,7 @@ from gpumeter_operator.adapters.kubernetes import (
     SERVICES,
     Cluster,
     Manifest,
+    Refused,
     Resource,
 )
 from gpumeter_operator.decide.credentials import derive
@@ -105,19 +106,15 @@ def show(cluster: Cluster, namespace: str) -> Show:
 
 async def end_pod(cluster: Cluster, pod: Manifest) -> None:
     """What a kubelet does when the last container has ended."""
-    generic = cluster._client  # the adapter has no deletion without grace, because the product must never use one
+    # The adapter has no deletion without grace, because the product must never use one.
     try:
-        await generic.delete(
-            _pod_class(), pod["metadata"]["name"], namespace=pod["metadata"]["namespace"], grace_period=0
-        )
-    except Exception as error:
-        assert "not found" in str(error), error
+        await cluster._answer("DELETE", _path_of(pod), None, {"gracePeriodSeconds": 0}, "application/json")
+    except Refused as refusal:
+        assert refusal.status == 404, refusal
 
 
-def _pod_class() -> Any:
-    from gpumeter_operator.adapters.kubernetes import _class
-
-    return _class(PODS)
+def _path_of(pod: Manifest) -> str:
+    return f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
 
 
 async def pods(cluster: Cluster, namespace: str, count: int) -> list[Manifest]:
@@ -487,9 +484,7 @@ async def bind(cluster: Cluster, pod: Manifest) -> None:
     """Play the scheduler, so that a deleted pod waits for its kubelet as a running one does."""
     metadata = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
     binding = {"apiVersion": "v1", "kind": "Binding", "metadata": metadata, "target": {"kind": "Node", "name": "none"}}
-    path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/binding"
-    answer = await cluster._client._client._client.post(path, json=binding)
-    assert answer.status_code == 201, answer.text
+    await cluster._answer("POST", f"{_path_of(pod)}/binding", None, binding, "application/json")
 
 
 async def test_a_restart_with_everything_settled_writes_nothing(

@@ -16,6 +16,7 @@ def test_the_whole_of_a_packed_object_comes_back_and_its_short_form_has_identity
     assert unpacked(kept) == DEPLOYMENT
     assert kept["metadata"] == {"name": "a", "namespace": "n", "uid": "u", "resourceVersion": "7"}
     assert (kept["spec"], kept["status"]) == ({"replicas": 0}, DEPLOYMENT["status"])
+    assert (kept["apiVersion"], kept["kind"]) == ("apps/v1", "Deployment")
     assert packed(DEPLOYMENT) == kept, "a list that found nothing new is seen to be the same"
 
 

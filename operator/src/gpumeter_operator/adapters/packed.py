@@ -24,7 +24,8 @@ def packed(item: Manifest) -> Manifest:
         found["spec"] = {"replicas": spec["replicas"]}
     if item.get("status"):
         found["status"] = item["status"]
-    return {**found, "kind": item.get("kind"), _WHOLE: msgspec.json.encode(item)}
+    kind = {name: item[name] for name in ("apiVersion", "kind") if name in item}
+    return {**found, **kind, _WHOLE: msgspec.json.encode(item)}
 
 
 def unpacked(item: Manifest) -> Manifest:

@@ -147,7 +147,8 @@ class Reconciler:
         decided: tuple[Any, ...] = ()
         if self._autoscaler is not None:
             decided = self._autoscaler.signs(service), self._autoscaler.figures(service)
-        return metadata["resourceVersion"], self._fleet.version(metadata["namespace"], metadata["name"]), *decided
+        mirrored = self._fleet.version(metadata["namespace"], metadata["name"]), self._fleet.has_pod_monitors
+        return metadata["resourceVersion"], *mirrored, *decided
 
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)

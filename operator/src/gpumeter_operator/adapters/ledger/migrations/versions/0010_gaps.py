@@ -9,7 +9,7 @@ from alembic import op
 from gpumeter_operator.adapters.ledger import dialect
 
 revision = "0010"
-down_revision = "0008"
+down_revision = "0009"
 
 
 def upgrade() -> None:
