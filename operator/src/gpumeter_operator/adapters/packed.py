@@ -24,8 +24,8 @@ def packed(item: Manifest) -> Manifest:
         found["spec"] = {"replicas": spec["replicas"]}
     if item.get("status"):
         found["status"] = item["status"]
-    kind = {name: item[name] for name in ("apiVersion", "kind") if name in item}
-    return {**found, **kind, _WHOLE: msgspec.json.encode(item)}
+    found |= {name: item[name] for name in ("apiVersion", "kind") if name in item}
+    return {**found, _WHOLE: msgspec.json.encode(item)}
 
 
 def unpacked(item: Manifest) -> Manifest:
