@@ -505,7 +505,7 @@ async def test_a_restart_with_everything_settled_writes_nothing(
         return {f"{one['kind']} {one['metadata']['name']}": one["metadata"]["resourceVersion"] for one in everything}
 
     async def counted_again() -> bool:
-        return operator.metric('gpumeter_operator_reconciles_total{result="settled"}') >= 3
+        return operator.metric('gpumeter_operator_reconciles_total{result="settled"}') >= 1  # calm from then on
 
     await settled(cluster, namespace)
     before = await versions()
