@@ -158,9 +158,8 @@ async def test_a_worker_that_does_not_tell_what_its_chain_goes_on_from_stays_ref
 async def test_a_record_that_does_not_follow_the_hash_that_was_told_is_refused(tmp_path: Path) -> None:
     ledger, fake = await a_ledger_that_missed(tmp_path / "ledger.db", after=30, until=40)
     work(fake, 60)
-    fake.boot.links[fake.boot.acknowledged_seq - 1] = replace(
-        fake.boot.links[fake.boot.acknowledged_seq - 1], hash="f" * 64
-    )
+    at = fake.boot.acknowledged_seq - 1
+    fake.boot.links[at] = fake.boot.links[at]._replace(hash="f" * 64)
     assert not await pull(ledger, fake)
     assert gaps(ledger) == () and "ChainBroken" in {alarm[0] for alarm in ledger.alarms()}
 
