@@ -22,7 +22,7 @@ help: ## Explain every target
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2} /^##@/{printf "\n%s\n", substr($$0, 5)}' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: CLUSTER (name, $(CLUSTER)), BACKEND (auto, kind, local or current), GPUS (made-up nvidia.com/gpu of the local node, $(GPUS)),"
-	@echo "           NODES (of the local cluster, 1 to 4; as it was, or 1),"
+	@echo "           NODES (of the local cluster, 1 to 4, with BACKEND=local; as it was, or 1),"
 	@echo "           GPUMETER_CACHE (what is built or downloaded, $(GPUMETER_CACHE))"
 
 ##@ The two commands

@@ -125,7 +125,8 @@ def test_what_the_values_say_of_workers_is_what_the_operator_reads(tmp_path: Pat
         monitoring,
     )
     told = environment(pod_specs(found)["gpumeter-operator"])
-    settings = read_settings({**told, "GPUMETER_MASTER_KEY_FILE": str(key)})
+    by_kubernetes = {"GPUMETER_NAMESPACE": NAMESPACE}  # the pod names its own
+    settings = read_settings({**told, **by_kubernetes, "GPUMETER_MASTER_KEY_FILE": str(key)})
     assert settings.installation.gpu_classes == {"h100": NodeChoice({"nvidia.com/gpu.product": "H100"})}
     assert settings.installation.monitoring == Monitoring({"release": "prom"}, "15s")
     assert settings.installation.peers is not None

@@ -13,6 +13,7 @@ from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Ma
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide.access import Monitoring, Peers
+from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow import children, optional
 from gpumeter_operator.flow.fleet import Fleet
@@ -282,6 +283,23 @@ async def test_a_pod_monitor_that_is_refused_keeps_no_service_from_serving(world
     world.restart()
     assert "Deployment" in await world.look()
     assert world.ready()["reason"] == "PodsStarting"
+
+
+async def test_a_pod_monitor_of_somebody_else_is_left_alone_and_keeps_no_service_from_serving(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PodMonitor", "spec": {"theirs": True}}
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "x", "controller": True}
+    metadata = {"namespace": "team-a", "name": "smollm2", "labels": {SERVICE_LABEL: "smollm2"}}
+    world.api.put({**theirs, "metadata": {**metadata, "ownerReferences": [owner]}})
+    world.installation = replace(INSTALLATION, monitoring=Monitoring({}, "15s"))
+    world.restart()
+    assert "Deployment" in await world.look()
+    await world.look()
+    assert world.api.objects["PodMonitor", "team-a", "smollm2"]["spec"] == {"theirs": True}
+    assert world.ready()["reason"] == "PodsStarting"
+    told = [one.getMessage().partition(":")[0] for one in caplog.records if one.name.endswith("flow.children")]
+    assert told == ["team-a/smollm2 has no PodMonitor"], "and once"
 
 
 async def test_pod_monitors_are_made_from_the_moment_at_which_the_cluster_knows_them(

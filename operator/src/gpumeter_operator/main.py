@@ -190,7 +190,7 @@ def handlers(tenure: Tenure | None = None) -> kopf.OperatorRegistry:
 
 
 def _quiet_kopf() -> None:
-    """Kopf tells of every handled event and of every tick of a timer at INFO; with DEBUG a developer sees them."""
+    """Kopf tells of every handled event at INFO; with DEBUG a developer sees them."""
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         for chatty in ("kopf.objects", "kopf.activities", "kopf._core.engines.activities"):
             logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -84,8 +84,8 @@ def how_to_open(spec: ServiceSpec) -> Problem:
     return Problem(
         "Development",
         "JupyterLab runs in place of a worker (spec.development.jupyter), so no request is answered. Open it with "
-        f"kubectl port-forward {where} deploy/{spec.name} {PORT} at http://localhost:{PORT}; the token is in "
-        f"kubectl get secret {where} {secret_name(spec)} -o jsonpath='{{.data.token}}' | base64 -d.",
+        f"kubectl port-forward {where} deploy/{spec.name} {PORT} at http://localhost:{PORT}; "
+        f"kubectl get secret {where} {secret_name(spec)} -o jsonpath='{{.data.token}}' | base64 -d prints the token.",
     )
 
 

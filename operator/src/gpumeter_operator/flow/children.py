@@ -34,6 +34,7 @@ class Children:
         self._fleet = fleet
         self._settled: dict[tuple[str, str, str], tuple[str, str]] = {}
         self._secret_written_ns: dict[str, int] = {}
+        self._told: dict[tuple[str, str], str] = {}
 
     async def bring(
         self, spec: ServiceSpec, workload: Workload, *, stuck: bool, now_ns: int
@@ -54,13 +55,16 @@ class Children:
                 if observed is not None and self._is_settled(observed, manifest):
                     continue
                 if (problem := await self._name_taken(spec, manifest, observed)) is not None:
+                    if manifest["kind"] in BESIDE:
+                        self._tell_once(spec, manifest["kind"], problem.message)
+                        continue
                     return written, (problem,)
                 try:
                     applied = await self._write(manifest)
                 except Refused as refusal:
                     if manifest["kind"] not in BESIDE:
                         raise
-                    log.warning("%s: its %s is refused: %s", spec.reference, manifest["kind"], refusal)
+                    self._tell_once(spec, manifest["kind"], f"The cluster refuses it: {refusal}")
                     continue
                 self._remember(applied, manifest)
                 self._fleet.learn(applied)
@@ -76,9 +80,16 @@ class Children:
     def forget(self, spec: ServiceSpec) -> None:
         """Drop what is remembered of a service that goes."""
         self._secret_written_ns.pop(spec.uid, None)
+        for kind in BESIDE:
+            self._told.pop((spec.uid, kind), None)
         names = (spec.name, f"{spec.name}-usage")
         for key in [key for key in self._settled if key[1] == spec.namespace and key[2] in names]:
             del self._settled[key]
+
+    def _tell_once(self, spec: ServiceSpec, kind: str, message: str) -> None:
+        if self._told.get((spec.uid, kind)) != message:
+            self._told[spec.uid, kind] = message
+            log.warning("%s has no %s: %s", spec.reference, kind, message)
 
     async def _write(self, manifest: Manifest) -> Manifest:
         applied = await self._cluster.apply(manifest, field_manager=FIELD_MANAGER)

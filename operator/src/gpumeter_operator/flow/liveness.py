@@ -1,7 +1,7 @@
 """Whether kopf still brings every service: its watch is the one loop that cannot be asked for its last tick.
 
-Owns the comparison of what the mirror knows with what kopf has brought. kopf's timers look at every service that it
-knows, with the version that it knows; so a watch that is frozen shows in new services and in new generations only.
+Owns the comparison of what the mirror knows with what kopf has brought. Looks go by the operator's own
+mirror (flow.looks), so a frozen watch of kopf shows in new services and in new generations only.
 Does not know kopf.
 """
 
