@@ -248,7 +248,7 @@ class Operator:
         finalizers = metadata.get("finalizers") or []
         if "deletionTimestamp" in metadata:
             await self._scaler.release(service)
-            self._reconciler.forget(service)
+            await self._reconciler.leave(service)
             await self._releaser.release(service)
             await self.api.patch(INFERENCE_SERVICES, NAME, NAMESPACE, {"metadata": {"finalizers": []}})
         elif FINALIZER not in finalizers:

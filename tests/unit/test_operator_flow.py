@@ -13,7 +13,7 @@ from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Ma
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide.access import Monitoring, Peers
-from gpumeter_operator.decide.names import SERVICE_LABEL
+from gpumeter_operator.decide.names import SERVICE_LABEL, TEMPLATE_ANNOTATION
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow import children, optional
 from gpumeter_operator.flow.fleet import Fleet
@@ -441,8 +441,39 @@ async def test_a_frozen_loop_is_told_by_the_age_of_its_last_look(world: World) -
     await world.look()
     assert world.reconciler.overdue(60) is None
     assert world.reconciler.overdue(-1) == "1 services were not looked at for more than -1 s."
-    world.reconciler.forget(world.service())
+    world.reconciler.drop("u-1")
     assert world.reconciler.overdue(-1) is None
+
+
+async def test_a_service_that_was_let_go_is_not_made_anew_by_a_look_at_what_a_slow_mirror_still_shows(
+    world: World,
+) -> None:
+    await world.look()
+    del world.api.objects["Deployment", "team-a", "smollm2"]
+    await world.reconciler.leave(world.service())
+    assert await world.look() == []
+    assert world.reconciler.overdue(-1) is None, "and nobody waits for a look at it"
+
+
+async def test_a_service_is_let_go_when_the_look_under_way_has_ended(world: World) -> None:
+    looking = asyncio.create_task(world.look())
+    await asyncio.sleep(0.011)
+    known = world.reconciler._known["u-1"]
+    async with known.lock:
+        leaving = asyncio.create_task(world.reconciler.leave(world.service()))
+        await asyncio.sleep(0)
+        assert not leaving.done()
+    await asyncio.gather(looking, leaving)
+    assert await world.look() == []
+
+
+async def test_the_fleets_short_form_of_a_deployment_names_the_template_that_pods_are_made_from(world: World) -> None:
+    await world.look()
+    whole = world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["template"]["metadata"]["annotations"]
+    kept = world.fleet.deployment("team-a", "smollm2")
+    assert kept is not None
+    assert kept["spec"]["template"]["metadata"]["annotations"] == whole
+    assert whole[TEMPLATE_ANNOTATION]
 
 
 def releaser(world: World) -> Releaser:
@@ -539,7 +570,7 @@ def test_the_resource_that_the_operator_serves_is_the_crds() -> None:
 async def test_a_worker_that_starts_is_asked_how_far_it_is_and_a_ready_one_how_it_meters(world: World) -> None:
     asked: list[tuple[str, bool]] = []
 
-    def told(address: str, serves: bool) -> Answer:
+    def told(pod: str, address: str, serves: bool) -> Answer:
         asked.append((address, serves))
         if serves:
             return Answer(stand_in=("CalibrationPoor", "Steps are split by proportions."))

@@ -6,7 +6,10 @@ DEPLOYMENT = {
     "apiVersion": "apps/v1",
     "kind": "Deployment",
     "metadata": {"name": "a", "namespace": "n", "uid": "u", "resourceVersion": "7", "annotations": {"x": "y"}},
-    "spec": {"replicas": 0, "template": {"spec": {"containers": [{"name": "main"}]}}},
+    "spec": {
+        "replicas": 0,
+        "template": {"metadata": {"annotations": {"t": "h"}}, "spec": {"containers": [{"name": "main"}]}},
+    },
     "status": {"conditions": [{"type": "ReplicaFailure", "status": "True"}]},
 }
 
@@ -15,7 +18,8 @@ def test_the_whole_of_a_packed_object_comes_back_and_its_short_form_has_identity
     kept = packed(DEPLOYMENT)
     assert unpacked(kept) == DEPLOYMENT
     assert kept["metadata"] == {"name": "a", "namespace": "n", "uid": "u", "resourceVersion": "7"}
-    assert (kept["spec"], kept["status"]) == ({"replicas": 0}, DEPLOYMENT["status"])
+    template = {"metadata": {"annotations": {"t": "h"}}}
+    assert (kept["spec"], kept["status"]) == ({"replicas": 0, "template": template}, DEPLOYMENT["status"])
     assert (kept["apiVersion"], kept["kind"]) == ("apps/v1", "Deployment")
     assert packed(DEPLOYMENT) == kept, "a list that found nothing new is seen to be the same"
 

@@ -49,14 +49,14 @@ async def worker() -> AsyncIterator[Worker]:
 
 async def becomes(starting: StartingWorkers, expected: Answer, *, serves: bool = False) -> None:
     async with asyncio.timeout(10):
-        while starting.told("127.0.0.1", serves) != expected:  # noqa: ASYNC110 - it has no event; nobody waits for it
+        while starting.told("pod", "127.0.0.1", serves) != expected:  # noqa: ASYNC110 - it has no event; nobody waits for it
             await asyncio.sleep(0.01)
 
 
 async def test_an_answer_is_there_at_a_later_look_and_asked_for_again_when_it_is_old(worker: Worker) -> None:
     now_s = [100.0]
     starting = StartingWorkers(worker.port, lambda: now_s[0])
-    assert starting.told("127.0.0.1", False) == Answer()
+    assert starting.told("pod", "127.0.0.1", False) == Answer()
     await becomes(starting, Answer(progress=FAR))
     assert worker.asked == 1, "looks in between ask nobody"
     worker.document["message"] = "loading 269 MB of weights for 2 s"
@@ -66,11 +66,18 @@ async def test_an_answer_is_there_at_a_later_look_and_asked_for_again_when_it_is
     await starting.close()
 
 
+async def test_what_a_pod_said_is_not_told_of_the_next_one_that_gets_its_address(worker: Worker) -> None:
+    starting = StartingWorkers(worker.port)
+    await becomes(starting, Answer(progress=FAR))
+    assert starting.told("another pod", "127.0.0.1", False) == Answer()
+    await starting.close()
+
+
 async def test_a_worker_that_does_not_listen_says_nothing(worker: Worker) -> None:
     starting = StartingWorkers(1)
-    assert starting.told("127.0.0.1", False) == Answer()
+    assert starting.told("pod", "127.0.0.1", False) == Answer()
     await asyncio.gather(*starting._tasks)
-    assert starting.told("127.0.0.1", False) == Answer()
+    assert starting.told("pod", "127.0.0.1", False) == Answer()
     await starting.close()
 
 
@@ -84,11 +91,11 @@ async def test_a_worker_that_serves_is_asked_seldom_how_it_splits_steps_and_its_
     starting = StartingWorkers(worker.port, lambda: now_s[0])
     await becomes(starting, Answer(progress=FAR))
     worker.document = {"ready": True, "reason": "Ready", "message": "", "attribution": POOR}
-    assert starting.told("127.0.0.1", True) == Answer()
+    assert starting.told("pod", "127.0.0.1", True) == Answer()
     answer = Answer(stand_in=(POOR["reason"], POOR["message"]))
     await becomes(starting, answer, serves=True)
     now_s[0] += ASK_SERVING_EVERY_S - 1
-    assert starting.told("127.0.0.1", True) == answer
+    assert starting.told("pod", "127.0.0.1", True) == answer
     assert worker.asked == 2
     worker.document["attribution"] = {"reason": "Calibrated", "message": "as it should be"}
     now_s[0] += 1

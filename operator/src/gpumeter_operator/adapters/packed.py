@@ -17,11 +17,14 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def packed(item: Manifest) -> Manifest:
-    """The object's identity, its `spec.replicas` and its status, and the whole to be had from `unpacked`."""
+    """The object's identity, `spec.replicas`, its pods' annotations, its status; and the whole, for `unpacked`."""
     metadata, spec = item["metadata"], item.get("spec") or {}
     found: Manifest = {"metadata": {name: metadata[name] for name in _METADATA if name in metadata}}
-    if "replicas" in spec:
-        found["spec"] = {"replicas": spec["replicas"]}
+    short: Manifest = {"replicas": spec["replicas"]} if "replicas" in spec else {}
+    if notes := ((spec.get("template") or {}).get("metadata") or {}).get("annotations"):
+        short["template"] = {"metadata": {"annotations": notes}}
+    if short:
+        found["spec"] = short
     if item.get("status"):
         found["status"] = item["status"]
     found |= {name: item[name] for name in ("apiVersion", "kind") if name in item}

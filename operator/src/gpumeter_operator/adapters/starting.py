@@ -39,6 +39,9 @@ class Answer(NamedTuple):
     capacity: Mapping[str, Any] | None = None
 
 
+Key = tuple[str, str, bool]  # pod, address, whether it serves
+
+
 class StartingWorkers:
     """The last answer of every worker that was asked lately. `clock` gives seconds that never go back."""
 
@@ -46,17 +49,17 @@ class StartingWorkers:
         self._port = port
         self._clock = clock
         self._session: aiohttp.ClientSession | None = None
-        self._asked_s: dict[tuple[str, bool], float] = {}
-        self._looked_s: dict[tuple[str, bool], float] = {}
-        self._answers: dict[tuple[str, bool], Answer] = {}
+        self._asked_s: dict[Key, float] = {}
+        self._looked_s: dict[Key, float] = {}
+        self._answers: dict[Key, Answer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def told(self, address: str, serves: bool) -> Answer:
-        """What the worker at this address last said; asks again when that is due.
+    def told(self, pod: str, address: str, serves: bool) -> Answer:
+        """What the worker in this pod last said; asks at its address again when that is due.
 
         What it said before it served is forgotten then, and one that serves is asked seldom, whether it answers or not.
         """
-        key = (address, serves)
+        key = (pod, address, serves)  # an address soon belongs to another pod
         every_s = ASK_SERVING_EVERY_S if serves else ASK_EVERY_S
         now_s = self._looked_s[key] = self._clock()
         if now_s - self._asked_s.get(key, now_s - every_s) >= every_s:
@@ -75,8 +78,8 @@ class StartingWorkers:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, key: tuple[str, bool]) -> None:
-        address, _ = key
+    async def _ask(self, key: Key) -> None:
+        _, address, _ = key
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), auto_decompress=False)
         host = f"[{address}]" if ":" in address else address

@@ -133,6 +133,8 @@ class Operation:
     def hear(self, metadata: Mapping[str, Any], *, gone: bool) -> None:
         """The watch of services has brought one."""
         self._deliveries.hear(metadata["uid"], None if gone else int(metadata.get("generation", 0)))
+        if gone:  # also where somebody took the finalizer away by hand, and nobody let it go
+            self._reconciler.drop(metadata["uid"])
 
     async def look(self, service: Manifest) -> None:
         """Reconcile once; what the API server keeps from being done is told in the log and done at the next look."""
@@ -145,7 +147,7 @@ class Operation:
     async def leave(self, service: Manifest) -> str | None:
         """Let a deleted service end; a sentence when it has to be tried again."""
         await self._scaler.release(service)
-        self._reconciler.forget(service)
+        await self._reconciler.leave(service)
         try:
             await self._releaser.release(service)
         except (Refused, Unreachable) as problem:

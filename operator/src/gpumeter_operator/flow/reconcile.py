@@ -38,6 +38,7 @@ _PARALLEL_LOOKS = 16
 # A service that was found well and of which nothing has changed is looked at again after this time all the same: what a
 # worker says of itself, and what nobody thought of, are seen then.
 CALM_NS = 60_000_000_000
+GONE_NS = 3_600_000_000_000  # no mirror lags for an hour
 
 
 @dataclass(slots=True)
@@ -81,10 +82,10 @@ class Reconciler:
         metrics: OperatorMetrics,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-        told: Callable[[str, bool], Answer] = lambda address, serves: Answer(),
+        told: Callable[[str, str, bool], Answer] = lambda pod, address, serves: Answer(),
         autoscaler: Autoscaler | None = None,
     ) -> None:
-        """`told` gives what a worker says of itself, by address and whether it serves, as far as that is known now."""
+        """`told` gives what a worker last said of itself, by pod, address and whether it serves."""
         self._cluster = cluster
         self._fleet = fleet
         self._installation = installation
@@ -96,14 +97,20 @@ class Reconciler:
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self.calm_ns = CALM_NS
         self._known: dict[str, Known] = {}
+        self._gone: dict[str, int] = {}  # uid of a service that was let go, and since when
         for value in ("True", "False", "Unknown"):
             metrics.services.labels(ready=value).set(0)
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
 
     async def reconcile(self, service: Manifest) -> None:
         """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
-        known = self._known.setdefault(service["metadata"]["uid"], Known())
+        uid = service["metadata"]["uid"]
+        if uid in self._gone:
+            return
+        known = self._known.setdefault(uid, Known())
         async with known.lock, self._turn:
+            if uid in self._gone:
+                return
             result, known.calm, seen = "failed", None, self._signs(service)
             try:
                 with self._metrics.reconcile_seconds.time():
@@ -128,10 +135,21 @@ class Reconciler:
         known.looked_ns = now_ns
         return False
 
-    def forget(self, service: Manifest) -> None:
-        """Drop what is remembered of a service; the caller says that no more looks follow."""
-        known = self._known.pop(service["metadata"]["uid"], None)
+    async def leave(self, service: Manifest) -> None:
+        """Look at a service no more, and return when the look under way has ended.
+
+        A mirror that lags may still show it as it was before its deletion; a look at that would make it anew.
+        """
+        uid, now_ns = service["metadata"]["uid"], time.monotonic_ns()
+        self._gone = {one: at_ns for one, at_ns in self._gone.items() if now_ns - at_ns < GONE_NS} | {uid: now_ns}
+        if (known := self._known.get(uid)) is not None:
+            async with known.lock:
+                self.drop(uid)
         self._children.forget(read(service)[0])
+
+    def drop(self, uid: str) -> None:
+        """Drop what is remembered of a service that is no more."""
+        known = self._known.pop(uid, None)
         if known is not None:
             self._count(known.ready, None)
 
@@ -180,7 +198,7 @@ class Reconciler:
     def _with_answer(self, pod: PodState) -> PodState:
         if not pod.address:
             return pod
-        answer = self._told(pod.address, pod.ready)
+        answer = self._told(pod.name, pod.address, pod.ready)
         if pod.ready:
             stand_in = Problem(*answer.stand_in) if answer.stand_in else None
             return replace(pod, stand_in=stand_in, capacity=answer.capacity)
