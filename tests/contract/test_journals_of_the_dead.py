@@ -102,6 +102,8 @@ async def test_only_what_was_not_acknowledged_is_in_a_journal_and_it_joins_what_
     other = a_ledger(f"sqlite:///{tmp_path / 'other.db'}")
     refused = await take(a_dead_worker(tmp_path / "b", acknowledged=2), other)
     assert refused.reason == "JournalRefused" and "records 1 to 2 were acknowledged" in refused.message
+    assert refused.message.endswith(". Take an older copy of this journal; where there is none, give --over-gaps.")
+    assert "restart" not in refused.message, "there is no pod to be restarted"
     assert [alarm[0] for alarm in other.alarms()] == ["AcknowledgedAhead"]
     assert {boot for boot, *_ in held(other)} == {"b"}, "what is whole is taken all the same"
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from gpumeter_operator.adapters.workers import Target, Workers
+from gpumeter_operator.adapters.workers import Target, Workers, WorkerSilent
 from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.decide.names import DEVELOPMENT_ANNOTATION
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.discover import NotAWorker, events_of, events_of_removed, worker_of
 from gpumeter_operator.flow.rounds import CollectRound
-from gpumeter_usage.page import MAX_PAGE_BYTES, Page, encode_page
+from gpumeter_usage.page import MAX_PAGE_BYTES, JournalStatus, Page, encode_page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
 from rigs.ledger import (
@@ -244,6 +245,39 @@ async def test_a_pod_that_went_unseen_takes_nothing_back_from_the_final_periods_
     assert ledger.adjustments("team-a", "smollm2") == []
     rows = ledger.pod_accounts(fake.identity.worker_uid)
     assert [(end, accounts.allocated) for end, accounts in rows] == [(START_NS + MINUTE_NS, MINUTE_NS)]
+
+
+class Asked(Workers):
+    """Nobody answers; keeps who was sent a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens_by_host: dict[str, str] = {}
+
+    async def status(self, target: Target) -> JournalStatus:
+        self.tokens_by_host[target.host] = target.token
+        raise WorkerSilent("It does not answer.")
+
+
+async def test_a_notebook_is_sent_no_token_and_its_time_is_allocated_and_unaccounted(tmp_path: Path) -> None:
+    ledger, workers = open_ledger(tmp_path / "ledger.db"), Asked()
+    notebook, at_work = worker(1), worker(2)
+    services = {("team-a", "smollm2"): service_manifest(notebook)}
+    pods = {
+        ("team-a", of.pod): pod_manifest(of, f"10.0.0.{number}", (f"c-{number}", START_NS, None))
+        for number, of in ((1, notebook), (2, at_work))
+    }
+    pods["team-a", notebook.pod]["metadata"]["annotations"][DEVELOPMENT_ANNOTATION] = "true"
+    collector = Collector(ledger, workers, inline, Clock(NOW_NS))
+    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services, lookup=nowhere)
+    for _ in range(2):  # also once it is known
+        await round_.run(lambda _: TOKEN, NOW_NS)
+        await collector.finish()
+    await workers.close()
+    assert workers.tokens_by_host == {"10.0.0.2": TOKEN}
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 2 * MINUTE_NS + SECOND_NS)
+    [(_, accounts)] = ledger.pod_accounts(notebook.worker_uid)
+    assert (accounts.allocated, accounts.unaccounted) == (MINUTE_NS, MINUTE_NS)
 
 
 async def test_the_last_state_of_a_removed_pod_is_kept(tmp_path: Path) -> None:

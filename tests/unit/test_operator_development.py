@@ -8,11 +8,13 @@ from typing import Any
 
 from gpumeter_operator.decide.credentials import Credentials, credentials_of
 from gpumeter_operator.decide.development import development_problems
+from gpumeter_operator.decide.names import DEVELOPMENT_ANNOTATION
 from gpumeter_operator.decide.pods import PodState
 from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import ServiceSpec, read
 from gpumeter_operator.decide.status import Seen, decide_status
 from gpumeter_operator.decide.workload import Installation, Workload, build
+from gpumeter_operator.flow.discover import runs_a_notebook
 
 INSTALLATION = Installation("worker:1", "IfNotPresent", "", development_image="development:1")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
@@ -66,6 +68,12 @@ def test_whoever_opens_the_notebook_finds_no_credentials_of_workers_in_it() -> N
     spec = pod(built())["spec"]
     assert not {"credentials", "journal"} & {one["name"] for one in spec["volumes"]}
     assert not {one["name"] for one in main(built())["volumeMounts"]} - {one["name"] for one in spec["volumes"]}
+
+
+def test_the_notebooks_pod_says_that_it_is_no_worker_so_that_the_collector_sends_it_no_token() -> None:
+    assert runs_a_notebook(pod(built())) and pod(built())["metadata"]["annotations"][DEVELOPMENT_ANNOTATION] == "true"
+    assert DEVELOPMENT_ANNOTATION not in pod(built(jupyter=False))["metadata"]["annotations"]
+    assert not runs_a_notebook(pod(built(jupyter=False)))
 
 
 def test_the_notebook_has_the_workers_gpu_models_and_locks() -> None:

@@ -11,10 +11,10 @@ from gpumeter_operator.adapters.kubernetes import Refused
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.service_usage import HOUR_NS, Usage, usage_of, written
 from gpumeter_operator.flow.close import Closer, Pricing
-from gpumeter_operator.flow.service_usage import IDLE_EVERY_NS, MAX_WRITES, USED_EVERY_NS, UsageTeller
+from gpumeter_operator.flow.service_usage import IDLE_EVERY_NS, MAX_TELLING_NS, MAX_WRITES, USED_EVERY_NS, UsageTeller
 from gpumeter_usage.period import MINUTE_NS, Granularity, month_of
 from gpumeter_usage.record import Account
-from rigs.ledger import START_NS, FakeWorker, inline, open_ledger, started, worker
+from rigs.ledger import START_NS, Clock, FakeWorker, inline, open_ledger, started, worker
 from rigs.pricing import plan, rate
 
 SERVICE = ("team-a", "smollm2")
@@ -182,8 +182,51 @@ async def test_a_round_writes_no_more_than_its_share_and_the_next_one_goes_on(tm
     for number in range(MAX_WRITES + 10):
         there["team-a", f"s{number}"] = {"metadata": {"uid": f"u{number}"}}
         many += [{**one, "spec": {**one["spec"], "serviceRef": {"name": f"s{number}"}}} for one in reports]
-    teller = UsageTeller(cluster, running.ledger, inline, lambda: there)
+    teller = UsageTeller(cluster, running.ledger, inline, lambda: there, Clock())
     await teller.tell(many, START_NS + MINUTE_NS)
     assert cluster.asked == MAX_WRITES
     await teller.tell(many, START_NS + MINUTE_NS)
     assert cluster.asked == MAX_WRITES + 10
+
+
+def reports_of(reports: list[Report], names: list[str]) -> list[Report]:
+    """The same reports for each of these services."""
+    return [{**one, "spec": {**one["spec"], "serviceRef": {"name": name}}} for name in names for one in reports]
+
+
+async def test_whoever_has_waited_longest_is_told_first_so_that_no_name_waits_for_ever(tmp_path: Path) -> None:
+    running, told = Running(tmp_path), []
+    names = [f"s{number:03}" for number in range(2 * MAX_WRITES + 10)]
+    there = {("team-a", name): {"metadata": {"uid": name}} for name in names}
+
+    class Named(FakeCluster):
+        async def apply(self, manifest: dict[str, Any], **how: Any) -> dict[str, Any]:
+            told.append(manifest["metadata"]["name"])
+            return await super().apply(manifest, **how)
+
+    cluster = Named()
+    teller = UsageTeller(cluster, running.ledger, inline, lambda: there, Clock())
+    for minute in range(1, 4):  # every service has used something by then, and is due again
+        running.serve(START_NS + minute * MINUTE_NS)
+        now_ns = START_NS + minute * MINUTE_NS
+        await teller.tell(reports_of(running.reports(now_ns), names), now_ns)
+    assert told == [*names, *names[: MAX_WRITES - 10]]
+
+
+async def test_a_round_tells_for_a_second_and_the_next_one_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    running, clock, told = Running(tmp_path), Clock(0), []
+    running.serve(START_NS + MINUTE_NS)
+    names = [f"s{number}" for number in range(9)]
+    there = {("team-a", name): {"metadata": {"uid": name}} for name in names}
+
+    class Slow(FakeCluster):
+        async def apply(self, manifest: dict[str, Any], **how: Any) -> dict[str, Any]:
+            told.append(manifest["metadata"]["name"])
+            clock.now_ns += MAX_TELLING_NS // 4
+            return await super().apply(manifest, **how)
+
+    teller = UsageTeller(Slow(), running.ledger, inline, lambda: there, clock)
+    reports = reports_of(running.reports(START_NS + MINUTE_NS), names)
+    for count in (4, 8, 9):
+        await teller.tell(reports, START_NS + MINUTE_NS)
+        assert told == names[:count]

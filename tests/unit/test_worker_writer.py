@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from gpumeter_usage.chain import GENESIS
+from gpumeter_usage.page import Acknowledgement
 from gpumeter_usage.record import Status, canonical
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
@@ -97,6 +99,38 @@ async def test_a_caller_that_leaves_before_its_turn_changes_no_order(boot: Boot)
     assert await appending[2]
     assert boot.writer.head is not None
     assert boot.writer.head.seq == sum(len(flush.records) for flush in flushes)
+
+
+async def test_only_what_names_the_newest_record_acknowledged_by_its_hash_renews_the_lease(tmp_path: Path) -> None:
+    former = Boot(tmp_path)
+    await former.writer.open(IDENTITY, START)
+    await former.writer.append(former.used("former"))
+    await former.writer.close()
+    boot = Boot(tmp_path)
+    await boot.writer.open(replace(IDENTITY, boot_id="later"), START)
+    await boot.writer.append(boot.used("one"))
+    await boot.writer.append(boot.used("two"))
+    hashes = {}
+    for boot_id in ("boot", "later"):
+        page = await boot.writer.page(boot_id, 0, 100)
+        assert page is not None
+        hashes[boot_id] = [link.hash for link in page.links]
+
+    async def renews(boot_id: str, seq: int, digest: str) -> bool:
+        boot.writer.acknowledged_at_ns = 0
+        await boot.writer.acknowledge(Acknowledgement(boot_id, seq, digest))
+        return boot.writer.acknowledged_at_ns > 0
+
+    first, second = hashes["later"][0], hashes["later"][1]
+    assert not await renews("later", 0, GENESIS), "nothing at all is acknowledged"
+    assert await renews("later", 1, first)
+    assert await renews("later", 2, second)
+    assert await renews("later", 2, second), "the collector has nothing new to say, and lives"
+    assert not await renews("later", 2, first), "another hash"
+    assert not await renews("later", 1, first), "an old one"
+    assert not await renews("later", 0, GENESIS)
+    assert await renews("boot", len(hashes["boot"]), hashes["boot"][-1]), "a former boot, forgotten with this"
+    await boot.writer.close()
 
 
 async def test_closing_waits_for_a_commit_that_nobody_waits_for(tmp_path: Path) -> None:

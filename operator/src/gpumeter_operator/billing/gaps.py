@@ -19,10 +19,14 @@ from gpumeter_usage.period import Period
 from gpumeter_usage.record import MAX_INTEGER, Kind, Record
 
 MAX_GAPS = 4
-"""A backup that is restored leaves one in a boot. Whoever acknowledges in our place would leave one a pull and use the
-service for nothing: after so many the boot is refused as a whole, and its lease runs out."""
+"""A backup that is restored leaves one in a boot. Whoever acknowledges in our place would leave one a pull: after so
+many the boot is refused as a whole, and we acknowledge nothing of it. That does not end its lease where they go on
+acknowledging: they use the service for nothing until somebody acts on `AcknowledgedAhead`."""
 
 REASON = "SequenceGap"
+
+NO_CONTINUATION = "; it does not say what its chain goes on from, so it is not collected any more: restart the pod"
+"""How the refusal ends of a boot that could go on. Of a file that a dead pod left, it is not to be restarted."""
 
 
 def lost(boot: Boot, committed_seq: int) -> str:
@@ -44,7 +48,7 @@ def refuse_without_continuation(boot: Boot, committed_seq: int) -> None:
     if len(boot.acknowledged_hash) != 64:
         raise PageRefused(
             "AcknowledgedAhead",
-            f"{told}; it does not say what its chain goes on from, so it is not collected any more: restart the pod",
+            f"{told}{NO_CONTINUATION}",
         )
 
 
@@ -54,7 +58,9 @@ def refuse_more_gaps(boot_id: str, known: Iterable[Gap]) -> None:
         raise PageRefused(
             "AcknowledgedAhead",
             f"boot {boot_id:.64}: it has lost records {MAX_GAPS} times that somebody else acknowledged, and lost more; "
-            "it is not collected any more. Change the service's usage token and restart the pod",
+            "it is not collected any more. Whoever holds the service's usage token can use it for nothing: make the "
+            "service anew or change the master key, which alone give another token, or restart the pod where it was no "
+            "attack",
         )
 
 

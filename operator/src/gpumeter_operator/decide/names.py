@@ -29,6 +29,7 @@ STOP_ANNOTATION = "gpumeter.io/stop"  # the user's, on an InferenceService
 SERVICE_UID_ANNOTATION = "gpumeter.io/service-uid"
 DEVICES_ANNOTATION = "gpumeter.io/devices"
 GPU_CLASS_ANNOTATION = "gpumeter.io/gpu-class"
+DEVELOPMENT_ANNOTATION = "gpumeter.io/development"  # "true" on a pod that runs a notebook in place of a worker
 TEMPLATE_ANNOTATION = "gpumeter.io/template"  # which template a pod was made from
 CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
 APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing

@@ -13,6 +13,7 @@ from gpumeter_operator.decide.credentials import Credentials
 from gpumeter_operator.decide.development import notebook, notebook_secret, notebook_volumes
 from gpumeter_operator.decide.names import (
     CREDENTIALS_ANNOTATION,
+    DEVELOPMENT_ANNOTATION,
     DEVICES_ANNOTATION,
     DRAINING_LABEL,
     GPU_CLASS_ANNOTATION,
@@ -211,6 +212,7 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
                 DEVICES_ANNOTATION: str(max(spec.gpu_count, 1)),
                 GPU_CLASS_ANNOTATION: spec.gpu_class,
                 CREDENTIALS_ANNOTATION: _credentials_mark(spec, credentials),
+                **({DEVELOPMENT_ANNOTATION: "true"} if spec.jupyter else {}),
             },
         },
         "spec": {

@@ -12,6 +12,7 @@ from typing import Any
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent
 from gpumeter_operator.billing.facts import Pod, Worker
 from gpumeter_operator.decide.names import (
+    DEVELOPMENT_ANNOTATION,
     DEVICES_ANNOTATION,
     GPU_CLASS_ANNOTATION,
     MAIN_CONTAINER,
@@ -76,6 +77,11 @@ def worker_of(pod: Manifest, services: Mapping[tuple[str, str], Manifest]) -> Wo
         devices=int(devices),
         pod=name,
     )
+
+
+def runs_a_notebook(pod: Manifest) -> bool:
+    """Whether no worker is in a pod but whatever its user runs, which must get no usage token and tell of no use."""
+    return (pod["metadata"].get("annotations") or {}).get(DEVELOPMENT_ANNOTATION) == "true"
 
 
 def events_of(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from gpumeter_operator.adapters.journals import JournalFile, JournalUnreadable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target
+from gpumeter_operator.billing.gaps import NO_CONTINUATION
 from gpumeter_operator.flow.collect import Collector, Execute
 
 NOWHERE = Target("", "")  # a file has no address and asks for no token
@@ -52,6 +53,11 @@ async def take_journal(
             return Leftover(path, taken, "LedgerUnavailable", collector.counters.ledger_problem)
         after = await execute(lambda: ledger.pod(journal.worker_uid))
         why = after.problem if after else ""
-        return Leftover(path, taken, "JournalRefused", f"Pod {name}: after {taken} records {path} was refused: {why}.")
+        advice = ""
+        if not over_gaps and NO_CONTINUATION in why:
+            why = why.replace(NO_CONTINUATION, "")
+            advice = " Take an older copy of this journal; where there is none, give --over-gaps."
+        message = f"Pod {name}: after {taken} records {path} was refused: {why}.{advice}"
+        return Leftover(path, taken, "JournalRefused", message)
     finally:
         journal.close()

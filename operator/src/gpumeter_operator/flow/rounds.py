@@ -28,6 +28,7 @@ from gpumeter_operator.flow.discover import (
     is_overdue,
     last_sign_ns,
     running_of,
+    runs_a_notebook,
     worker_of,
 )
 from gpumeter_operator.flow.plans import PlanTeller
@@ -150,6 +151,8 @@ class CollectRound:
         await self._keep(worker, events, now_ns)
         if _runs(events) and is_overdue(pod, now_ns):
             await self._keep_lost(worker, events, now_ns)
+        if runs_a_notebook(pod):
+            return  # what its containers hold is allocated and nobody's; it is never asked
         address = (pod.get("status") or {}).get("podIP")
         if address and uid in self._workers and _runs(events):
             fleet.append((worker, Target(address, token_of(worker.service_uid))))

@@ -7,6 +7,7 @@ manager of its own; no watch of UsageReports is needed for it. Decides no figure
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ FIELD_MANAGER = "gpumeter-collector"
 USED_EVERY_NS = 60 * SECOND_NS
 IDLE_EVERY_NS = 600 * SECOND_NS  # only what is allocated grows: a thousand such services are two writes a second
 MAX_WRITES = 50  # in a round, so that a thousand services do not hold up the next one
+MAX_TELLING_NS = SECOND_NS  # so long a round tells: the next closing waits for it
 
 Objects = Callable[[], Mapping[Service, Mapping[str, Any]]]
 
@@ -40,34 +42,50 @@ class _Told:
 
 
 class UsageTeller:
-    """Keeps status.usage of services up to date. `services` are the live copies."""
+    """Keeps status.usage of services up to date. `services` are the live copies, `clock_ns` never goes back."""
 
-    def __init__(self, cluster: StatusPort, ledger: Reader, execute: Execute, services: Objects) -> None:
+    def __init__(
+        self,
+        cluster: StatusPort,
+        ledger: Reader,
+        execute: Execute,
+        services: Objects,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._execute = execute
         self._services = services
+        self._clock_ns = clock_ns
+        self._looked_ns: dict[Service, int] = {}  # when it was last computed what a service has used
         self._told: dict[Service, _Told] = {}
         self._refused: set[Service] = set()
 
     async def tell(self, reports: Iterable[Manifest], now_ns: int) -> None:
         """Write what is due. `reports` are all that a round of closing gives. Raises LedgerUnavailable, Unreachable.
 
-        A refusal is logged once a service and tried again after a while: a bill does not wait for it.
+        Whoever has waited longest comes first; what does not fit into this round goes on in the next one. A refusal is
+        logged once a service and tried again after a while: a bill does not wait for it.
         """
         services, left = self._services(), MAX_WRITES
-        for key in self._told.keys() - services.keys():
-            del self._told[key]
-        for key, of_service in groupby(sorted(reports, key=_service), key=_service):
+        until_ns = self._clock_ns() + MAX_TELLING_NS
+        for gone in self._looked_ns.keys() - services.keys():
+            del self._looked_ns[gone]
+            self._told.pop(gone, None)
+        by_service = {key: list(group) for key, group in groupby(sorted(reports, key=_service), key=_service)}
+        for key in sorted(by_service, key=lambda each: (self._looked_ns.get(each, 0), each)):
+            if not left or self._clock_ns() >= until_ns:
+                break
             service = services.get(key)
-            if service is None or "deletionTimestamp" in service["metadata"] or not left:
+            if service is None or "deletionTimestamp" in service["metadata"]:
                 continue
             uid, told = service["metadata"]["uid"], self._told.get(key)
             if told is not None and told.uid != uid:
                 told = None  # a namesake
             if told is not None and now_ns < told.at_ns + USED_EVERY_NS and told.usage.hour_ns == hour_of(now_ns):
                 continue
-            usage = await self._usage(key, list(of_service), now_ns)
+            self._looked_ns[key] = now_ns
+            usage = await self._usage(key, by_service[key], now_ns)
             if usage is None or (told is not None and not _is_due(told, usage, now_ns)):
                 continue
             text = written(usage)

@@ -162,6 +162,17 @@ class Journal:
             self._reserve.take()
         return head
 
+    def ends_acknowledged(self, acknowledgement: Acknowledgement) -> bool:
+        """Whether an acknowledgement that was not refused names, by seq and hash, the last record acknowledged of its
+        boot: it trimmed something just now, or repeats what did. Raises JournalUnusable.
+        """
+        with translated(None):
+            # A boot that is not there any more was forgotten because of it.
+            last = self._database.execute(
+                "SELECT acknowledged_seq, acknowledged_hash FROM boots WHERE boot_id = ?", (acknowledgement.boot_id,)
+            ).fetchone()
+        return acknowledgement.seq > 0 and (last is None or last == (acknowledgement.seq, acknowledgement.hash))
+
     def _trim_in_steps(self, acknowledgement: Acknowledgement) -> Head:
         """SQLite writes before it deletes. Little by little there is room for that, because the log is used again."""
         with translated(None):

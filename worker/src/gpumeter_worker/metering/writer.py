@@ -92,7 +92,10 @@ class JournalWriter:
         return await self._to_the_end(self._commit())
 
     async def acknowledge(self, acknowledgement: Acknowledgement) -> None:
-        """Trim what is committed elsewhere. Raises AcknowledgementRefused, JournalUnusable."""
+        """Trim what is committed elsewhere, and renew the lease where it names what was acknowledged last.
+
+        Raises AcknowledgementRefused, JournalUnusable.
+        """
         await self._to_the_end(self._trim(acknowledgement))
 
     async def status(self) -> JournalStatus:
@@ -160,8 +163,10 @@ class JournalWriter:
         journal = self._journal
         if journal is None:
             raise JournalUnusable(self.problem or "the journal is not open")
-        self.head = await self._write(lambda: journal.acknowledge(acknowledgement))
-        self.acknowledged_at_ns = time.monotonic_ns()
+        self.head, newest = await self._write(lambda: _acknowledged(journal, acknowledgement))
+        # A lease is for records that a collector has: whoever says no hash of theirs, or an old one, renews none.
+        if newest:
+            self.acknowledged_at_ns = time.monotonic_ns()
         if self.full:
             await self._look_at_size(journal)
 
@@ -209,6 +214,10 @@ def _log_refused(flush: Flush) -> None:
         len(shown),
         "\n".join(shown),
     )
+
+
+def _acknowledged(journal: Journal, acknowledgement: Acknowledgement) -> tuple[Head, bool]:
+    return journal.acknowledge(acknowledgement), journal.ends_acknowledged(acknowledgement)
 
 
 def _opened(directory: Path, identity: Identity, started_ns: int) -> tuple[Journal, Head]:
