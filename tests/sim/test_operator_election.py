@@ -134,6 +134,20 @@ async def test_a_note_on_the_lease_or_its_deletion_costs_the_holder_nothing() ->
 
 
 @virtually
+async def test_who_sees_that_the_lease_was_deleted_waits_as_long_as_its_holder_may_act() -> None:
+    async with two() as (server, first, second):
+        for _ in range(20):  # whoever comes first: the holder's renewal or the other one's look
+            server.lease = None
+            for _ in range(100):
+                await asyncio.sleep(STEP_S)
+                assert [one.name for one in (first, second) if one.may_write] == ["a"]
+        assert not first.dead
+        await first.kill()
+        server.lease = None
+        assert 5 < await until(lambda: second.may_write, 8) <= 7.6
+
+
+@virtually
 async def test_a_renewal_whose_answer_was_lost_is_no_loss() -> None:
     async with two() as (_, first, second):
         first.way.lossy = 0.4

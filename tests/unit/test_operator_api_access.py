@@ -1,5 +1,7 @@
 """Where the API server is found, and what is said there of who we are."""
 
+import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,12 +57,54 @@ async def test_a_program_is_asked_once_and_again_when_its_token_is_refused_or_ov
         "Bearer t0",
         "Bearer t1",
     ]
+    with pytest.raises(AccessInvalid, match="exec without a command"):
+        of_file(kubeconfig(tmp_path, exec={"apiVersion": entry["apiVersion"]}))
 
 
 async def test_a_program_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
     entry = {"apiVersion": "client.authentication.k8s.io/v1", "command": "sh", "args": ["-c", "echo no >&2; exit 3"]}
     with pytest.raises(AccessInvalid, match="sh ended with 3: no"):
         await of_file(kubeconfig(tmp_path, exec=entry)).authorization(False)
+
+
+async def test_a_program_for_whose_answer_nobody_waits_any_more_is_ended(tmp_path: Path) -> None:
+    said = tmp_path / "pid"
+    entry = {
+        "apiVersion": "client.authentication.k8s.io/v1",
+        "command": "sh",
+        "args": ["-c", 'echo $$ > "$0.new"; mv "$0.new" "$0"; sleep 600', str(said)],
+    }
+    asks = asyncio.create_task(of_file(kubeconfig(tmp_path, exec=entry)).authorization(False))
+    async with asyncio.timeout(20):
+        while not said.exists():  # noqa: ASYNC110 - a file of another process
+            await asyncio.sleep(0.01)
+    asks.cancel()
+    await asyncio.wait([asks])
+    assert asks.cancelled()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(said.read_text()), 0)
+
+
+async def test_a_program_that_does_not_answer_in_time_is_ended_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumeter_operator.adapters.access.EXEC_TIMEOUT_S", 1.0)
+    said = tmp_path / "pid"
+    args = ["-c", 'echo $$ > "$0"; exec sleep 600', str(said)]
+    entry = {"apiVersion": "client.authentication.k8s.io/v1", "command": "sh", "args": args}
+    with pytest.raises(AccessInvalid, match="sh gives no token: TimeoutError"):
+        await of_file(kubeconfig(tmp_path, exec=entry)).authorization(False)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(said.read_text()), 0)
+
+
+async def test_a_program_with_a_slash_in_its_name_lies_beside_the_kubeconfig(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "program"
+    program.write_text('#!/bin/sh\necho \'{"status": {"token": "beside"}}\'\n')
+    program.chmod(0o700)
+    entry = {"apiVersion": "client.authentication.k8s.io/v1", "command": "bin/program"}
+    assert await of_file(kubeconfig(tmp_path, exec=entry)).authorization(False) == "Bearer beside"
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,30 @@ async def test_the_fleets_short_form_of_a_deployment_names_the_template_that_pod
     assert whole[TEMPLATE_ANNOTATION]
 
 
+async def test_services_that_wait_for_their_turn_are_no_frozen_loop_as_long_as_looks_end(world: World) -> None:
+    answers = asyncio.Semaphore(0)
+
+    async def apply(manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+        await answers.acquire()
+        raise Refused(503, "ServiceUnavailable", "later")
+
+    world.api.apply = apply  # type: ignore[method-assign]
+    services = [world.service() for _ in range(18)]
+    for number, service in enumerate(services):
+        service["metadata"] |= {"name": f"s{number}", "uid": f"u-{number}"}
+    looks = [asyncio.create_task(world.reconciler.reconcile(service)) for service in services]
+    await asyncio.sleep(0.6)
+    assert (world.reconciler.overdue(0.5) or "").startswith("18 services"), "no look ends: that is a frozen one"
+    answers.release()
+    await asyncio.wait(looks, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.sleep(0)
+    late = world.reconciler.overdue(0.5) or ""
+    assert late.startswith("15 services"), "one was looked at, one has its turn since just now, and one waits"
+    for _ in looks:
+        answers.release()
+    assert all(isinstance(one, Refused) for one in await asyncio.gather(*looks, return_exceptions=True))
+
+
 def releaser(world: World) -> Releaser:
     return Releaser(world.api, world.fleet, timedelta(seconds=60), clock=lambda: world.now)
 
@@ -512,7 +536,9 @@ async def test_a_pod_that_the_mirror_has_not_seen_yet_keeps_the_service(world: W
 
 
 async def test_a_release_is_forced_after_the_longest_grace_period_and_a_minute_and_says_so(world: World) -> None:
-    world.api.put(worker(spec={"terminationGracePeriodSeconds": 300}))
+    pod = worker(spec={"terminationGracePeriodSeconds": 300})
+    pod["metadata"]["deletionTimestamp"] = "2026-11-21T10:05:00Z"  # as Kubernetes has it: the end of its grace period
+    world.api.put(pod)
     service = deleted(world)
     await asyncio.sleep(0.01)
     world.now = DELETED_AT + timedelta(seconds=300 + 59)
@@ -528,6 +554,33 @@ async def test_a_release_is_forced_after_the_longest_grace_period_and_a_minute_a
     assert "booked as unaccounted" in event["message"]
 
 
+async def test_an_operator_that_was_away_past_the_limit_gives_the_workers_their_whole_time(world: World) -> None:
+    await world.look()
+    world.api.put(worker())
+    service = deleted(world)
+    await asyncio.sleep(0.01)
+    back = world.now = DELETED_AT + timedelta(hours=1)
+    task = asyncio.create_task(releaser(world).release(service))
+    done, _ = await asyncio.wait([task], timeout=0.7)
+    assert not done, "the workers were told to go only now"
+    assert ("Deployment", "team-a", "smollm2") not in world.api.objects
+    task.cancel()
+    # Another operator comes: the Deployment is gone, and when the pod's time is over says the pod itself.
+    pod = worker()
+    pod["metadata"]["deletionTimestamp"] = "2026-11-21T11:02:45Z"
+    world.api.put(pod)
+    await asyncio.sleep(0.01)
+    world.now = back + timedelta(seconds=165 + 59)
+    task = asyncio.create_task(releaser(world).release(service))
+    done, _ = await asyncio.wait([task], timeout=0.7)
+    assert not done
+    assert not [one for one in told(world) if one["reason"] == "ReleaseForced"]
+    world.now = back + timedelta(seconds=165 + 60)
+    async with asyncio.timeout(10):
+        await task
+    assert [one for one in told(world) if one["reason"] == "ReleaseForced"], "and no longer than that"
+
+
 async def test_a_deletion_that_the_cluster_refuses_to_carry_out_has_its_limit_too_and_says_who_refused(
     world: World,
 ) -> None:
@@ -536,12 +589,13 @@ async def test_a_deletion_that_the_cluster_refuses_to_carry_out_has_its_limit_to
     service = deleted(world)
     world.api.refusals["delete"] = Refused(403, "Forbidden", "a webhook denied the request")
     await asyncio.sleep(0.01)
+    one = releaser(world)
     with pytest.raises(Refused):
-        await releaser(world).release(service)
+        await one.release(service)
     assert not [one for one in told(world) if one["reason"] == "ReleaseForced"], "it is tried again until the limit"
     world.now = DELETED_AT + timedelta(hours=1)
     async with asyncio.timeout(10):
-        await releaser(world).release(service)
+        await one.release(service)
     [event] = [one for one in told(world) if one["reason"] == "ReleaseForced"]
     assert event["message"].endswith("The API server refuses a part of it: a webhook denied the request.")
 

@@ -8,10 +8,12 @@ import asyncio
 import base64
 import json
 import os
+import signal
 import ssl
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -126,7 +128,7 @@ def _authorization(user: Mapping[str, Any], folder: Path, path: Path) -> Authori
     if token := user.get("token"):
         return _fixed(f"Bearer {token}")
     if user.get("exec"):
-        return _Program(user["exec"], path)
+        return _Program(user["exec"], folder, path)
     if user.get("username"):
         both = f"{user['username']}:{user.get('password', '')}"
         return _fixed(f"Basic {base64.b64encode(both.encode()).decode()}")
@@ -163,10 +165,14 @@ class _TokenFile:
 class _Program:
     """A token that a program prints, as clouds have it; kept until it ends or is refused."""
 
-    def __init__(self, entry: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, entry: Mapping[str, Any], folder: Path, path: Path) -> None:
         if entry.get("apiVersion") not in EXEC_VERSIONS:
             raise AccessInvalid(f"{path} asks for exec of {entry.get('apiVersion')}; known are {EXEC_VERSIONS}")
         self._entry = entry
+        if not (named := str(entry.get("command") or "")):
+            raise AccessInvalid(f"{path} asks for exec without a command; name the program that prints the token")
+        # As client-go has it (clientcmd, ResolveLocalPaths): with a slash it is a file, relative to the kubeconfig.
+        self._command = [str(folder.absolute() / named) if "/" in named else named, *(entry.get("args") or ())]
         self._header = ""
         self._ends: datetime | None = None
         self._lock = asyncio.Lock()
@@ -185,20 +191,34 @@ class _Program:
             return self._header
 
     async def _ask(self) -> None:
-        command = [self._entry["command"], *(self._entry.get("args") or ())]
         added = {one["name"]: one["value"] for one in self._entry.get("env") or ()}
         about = {"apiVersion": self._entry["apiVersion"], "kind": "ExecCredential", "spec": {"interactive": False}}
         environment = {**os.environ, "KUBERNETES_EXEC_INFO": json.dumps(about), **added}
-        pipe = asyncio.subprocess.PIPE
         try:
-            program = await asyncio.create_subprocess_exec(*command, env=environment, stdout=pipe, stderr=pipe)
-            async with asyncio.timeout(EXEC_TIMEOUT_S):
-                output, errors = await program.communicate()
-            if program.returncode != 0:
-                raise AccessInvalid(f"{command[0]} ended with {program.returncode}: {errors.decode().strip()[-300:]}")
+            code, output, errors = await _run(self._command, environment)
+            if code != 0:
+                raise AccessInvalid(f"{self._command[0]} ended with {code}: {errors.decode().strip()[-300:]}")
             status = json.loads(output)["status"]
             self._header = f"Bearer {status['token']}"
             ends = status.get("expirationTimestamp")
             self._ends = datetime.fromisoformat(ends) if ends else None
         except (OSError, TimeoutError, ValueError, KeyError, TypeError) as problem:
-            raise AccessInvalid(f"{command[0]} gives no token: {type(problem).__name__} {problem}") from problem
+            raise AccessInvalid(f"{self._command[0]} gives no token: {type(problem).__name__} {problem}") from problem
+
+
+async def _run(command: list[str], environment: Mapping[str, str]) -> tuple[int | None, bytes, bytes]:
+    """Its exit code and what it said. Whoever stops waiting, for whatever reason, leaves no program behind."""
+    pipe = asyncio.subprocess.PIPE
+    # A group of its own, for such programs are often scripts that wait for another one.
+    program = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+    try:
+        async with asyncio.timeout(EXEC_TIMEOUT_S):
+            output, errors = await program.communicate()
+        return program.returncode, output, errors
+    finally:
+        if program.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            await program.wait()

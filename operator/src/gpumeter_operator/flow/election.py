@@ -133,14 +133,18 @@ class Election:
     async def _try(self) -> tuple[Lease, int] | None:
         lease = await self._store.read()
         if lease is not None:
-            now_ns = self._clock_ns()
-            self._sighting = sight(self._sighting, lease, now_ns)
-            # Ours already, where a claim of ours was written and its answer lost: nobody else has ever had this name.
-            if lease.holder != self._me and free_at_ns(self._sighting) > now_ns:
-                return None
+            self._sighting = sight(self._sighting, lease, self._clock_ns())
+        # A Lease that was deleted is one that was seen: its holder acts on, and makes it again at its next renewal.
+        if self._is_held_by_another():
+            return None
         sent_ns = self._clock_ns()
         held = await self._store.write(claim(lease, self._me, self._terms, stamp()))
         return None if held is None else (held, sent_ns)
+
+    def _is_held_by_another(self) -> bool:
+        # Ours already, where a claim of ours was written and its answer lost: nobody else has ever had this name.
+        seen = self._sighting
+        return seen is not None and seen.lease.holder != self._me and free_at_ns(seen) > self._clock_ns()
 
     async def _hold(self, held: Lease, sent_ns: int) -> Problem:
         failed_ns: int | None = None

@@ -7,7 +7,8 @@ call looks at the world anew and writes only the difference. Does not know kopf,
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class Known:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     looked_ns: int = field(default_factory=time.monotonic_ns)
+    waits: bool = False  # for its turn: others are being looked at
     ready: str | None = None  # status of Ready; None before it was decided
     well: bool = False  # the last look found the wanted workers, and all of them ready
     calm: tuple[Any, ...] | None = None  # what there was to see when a look found all well and nothing to write
@@ -101,6 +103,7 @@ class Reconciler:
         for value in ("True", "False", "Unknown"):
             metrics.services.labels(ready=value).set(0)
         self._turn = asyncio.Semaphore(_PARALLEL_LOOKS)
+        self._progress_ns = time.monotonic_ns()  # when the last look at any service ended
 
     async def reconcile(self, service: Manifest) -> None:
         """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
@@ -108,7 +111,7 @@ class Reconciler:
         if uid in self._gone:
             return
         known = self._known.setdefault(uid, Known())
-        async with known.lock, self._turn:
+        async with known.lock, self._its_turn(known):
             if uid in self._gone:
                 return
             result, known.calm, seen = "failed", None, self._signs(service)
@@ -122,7 +125,20 @@ class Reconciler:
                 self._metrics.reconciles.labels(result=result).inc()
                 # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
                 # is cured by waiting.
-                known.looked_ns = time.monotonic_ns()
+                known.looked_ns = self._progress_ns = time.monotonic_ns()
+
+    @asynccontextmanager
+    async def _its_turn(self, known: Known) -> AsyncIterator[None]:
+        known.waits = True
+        try:
+            await self._turn.acquire()
+        finally:
+            known.waits = False
+        try:
+            known.looked_ns = time.monotonic_ns()  # who waited long is not late the moment its look begins
+            yield
+        finally:
+            self._turn.release()
 
     def is_due(self, service: Manifest) -> bool:
         """Whether a look may find something: not while all that it goes by is as it was when all was well."""
@@ -154,10 +170,16 @@ class Reconciler:
             self._count(known.ready, None)
 
     def overdue(self, limit_s: float) -> str | None:
-        """A sentence when a service has not been looked at for too long."""
+        """A sentence when a service has not been looked at for too long.
+
+        Thousands that wait for their turn, as after a takeover, are no frozen loop as long as looks at others end.
+        """
         now_ns = time.monotonic_ns()
-        late = [known for known in self._known.values() if (now_ns - known.looked_ns) / 1e9 > limit_s]
+        late = [known for known in self._known.values() if (now_ns - self._counted_from_ns(known)) / 1e9 > limit_s]
         return f"{len(late)} services were not looked at for more than {limit_s:.0f} s." if late else None
+
+    def _counted_from_ns(self, known: Known) -> int:
+        return max(known.looked_ns, self._progress_ns) if known.waits else known.looked_ns
 
     def _signs(self, service: Manifest) -> tuple[Any, ...]:
         """All that a look goes by, except the time and what workers say of themselves."""

@@ -39,18 +39,23 @@ class Releaser:
         self._fleet = fleet
         self._margin = margin
         self._clock = clock
+        # By uid, when something of a deleted service was first seen that nobody had deleted yet. Kept from one try to
+        # the next: a deletion that is refused at every try still has its limit.
+        self._begun: dict[str, datetime] = {}
 
     async def release(self, service: Manifest) -> None:
         """Return once no worker of the service is left, or once the limit has passed, which is then said."""
         spec, _ = read(service)
-        deadline = self._deadline(service, spec)
+        deadline = datetime.fromisoformat(service["metadata"]["deletionTimestamp"])
         told: int | None = None
         while True:
             now, left, refused = self._clock(), self._pods(spec), ""
+            deadline = max(deadline, self._deadline(service, spec, left, now))
             try:
                 await self._delete_deployment(spec)
                 if await self._is_over(spec):
                     log.info("%s: every worker has ended; the service may go.", spec.reference)
+                    self._begun.pop(spec.uid, None)
                     return
                 if now < deadline and told != len(left) and await self._tell(service, len(left), deadline, now):
                     told = len(left)
@@ -61,17 +66,22 @@ class Releaser:
                 refused = f" The API server refuses a part of it: {refusal.message.rstrip('.')}."
             if now >= deadline:
                 await self._give_up(service, left, deadline, refused)
+                self._begun.pop(spec.uid, None)
                 return
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _delete_deployment(self, spec: ServiceSpec) -> None:
+        if (deployment := self._undeleted(spec)) is not None:
+            # In the background: the garbage collector ends its ReplicaSets and pods, each with its full grace period.
+            await self._cluster.delete(DEPLOYMENTS, spec.name, spec.namespace, uid=deployment["metadata"]["uid"])
+
+    def _undeleted(self, spec: ServiceSpec) -> Manifest | None:
         deployment = self._fleet.deployment(spec.namespace, spec.name)
         if deployment is None or "deletionTimestamp" in deployment["metadata"]:
-            return
+            return None
         if controller_uid(deployment) not in (None, spec.uid):
-            return  # a namesake's
-        # In the background: the garbage collector ends its ReplicaSets and pods, each with its full grace period.
-        await self._cluster.delete(DEPLOYMENTS, spec.name, spec.namespace, uid=deployment["metadata"]["uid"])
+            return None  # a namesake's
+        return deployment
 
     def _pods(self, spec: ServiceSpec) -> list[Manifest]:
         return [pod for pod in self._fleet.pods_of(spec.namespace, spec.name) if belongs(pod, spec.uid) and exists(pod)]
@@ -84,11 +94,23 @@ class Releaser:
         pods = await self._cluster.list(PODS, spec.namespace, {SERVICE_LABEL: spec.name})
         return not any(belongs(pod, spec.uid) and exists(pod) for pod in pods)
 
-    def _deadline(self, service: Manifest, spec: ServiceSpec) -> datetime:
-        # Pods made before an edit keep the grace period that they were made with.
-        graces_s = [pod["spec"].get("terminationGracePeriodSeconds", 0) for pod in self._pods(spec)]
+    def _deadline(self, service: Manifest, spec: ServiceSpec, pods: list[Manifest], now: datetime) -> datetime:
+        """Until when workers may take to hand over their usage; later than before where they were told later.
+
+        A worker's time begins when its pod is deleted, not the service: an operator that was away tells it late. A
+        pod's deletionTimestamp is the end of its grace period (k8s.io/apiserver, registry/rest/delete.go), and lasts
+        over a restart of the operator. What nobody has deleted yet counts from when this operator first saw it.
+        """
+        if self._undeleted(spec) is not None or any("deletionTimestamp" not in pod["metadata"] for pod in pods):
+            self._begun.setdefault(spec.uid, now)
         deleted = datetime.fromisoformat(service["metadata"]["deletionTimestamp"])
-        return deleted + timedelta(seconds=max([spec.termination_grace_s, *graces_s])) + self._margin
+        # Pods made before an edit keep the grace period that they were made with.
+        graces_s = [pod["spec"].get("terminationGracePeriodSeconds", 0) for pod in pods]
+        ends = max(self._begun.get(spec.uid, deleted), deleted) + timedelta(
+            seconds=max([spec.termination_grace_s, *graces_s])
+        )
+        marked = [pod["metadata"]["deletionTimestamp"] for pod in pods if "deletionTimestamp" in pod["metadata"]]
+        return max([ends, *map(datetime.fromisoformat, marked)]) + self._margin
 
     async def _tell(self, service: Manifest, left: int, deadline: datetime, now: datetime) -> bool:
         """Write how many are left; False when the object changed meanwhile and the next look tells it."""

@@ -1,9 +1,10 @@
 """The right to write, as long as the Lease lasts.
 
 Owns the gate that every write of the operator passes, kopf's too. The gate reads the clock at each write, so that a
-process that was frozen for a minute writes nothing when it goes on, whatever it does first. Whoever comes to a closed
-gate waits for the end of the process: an error would be logged, retried and told, and there is nothing wrong.
-Does not know why the tenure lasts or ends.
+process that was frozen for a minute begins no write when it goes on, whatever it does first. A write that had passed
+the gate before, and was frozen while it connected or was being sent, may still leave: what is written must bear that.
+Whoever comes to a closed gate waits for the end of the process: an error would be logged, retried and told, and there
+is nothing wrong. Does not know why the tenure lasts or ends.
 """
 
 import asyncio
