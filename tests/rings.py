@@ -31,8 +31,8 @@ class Ring:
     name: str
     missing: Callable[[], str | None]
     prepare: tuple[str, ...] = ()
-    shared: str = ""
-    """How its tests are shared out among the processors: a way of pytest-xdist, or (empty) not at all."""
+    shared: bool = False
+    """Whether its tests need nothing but a processor, and so are shared out among the machine's."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def _gpu_missing() -> str | None:
 
 
 RINGS = (
-    Ring("unit", _nothing, shared="worksteal"),
-    Ring("property", _nothing, shared="worksteal"),
-    Ring("sim", _nothing, shared="worksteal"),
-    Ring("contract", _nothing, ("model", "tools"), shared="loadgroup"),
+    Ring("unit", _nothing, shared=True),
+    Ring("property", _nothing, shared=True),
+    Ring("sim", _nothing, shared=True),
+    Ring("contract", _nothing, ("model", "tools")),
     Ring("cluster", _control_plane_missing, ("tools",)),
     Ring("e2e", _node_missing),  # brings its cluster up as a user does
     Ring("gpu", _gpu_missing),
@@ -125,9 +125,8 @@ def _run(ring: Ring) -> Outcome:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", f"tests/{ring.name}", f"--junit-xml={report}", "--durations=5"]
         if ring.shared:
-            command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES_MAX)), "--dist", ring.shared]
-        # Pure tests have a processor for each process; workers under contract start threads as they do anywhere.
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if ring.shared == "worksteal" else {})
+            command += ["--numprocesses", str(min(os.cpu_count() or 1, PROCESSES_MAX)), "--dist", "worksteal"]
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if ring.shared else {})  # a processor for each process
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         seconds = time.monotonic() - started
         if not report.exists():
