@@ -23,11 +23,16 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_table_of_objects_is_what_is_made_of_a_service() -> None:
     metadata = {"namespace": "team-a", "name": "NAME", "uid": "u-1", "generation": 1}
-    spec, _ = read({"metadata": metadata, "spec": {"model": {"uri": "hf://o/n"}}})
+    plain = {"model": {"uri": "hf://o/n"}}
     peers = Peers(({"podSelector": {}},), ({"podSelector": {}},))
-    whole = Installation("worker:1", "IfNotPresent", "", peers=peers, monitoring=Monitoring({}, "15s"))
-    made = build(spec, 1, whole, credentials_of(b"k" * 32, "u-1"))
-    names = {(one["kind"], f"`{one['metadata']['name']}`") for one in (*made.secrets, *made.others)}
+    whole = Installation(
+        "worker:1", "IfNotPresent", "", peers=peers, monitoring=Monitoring({}, "15s"), development_image="notebook:1"
+    )
+    names = set()
+    for wanted in (plain, {**plain, "development": {"jupyter": True}}):
+        spec, _ = read({"metadata": metadata, "spec": wanted})
+        made = build(spec, 1, whole, credentials_of(b"k" * 32, "u-1"))
+        names |= {(one["kind"], f"`{one['metadata']['name']}`") for one in (*made.secrets, *made.others)}
     assert {(kind, name) for kind, name, *_ in rows("# What the operator makes")} == names
 
 
