@@ -46,6 +46,7 @@ def test_uninstall_leaves_the_definitions_and_what_retention_keeps(release: step
     release.kube.run_helm("uninstall", RELEASE, "-n", RELEASE_NAMESPACE, "--wait", "--timeout", "2m")
     definitions = {f"customresourcedefinition.apiextensions.k8s.io/{name}" for name in DEFINITIONS}
     kept = {"persistentvolumeclaim/gpumeter-ledger", "secret/gpumeter-master-key", "secret/gpumeter-signing-key"}
+    kept |= {"lease.coordination.k8s.io/gpumeter-operator"}  # made by the operators, as those of Kubernetes' own are
     of_users = {f"secret/api-key-{tenant}" for tenant in manifests.TENANTS} | {"priceplan.gpumeter.io/default"}
     of_kubernetes = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
     expected = definitions | kept | of_users | of_kubernetes
