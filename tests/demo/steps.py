@@ -210,6 +210,7 @@ def show(demo: Demo, lines: list[audit.Line]) -> None:
 def farewell(demo: Demo, keys: dict[str, str]) -> None:
     """How to go on, and how to remove everything."""
     tenant, key = next(iter(keys.items()))
+    down = f"make cluster-down CLUSTER={demo.keys_file.parent.name}"
     _title("The cluster goes on running")
     print(f"""Talk to it:
 
@@ -232,7 +233,7 @@ Remove it:
 
   kubectl -n {TEAM} delete inferenceservices.gpumeter.io {SERVICE}   # its last usage is collected first
   helm -n {RELEASE_NAMESPACE} uninstall {RELEASE}
-  make cluster-down                                            # or all at once: the cluster and everything in it
+  {down:<60} # or all at once: the cluster and everything in it
 """)
 
 
