@@ -101,7 +101,7 @@ class _Process:
         if running.done():
             running.result()  # where it ended by itself, its failure is ours
         else:
-            running.cancel()  # a timer of kopf that waits to write does so for ever
+            running.cancel()  # a write of kopf that waits at the closed gate does so for ever
 
     async def _give_back(self) -> None:
         """Write nothing any more, and then let the next one begin: nobody has to wait until kopf has ended."""

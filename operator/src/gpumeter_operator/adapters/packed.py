@@ -1,6 +1,6 @@
-"""Objects in a tenth of their memory: what is read often stays as it is, and the whole beside it as JSON.
+"""Objects in a fifth of their memory: what is read often stays as it is, and the whole beside it as JSON.
 
-Owns which parts those are. An object of a few kilobytes takes ten times that as dicts, and of thousands of Deployments
+Owns which parts those are. A thousand Deployments take 26 MiB as dicts and 5.5 MiB as bytes, and of thousands of them
 the operator reads the whole only when something has changed. Does not know what any of the objects mean.
 """
 
