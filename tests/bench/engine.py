@@ -1,7 +1,7 @@
 """The engine against its peers, in one sitting: tokens a second, first token, gaps between tokens, and memory.
 
-    python -m bench.engine [--quick] [--parts PART ...] [--engines NAME ...] [--prompts 32 512] [--rounds 3]
-                           [--threads 2] [--preload LIBRARY ...]
+    python -m bench.engine [--quick] [--parts PART ...] [--engines NAME ...] [--prompts 32 512]
+                           [--sequences 1 8 32 64] [--rounds N] [--threads 2] [--preload LIBRARY ...]
 
 Owns what is asked of whom and in which order; `engines` are the programs, `pipe` keeps all but one of them still,
 `engine_report` makes tables and figures of the answers. Rounds go around all engines, each with prompts of its own that
@@ -73,15 +73,18 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--prompts", nargs="+", type=int, choices=Plan().rounds, help="tokens of a prompt (32 and 512)")
-    parser.add_argument("--rounds", type=int, help="how often the 32-token prompts go around (3)")
+    parser.add_argument("--sequences", nargs="+", type=int, help="prompts at once (1, 8, 32 and 64)")
+    parser.add_argument("--rounds", type=int, help="how often prompts go around (3 times of 32 tokens, once of 512)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--preload", nargs="*", help="libraries that every engine is started with, instead of those vLLM recommends"
     )
     asked = parser.parse_args()
     plan = QUICK if asked.quick else Plan()
+    if asked.sequences:
+        plan = replace(plan, counts=tuple(asked.sequences))
     if asked.rounds:
-        plan.rounds[32] = asked.rounds
+        plan = replace(plan, rounds=dict.fromkeys(plan.rounds, asked.rounds))
     if asked.prompts:
         plan = replace(
             plan,

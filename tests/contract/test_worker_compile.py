@@ -16,9 +16,10 @@ from rigs.paged import KINDS, SIZE
 
 PROMPTS = [[(7 * row + 3 * column) % 97 + 1 for column in range(length)] for row, length in enumerate((3, 40, 11, 1))]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU, and there is none"
-)
+pytestmark = [
+    pytest.mark.shared,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU, and there is none"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def saved(folder: Path, kind: str) -> Path:
 def started(folder: Path, *, compiled: bool) -> Any:
     from gpumeter_worker.engine.model import ModelRunner
 
-    runner = ModelRunner(EngineOptions(folder, "cpu", "float32", 128, 3, 16, 0, 2, 0, compile=compiled))
+    runner = ModelRunner(EngineOptions(folder, "cpu", "float32", 128, 3, 16, 0, 1, 0, compile=compiled))
     runner.warm_up(HostClock())
     return runner
 

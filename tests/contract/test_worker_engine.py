@@ -11,6 +11,8 @@ from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.metering.clock import HostClock
 from rigs.worker import model_path
 
+pytestmark = pytest.mark.shared
+
 QUESTIONS = (
     "What is the capital of France?",
     "Count to ten.",
@@ -34,7 +36,7 @@ def runner() -> object:
         max_batch_size=4,
         max_batch_tokens=64,
         max_wait_ms=0,
-        threads=2,
+        threads=1,
         memory_bytes=0,
     )
     return ModelRunner(options)

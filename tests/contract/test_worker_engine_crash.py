@@ -14,7 +14,7 @@ from rigs.engines import is_gone
 from rigs.tinymodel import tiny_model
 from rigs.worker import Ledger, until, worker
 
-KILLS = 5
+KILLS = 3
 """`make bench-engine-kill` kills fifty times in a row and prints what each of them took."""
 
 

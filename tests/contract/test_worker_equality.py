@@ -21,6 +21,8 @@ from gpumeter_worker.metering.clock import HostClock
 from gpumeter_worker.metering.parts import Part
 from rigs.worker import model_path
 
+pytestmark = pytest.mark.shared
+
 COUNT = int(os.environ.get("GPUMETER_EQUALITY_PROMPTS", "20"))
 NEW_TOKENS = 8
 MAX_MODEL_LEN = 512
@@ -87,7 +89,7 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 def slots() -> Runner:
     from gpumeter_worker.engine.model import ModelRunner
 
-    return ModelRunner(EngineOptions(model_path(), "cpu", "float32", MAX_MODEL_LEN, 16, 128, 0, 2, 0))
+    return ModelRunner(EngineOptions(model_path(), "cpu", "float32", MAX_MODEL_LEN, 16, 128, 0, 1, 0))
 
 
 @pytest.fixture(scope="module")

@@ -114,4 +114,4 @@ def test_diagnose_speaks_json_and_asks_the_source(hub: Server, tmp_path: Path) -
     assert (code, failed["reason"]) == (3, "ModelNotFound")
     code, text = diagnosed(tmp_path, "-o", "json")
     assert code == 3
-    assert json.loads(text)["checks"][0]["found"] == "GPUMETER_MODEL_URI is not set"
+    assert json.loads(text)["checks"][0]["found"] == ("GPUMETER_MODEL_URI is not set; name the model with --model URI")

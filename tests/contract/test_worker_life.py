@@ -287,7 +287,7 @@ def test_a_missing_gpu_is_told_and_the_cpu_is_never_used_instead(tmp_path: Path)
 
 
 def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
-    line, _ = refused(tmp_path, GPUMETER_DTYPE="int4", GPUMETER_MAX_BATCH_SIZE="many", GPUMETER_GPU_COUNT="2")
+    line, _ = refused(tmp_path, GPUMETER_DTYPE="int4", GPUMETER_MAX_BATCH_SIZE="many", GPUMETER_GPU_COUNT="two")
     assert line.startswith("SettingsInvalid: ")
     for name in ("GPUMETER_DTYPE", "GPUMETER_MAX_BATCH_SIZE", "GPUMETER_GPU_COUNT"):
         assert name in line

@@ -7,20 +7,34 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.billing.facts import Worker as Pod
+from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.verify import Finding
+from gpumeter_usage.chain import GENESIS, Link, link
+from gpumeter_usage.page import Page
+from gpumeter_usage.period import SECOND_NS
+from gpumeter_usage.record import Record, Status, canonical
 from gpumeter_worker.checks import MachineFacts, Verdict, check_machine
 from gpumeter_worker.machine import Driver, Others, read_probe
+from gpumeter_worker.metering.accounts import Phase
+from gpumeter_worker.metering.parts import Part
 from gpumeter_worker.metrics import exposition
 from gpumeter_worker.settings import from_environment
 from gpumeter_worker.telemetry.sample import Sample
 from gpumeter_worker.telemetry.sampler import PROGRAM, Sampler
 from gpumeter_worker.worker import Worker
+from rigs.audited import HOUR_NS, audited, digested
+from rigs.ledger import ended, finals, gone, open_ledger, started
 from rigs.nvml import A100, A100_INSTANCE, GPU_UUID, MIG_UUID, StandIn, build
 
 
@@ -266,6 +280,61 @@ async def test_a_worker_on_a_mig_instance_names_it_in_its_records_and_metrics(
         await asyncio.gather(looking, return_exceptions=True)
 
 
+async def test_the_energy_that_nvml_counts_is_in_the_reports_of_the_ledger(
+    gpu: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in gpu.environment.items():
+        monkeypatch.setenv(name, value)
+    asked = {"GPUMETER_GPU_COUNT": "1", "XDG_STATE_HOME": str(tmp_path)}
+    worker = Worker(from_environment(asked, dev=True, model="file:///models/none"), time.monotonic_ns())
+    meter, looking = worker.meter, asyncio.create_task(worker.gpu.run())
+    try:
+        await until(lambda: worker.gpu.sample is not None)
+        meter.enter(Phase.SERVING, time.time_ns())
+        for tenant in ("acme", "beta"):
+            began_ns = time.time_ns()
+            meter.begin(tenant, tenant, began_ns)
+            meter.step(began_ns, began_ns + 3_000_000, 3_000_000, [Part(tenant, 8, 0, prefill=True, sampled=1)])
+            await asyncio.sleep(0.005)
+            meter.end(tenant, Status.FINISHED, time.time_ns())
+        gpu.say(A100 | {"energy_mj": A100["energy_mj"] + 4_000_001})
+        await until(lambda: worker.gpu.energy.windows == 1)
+        flush = meter.cut(time.time_ns())
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+    assert flush is not None
+    spent = worker.gpu.energy
+    assert spent.attributed_mj + spent.platform_mj == 4_000_001
+    assert spent.attributed_mj > 0
+    joules, findings = await asyncio.to_thread(billed, flush.records, tmp_path / "ledger.db")
+    assert joules.keys() == {PLATFORM, "acme", "beta"}
+    assert sum(joules.values()) == Decimal("4000.001")
+    assert joules["acme"] + joules["beta"] == Decimal(spent.attributed_mj) / 1000
+    assert findings == []
+
+
+def billed(records: Sequence[Record], file: Path) -> tuple[dict[str, Decimal], list[Finding]]:
+    """The joules of each tenant's reports that a ledger makes of a worker's records, and what an audit of it finds."""
+    first, links = records[0], list[Link]()
+    for seq, record in enumerate(records, start=1):
+        links.append(link(links[-1].hash if links else GENESIS, canonical(record, seq)))
+    namespace, _, service = first.service.partition("/")
+    pod = Pod(first.worker_uid, namespace, service, "svc-uid", first.model, first.gpu_class, 1, "pod")
+    last_ns = records[-1].ended_at
+    ledger = open_ledger(file)
+    life = [started("c", first.started_at), ended("c", last_ns), gone(last_ns)]
+    ledger.observe(pod, life, last_ns)
+    ledger.take(pod, Page(pod.worker_uid, pod.service_key, first.boot_id, 0, last_ns, tuple(links)), last_ns)
+    later_ns = last_ns + 2 * HOUR_NS
+    Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), later_ns)
+    digested(ledger, later_ns)
+    joules: dict[str, Decimal] = {}
+    for (_, tenant), report in finals(ledger, (namespace, service)).items():
+        joules[tenant] = joules.get(tenant, Decimal(0)) + Decimal(report["status"].get("energyJoules", 0))
+    return joules, audited(ledger, later_ns)
+
+
 def has_driver() -> bool:
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
@@ -294,7 +363,10 @@ def test_a_quiet_gpu_and_a_mig_instance_pass_the_checks_of_the_start(gpu: StandI
     driver = probe(gpu)
     assert driver.gpus[0].name == "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
     assert driver.gpus[0].free == driver.gpus[0].total == 5 * 10**9
-    assert {check.verdict for check in check_machine(facts(driver))} == {Verdict.OK}
+    named = replace(facts(driver), gpu_class="a100.1g.5gb")
+    assert {check.verdict for check in check_machine(named)} == {Verdict.OK}
+    refused = [check.failed for check in check_machine(replace(named, gpu_class="a100")) if check.failed]
+    assert [one.reason for one in refused] == ["GpuClassWrong"]
 
 
 @pytest.mark.parametrize(

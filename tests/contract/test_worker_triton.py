@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.shared
+
 ROOT = Path(__file__).parent.parent.parent
 SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
 """What one block of threads may have of it, by compute capability (CUDA's programming guide, table of limits)."""

@@ -15,12 +15,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this mach
 NEW_TOKENS = 24
 
 
-def gpu_steps(kind: str, blocks: int = 40) -> PagedSteps:
+def gpu_steps(kind: str, blocks: int = 40, max_model_len: int = MAX_MODEL_LEN) -> PagedSteps:
     gpu.configure()
     model = tiny_model(kind, "cuda")
     backend, remarks = choose("auto", heads_of(model), torch.float32, "cuda")
     assert (backend.name, remarks) == ("triton", [])
-    return steps_for(model, backend, "cuda", blocks=blocks, multiprocessors=gpu.multiprocessors())
+    return steps_for(
+        model,
+        backend,
+        "cuda",
+        blocks=blocks,
+        multiprocessors=gpu.multiprocessors(),
+        max_model_len=max_model_len,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,8 +59,20 @@ def test_replays_give_the_logits_of_eager_steps_whatever_ran_between() -> None:
             torch.testing.assert_close(steps.logits(staged), eager, rtol=1e-3, atol=1e-3)
 
 
-def test_staging_and_launching_a_step_wait_for_nothing() -> None:
-    steps = gpu_steps("llama")
+def test_a_decode_whose_tables_are_sent_narrow_never_reads_what_longer_ones_left_there() -> None:
+    gpu.configure()
+    reference = tiny_model("llama", "cuda")
+    steps = gpu_steps("llama", blocks=100, max_model_len=131_072)
+    with torch.inference_mode():
+        assert steps.capture(buckets(8), CudaRecorder()) == ""
+    long = [[(7 * column) % 97 + 1 for column in range(300)]] * 4
+    for prompts in (long, PROMPTS):
+        assert greedy(steps, prompts, 8, chunk=400) == expected(reference, prompts, 8)
+
+
+@pytest.mark.parametrize("max_model_len", [MAX_MODEL_LEN, 131_072])
+def test_staging_and_launching_a_step_wait_for_nothing(max_model_len: int) -> None:
+    steps = gpu_steps("llama", max_model_len=max_model_len)
     with torch.inference_mode():
         steps.compile()
         steps.capture(buckets(4), CudaRecorder())

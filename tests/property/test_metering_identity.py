@@ -2,12 +2,14 @@
 
 Meter, accounts, the real journal file, the real collector and the real ledger, driven by made-up clocks through steps,
 gaps, cancels, failures, lost engines, minute edges, flushes, acknowledgements that are lost, crashes and reopenings;
-and through what befalls clocks: leap seconds, NTP steps in both directions, a node that is suspended.
+and through what befalls clocks: leap seconds, NTP steps in both directions, a node that is suspended. On one device
+and on several, each nanosecond of whose time counts on all of them.
 """
 
 import asyncio
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -30,9 +32,9 @@ from gpumeter_worker.metering.journal import Journal, Reader
 from gpumeter_worker.metering.meter import Identity, Meter
 from gpumeter_worker.metering.parts import Part
 from rigs.ledger import START_NS, TOKEN, ended, gone, inline, open_ledger, started, worker
+from rigs.thoroughness import examples
 
 SECOND = 10**9
-OF = worker()
 SKEW_NS = 50 * SECOND
 """How wrong the node's clock may get here: with more, a ledger refuses its records until they are no more to come."""
 DURATIONS = st.one_of(
@@ -73,8 +75,13 @@ class Worker(RuleBasedStateMachine):
     the node's clock is ahead of that.
     """
 
-    @initialize(start=st.integers(START_NS, START_NS + MINUTE_NS), error=st.integers(-SECOND, SECOND))
-    def boot(self, start: int, error: int) -> None:
+    @initialize(
+        start=st.integers(START_NS, START_NS + MINUTE_NS),
+        error=st.integers(-SECOND, SECOND),
+        devices=st.sampled_from((1, 2, 8)),
+    )
+    def boot(self, start: int, error: int, devices: int) -> None:
+        self.of = worker(devices=devices)
         self.folder = tempfile.TemporaryDirectory()
         self.true, self.error = start, error
         self.boots = 0
@@ -93,11 +100,14 @@ class Worker(RuleBasedStateMachine):
         self.boot_id = f"boot-{self.boots}"
         self.now = self.true + self.error
         self.lives.append((self.boot_id, self.true, self.true))
-        identity = Identity(OF.worker_uid, self.boot_id, OF.service_key, OF.model, OF.gpu_class, "cuda")
+        identity = Identity(
+            self.of.worker_uid, self.boot_id, self.of.service_key, self.of.model, self.of.gpu_class, "cuda"
+        )
+        identity = replace(identity, devices=self.of.devices)
         self.meter = Meter(identity, uncalibrated(Rule.KNEE, "host"), self.now)
         self.started[self.boot_id] = self.flushed[self.boot_id] = self.now
         self.journal = Journal(Path(self.folder.name), identity, self.now)
-        self.reader = Reader(Path(self.folder.name), OF.worker_uid, OF.service_key)
+        self.reader = Reader(Path(self.folder.name), self.of.worker_uid, self.of.service_key)
         self.sessions: list[str] = []
         self.unmeasured[self.boot_id] = self.lost = 0
         self.named = 0
@@ -162,9 +172,9 @@ class Worker(RuleBasedStateMachine):
         # Reports come late: a step may have run long before now, and still nothing else may have its time.
         started = self.device_free + gap
         shares = self.meter.step(started, started + duration, max(0, duration + drift), parts)
-        assert sum(shares) <= duration
+        assert sum(shares) <= duration * self.of.devices
         if drift <= 0:
-            assert sum(shares) == max(0, duration + drift)
+            assert sum(shares) == max(0, duration + drift) * self.of.devices
         for session, share in zip(members, shares, strict=True):
             self.used[session] += share
         self.device_free = started + duration
@@ -184,7 +194,7 @@ class Worker(RuleBasedStateMachine):
     @precondition(lambda self: self.sessions)
     @rule()
     def the_engine_dies(self) -> None:
-        self.lost += max(0, self.now - self.meter.accounts.frontier_ns)
+        self.lost += max(0, self.now - self.meter.accounts.frontier_ns) * self.of.devices
         self.meter.lose(self.now)
         for session in list(self.sessions):
             self._end(session, Status.FAILED)
@@ -206,14 +216,14 @@ class Worker(RuleBasedStateMachine):
     def the_collector_pulls(self, limit: int, lost: str = "") -> None:
         self._observe()
         collector = Collector(self.ledger, Port(self, limit, lost), inline, lambda: self.true)
-        asyncio.run(collector.pull(OF, Target("", TOKEN)))
-        held = {boot.boot_id: boot.committed_seq for boot in self.ledger.boots(OF.worker_uid)}
+        asyncio.run(collector.pull(self.of, Target("", TOKEN)))
+        held = {boot.boot_id: boot.committed_seq for boot in self.ledger.boots(self.of.worker_uid)}
         for boot in self.reader.status().boots:
             assert boot.acknowledged_seq <= held.get(boot.boot_id, 0), "more is acknowledged than is in the ledger"
 
     def _observe(self) -> None:
         ends = [ended(boot_id, end) for boot_id, _, end in self.lives[:-1]]
-        self.ledger.observe(OF, [*(started(boot_id, begun) for boot_id, begun, _ in self.lives), *ends], self.true)
+        self.ledger.observe(self.of, [*(started(boot_id, begun) for boot_id, begun, _ in self.lives), *ends], self.true)
 
     @rule(away=DURATIONS)
     def the_process_is_killed_and_starts_again(self, away: int) -> None:
@@ -243,7 +253,8 @@ class Worker(RuleBasedStateMachine):
     @invariant()
     def the_accounts_partition_the_time_up_to_the_frontier(self) -> None:
         accounts = self.meter.accounts
-        assert sum(accounts.totals_ns.values()) + accounts.unmeasured_ns == accounts.frontier_ns - accounts.started_ns
+        passed_ns = (accounts.frontier_ns - accounts.started_ns) * self.of.devices
+        assert sum(accounts.totals_ns.values()) + accounts.unmeasured_ns == passed_ns
         if not self.sessions:
             assert accounts.totals_ns[Account.NONBILLABLE] == 0
 
@@ -270,7 +281,7 @@ class Worker(RuleBasedStateMachine):
     def _check_ledger(self) -> None:
         records: dict[str, list[Record]] = {}
         heads: dict[str, str] = {}
-        for boot_id, _, digest, body, _ in self.ledger.bodies(OF.worker_uid):
+        for boot_id, _, digest, body, _ in self.ledger.bodies(self.of.worker_uid):
             heads[boot_id] = verify(heads.get(boot_id, GENESIS), (Link(digest, body),))
             records.setdefault(boot_id, []).append(parse(body))
         for boot_id, begun in self.started.items():
@@ -278,21 +289,21 @@ class Worker(RuleBasedStateMachine):
                 self._check_boot(boot_id, records[boot_id], begun)
         self.true += SECOND
         self._close_last_life()
-        self.ledger.observe(OF, [gone(self.true)], self.true)
+        self.ledger.observe(self.of, [gone(self.true)], self.true)
         Closer(self.ledger, MINUTE_NS).close_all(Pricing({}, {}), self.true + 120 * MINUTE_NS)
-        frozen = [accounts for _, accounts in self.ledger.pod_accounts(OF.worker_uid)]
-        lived = sum(end - begun for _, begun, end in self.lives)
+        frozen = [accounts for _, accounts in self.ledger.pod_accounts(self.of.worker_uid)]
+        lived = sum(end - begun for _, begun, end in self.lives) * self.of.devices
         assert sum(accounts.allocated for accounts in frozen) == lived
         assert sum(accounts.owned + accounts.unaccounted for accounts in frozen) == lived
         slices = sum(one.gpu_ns for of_boot in records.values() for one in of_boot if one.kind is Kind.SESSION)
         assert sum(accounts.attributed for accounts in frozen) == slices
-        assert audit(self.ledger, (OF.namespace, OF.service)) == []
+        assert audit(self.ledger, (self.of.namespace, self.of.service)) == []
         assert self.ledger.alarms() == []
 
     def _close_last_life(self) -> None:
         boot_id, begun, _ = self.lives[-1]
         self.lives[-1] = boot_id, begun, self.true
-        self.ledger.observe(OF, [ended(boot_id, end) for boot_id, _, end in self.lives], self.true)
+        self.ledger.observe(self.of, [ended(boot_id, end) for boot_id, _, end in self.lives], self.true)
 
     def _check_boot(self, boot_id: str, records: list[Record], started: int) -> None:
         assert [record.seq for record in records] == list(range(1, len(records) + 1))
@@ -301,7 +312,7 @@ class Worker(RuleBasedStateMachine):
         accounts = [record for record in records if record.kind is Kind.ACCOUNT]
         slices = [record for record in records if record.kind is Kind.SESSION]
         recorded = sum(record.gpu_ns for record in accounts)
-        assert recorded + self.unmeasured[boot_id] == self.flushed[boot_id] - started
+        assert recorded + self.unmeasured[boot_id] == (self.flushed[boot_id] - started) * self.of.devices
         attributed = sum(record.gpu_ns for record in accounts if record.account == Account.ATTRIBUTED)
         assert sum(record.gpu_ns for record in slices) == attributed
         for record in records[:-1]:
@@ -323,7 +334,7 @@ class Worker(RuleBasedStateMachine):
 
 TestWorker = Worker.TestCase
 TestWorker.settings = settings(
-    max_examples=15,
+    max_examples=examples(15),
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),

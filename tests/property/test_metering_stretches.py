@@ -20,6 +20,7 @@ RULES = st.sampled_from((Rule.KNEE, Rule.TOKENS))
 TIMES = st.one_of(st.integers(0, 10**8), st.integers(MINUTE_NS - 10**9, 2 * MINUTE_NS))
 BATCHES = st.lists(st.sampled_from(("a", "b", "c", "nobodys")), min_size=1, max_size=6)
 """One session may stand in several rows, as its choices do; and a row may be of a session that is gone."""
+SEQUENCES = {"a": 6, "b": 2, "c": 1}
 HAPPENINGS = st.one_of(
     st.tuples(st.just("batch"), BATCHES, st.booleans()),
     st.tuples(st.just("steps"), st.lists(st.tuples(TIMES, TIMES, TIMES), min_size=1, max_size=6), st.just(None)),
@@ -37,8 +38,8 @@ class Books:
         self.meter.kv_token_bytes = 12_345_678
         self.meter.enter(Phase.SERVING, START_NS)
         self.said: list[object] = []
-        for session in ("a", "b", "c"):
-            self.meter.begin(session, "acme", START_NS)
+        for session, sequences in SEQUENCES.items():
+            self.meter.begin(session, "acme", START_NS, sequences)
 
 
 @given(st.lists(HAPPENINGS, max_size=25))
@@ -74,7 +75,7 @@ def test_a_stretch_of_steps_is_booked_as_its_rows_would_be(happenings: list[tupl
             both("end", value, Status.FINISHED, now_ns)
         elif what == "begin" and value not in alive:
             alive.add(value)
-            both("begin", value, "acme", now_ns)
+            both("begin", value, "acme", now_ns, SEQUENCES[value])
         elif what in ("cut", "lose"):
             both(what, now_ns)
         elif what == "adopt":

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gpumeter_worker.engine.calibrating import Room, planned
 from gpumeter_worker.metering.attribution import Costs, Load, cost_ps
 from gpumeter_worker.metering.calibration import Fit, Observation, fit, problem, quality
+from rigs.thoroughness import examples
 
 ROOM = Room(16, 1024, 4096, 16_384)
 PLAN = planned(ROOM)
@@ -34,7 +35,7 @@ def fitted(observations: list[Observation]) -> Fit:
     return found
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=examples(7), deadline=None)
 @given(COSTS)
 def test_steps_without_an_error_are_predicted_without_one(costs: Costs) -> None:
     found = fitted(steps(costs))
@@ -42,7 +43,7 @@ def test_steps_without_an_error_are_predicted_without_one(costs: Costs) -> None:
     assert problem(found) == ""
 
 
-@settings(max_examples=7, deadline=None)
+@settings(max_examples=examples(7), deadline=None)
 @given(COSTS, st.integers(0, 1000))
 def test_errors_of_measurement_are_averaged_out_and_every_number_is_a_whole_one(costs: Costs, seed: int) -> None:
     found = fitted(steps(costs, 0.05, seed))
@@ -53,7 +54,7 @@ def test_errors_of_measurement_are_averaged_out_and_every_number_is_a_whole_one(
     assert problem(found) == ""
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(COSTS, st.integers(0, 1000))
 def test_a_tenth_of_steps_that_took_several_times_as_long_bends_nothing(costs: Costs, seed: int) -> None:
     rng = Random(seed)
@@ -65,7 +66,7 @@ def test_a_tenth_of_steps_that_took_several_times_as_long_bends_nothing(costs: C
     assert truth.median_error_ppm < 40_000
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(3), deadline=None)
 @given(COSTS, st.randoms(use_true_random=False))
 def test_the_same_steps_give_the_same_parameters_in_whatever_order_they_were_timed(costs: Costs, rng: Random) -> None:
     observations = steps(costs, 0.05)
@@ -75,7 +76,7 @@ def test_the_same_steps_give_the_same_parameters_in_whatever_order_they_were_tim
     assert fitted(observations) == again
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(
     st.lists(
         st.builds(

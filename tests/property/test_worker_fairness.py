@@ -7,6 +7,7 @@ from gpumeter_worker.engine.blocks import PagedBlocks, SlotBlocks
 from gpumeter_worker.engine.fairness import OUTPUT_WEIGHT, PROMPT_WEIGHT
 from gpumeter_worker.engine.scheduler import Limits, Scheduler
 from gpumeter_worker.engine.sequence import Sampling, Sequence
+from rigs.thoroughness import examples
 
 SEQUENCES = 4
 SIZES = st.tuples(st.integers(1, 60), st.integers(1, 30))  # of a prompt and of its answer
@@ -50,7 +51,7 @@ class Backlog:
                     self.ended[sequence.tenant] += 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(KINDS, KINDS, st.sampled_from((0, 8, 32)), st.sampled_from((0, 12)))
 def test_between_two_backlogged_tenants_service_differs_by_a_bounded_amount(
     one: list[tuple[int, int]], other: list[tuple[int, int]], mixed: int, pages: int
@@ -65,7 +66,7 @@ def test_between_two_backlogged_tenants_service_differs_by_a_bounded_amount(
         assert abs(backlog.served["one"] - backlog.served["other"]) <= 2 * SEQUENCES * largest
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(KINDS, min_size=2, max_size=6), st.sampled_from((0, 8, 32)), st.sampled_from((0, 12)))
 def test_nobody_starves_however_much_the_others_ask_for(
     kinds: list[list[tuple[int, int]]], mixed: int, pages: int

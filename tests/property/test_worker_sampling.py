@@ -20,6 +20,7 @@ from gpumeter_worker.engine.loop import Sampled
 from gpumeter_worker.engine.ranking import likeliest, maxima
 from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.sequence import Sampling, Sequence
+from rigs.thoroughness import examples
 
 WIDTHS = st.sampled_from((3, 63, 64, 65, 700, 4099))
 
@@ -63,7 +64,7 @@ def sampled(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
     return read(choose(logits, batch), batch)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**32), width=WIDTHS, requests=st.lists(REQUESTS, min_size=2, max_size=9))
 def test_a_row_gets_the_same_to_the_last_bit_whatever_its_neighbours_are(
     seed: int, width: int, requests: list[dict[str, Any]]
@@ -130,7 +131,7 @@ def reference(logits: torch.Tensor, sequence: Sequence, key: int) -> set[int]:
     return winners(smallest[0], key) | winners(smallest[1], key)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(seed=st.integers(0, 2**32), width=WIDTHS, asked=REQUESTS)
 def test_the_token_is_the_one_that_wins_the_race_among_what_a_full_sort_in_float64_keeps(
     seed: int, width: int, asked: dict[str, Any]
@@ -158,7 +159,7 @@ def test_logits_as_another_batch_computes_them_give_the_same_tokens(asked: dict[
     vocabulary, rows = 49_152, 80
     generator = torch.Generator().manual_seed(4)
     ranks = torch.randperm(vocabulary, generator=generator) + 1.0
-    draws = 20_000 if not asked else 2_000
+    draws = examples(6_000 if not asked else 2_000)
     changed = 0
     for first in range(0, draws, rows):
         # As steep as text is: the likeliest token has 9 %, and half of all draws are of tokens with less than 0.06 %.
@@ -205,7 +206,7 @@ def test_the_repetition_penalty_is_transformers_own() -> None:
         assert sampled(logits, [sequence])[0].token == int(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 2**32), width=WIDTHS, count=st.sampled_from((1, 2, 64, 700)))
 def test_the_likeliest_are_those_of_a_stable_sort(seed: int, width: int, count: int) -> None:
     rows = logits_of(seed, 3, width).float()

@@ -17,6 +17,7 @@ from gpumeter_worker.engine.messages import Cancel, Ended, StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits
 from gpumeter_worker.engine.sequence import Finish, Sampling, Sequence
 from rigs.cache import RecordingCache, next_token
+from rigs.thoroughness import examples
 
 EOS = 49
 LONGEST = 96
@@ -213,7 +214,7 @@ class InPages(Schedules):
 
 
 _SETTINGS = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(100), stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestInSlots = InSlots.TestCase
 TestInSlots.settings = _SETTINGS

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,13 @@ class Round:
     zombies: int
 
 
-def kill_under_load(process: WorkerProcess, streams: int = 3, number: signal.Signals = signal.SIGKILL) -> Round:
-    """One round over a worker that is ready."""
+def kill_under_load(
+    process: WorkerProcess,
+    streams: int = 3,
+    number: signal.Signals = signal.SIGKILL,
+    whom: Callable[[int], int] = lambda engine: engine,
+) -> Round:
+    """One round over a worker that is ready. `whom`: the process that is killed, where it is not the engine's own."""
     clients = [Client(process, stream=True) for _ in range(streams)] + [Client(process, stream=False)]
     threads = [threading.Thread(target=client.run) for client in clients]
     for thread in threads:
@@ -100,7 +106,7 @@ def kill_under_load(process: WorkerProcess, streams: int = 3, number: signal.Sig
     until(lambda: all(client.chunks > 3 for client in clients if client.stream), "the streams run")
     (engine,) = process.children()
     killed_s = time.monotonic()
-    os.kill(engine, number)
+    os.kill(whom(engine), number)
     for thread in threads:
         thread.join(120)
     process.ready()
@@ -146,9 +152,9 @@ def leaks(rounds: list[Round]) -> list[str]:
     return found
 
 
-def bill_problems(rounds: list[Round], ledger: Ledger) -> list[str]:
+def bill_problems(rounds: list[Round], ledger: Ledger, devices: int = 1) -> list[str]:
     """Whether each session is billed for what its answer said; `ledger` holds all, and its identity is asserted."""
-    ledger.check(unmeasured_s=sum(one.told_s for one in rounds) + 0.5 * len(rounds))
+    ledger.check(unmeasured_s=sum(one.told_s for one in rounds) + 0.5 * len(rounds), devices=devices)
     found = []
     for client in (client for one in rounds for client in one.clients):
         slices = ledger.of_session(client.session)

@@ -101,3 +101,14 @@ def is_gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def children(pid: int) -> list[int]:
+    """Of all threads of a process that runs, those included that ended and that nobody waited for."""
+    for _ in range(100):
+        try:
+            tasks = list(Path(f"/proc/{pid}/task").iterdir())
+            return sorted({int(child) for task in tasks for child in (task / "children").read_text().split()})
+        except FileNotFoundError:  # a thread ended meanwhile, and another one has its children now
+            continue
+    raise ProcessLookupError(f"process {pid} is not there")

@@ -70,7 +70,15 @@ def expected(model: Any, prompts: Sequence[list[int]], count: int) -> list[list[
     ]
 
 
-def steps_for(model: Any, backend: Backend, device: str, *, blocks: int = 40, multiprocessors: int = 0) -> PagedSteps:
+def steps_for(
+    model: Any,
+    backend: Backend,
+    device: str,
+    *,
+    blocks: int = 40,
+    multiprocessors: int = 0,
+    max_model_len: int = MAX_MODEL_LEN,
+) -> PagedSteps:
     model.set_attn_implementation(paged_attention.NAME)
     heads = heads_of(model)
     cache = PagedCache(model.config.get_text_config().num_hidden_layers, blocks, heads, torch.float32, device)
@@ -79,7 +87,7 @@ def steps_for(model: Any, backend: Backend, device: str, *, blocks: int = 40, mu
         cache,
         heads,
         device=device,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         block_q=backend.block_q,
         multiprocessors=multiprocessors,
     )

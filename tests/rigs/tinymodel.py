@@ -11,7 +11,7 @@ from rigs.worker import model_path
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, kv_heads: int = 1) -> Path:
     """Write one of two narrow layers; the folder that a worker can serve."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,7 +23,7 @@ def tiny_model(folder: Path) -> Path:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
         initializer_range=0.3,
         bos_token_id=1,

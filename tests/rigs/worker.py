@@ -27,6 +27,7 @@ from devcluster.progress import Progress
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement, JournalStatus, decode_page, decode_status, encode_acknowledgement
 from gpumeter_usage.record import Kind, Record, Status, parse
+from rigs.engines import children
 
 COMMAND = Path(sys.executable).parent / "gpumeter-worker"
 SERVICE_UID = "11111111-2222-3333-4444-555555555555"
@@ -72,7 +73,7 @@ class Ledger:
         slices = self.of_session(session_id)
         return slices[-1].status if slices and slices[-1].status is not Status.OPEN else None
 
-    def check(self, unmeasured_s: float = 0.0) -> None:
+    def check(self, unmeasured_s: float = 0.0, devices: int = 1) -> None:
         """The identity, for every boot; `unmeasured_s` is the most that may be missing with engines that were lost."""
         for boot_id, records in self.records.items():
             assert [record.seq for record in records] == list(range(1, len(records) + 1)), boot_id
@@ -80,7 +81,7 @@ class Ledger:
             slices = sum(record.gpu_ns for record in records if record.kind is Kind.SESSION)
             assert slices == sum(record.gpu_ns for record in accounts if record.account == "attributed")
             lived_ns = accounts[-1].ended_at - accounts[0].started_at
-            assert 0 <= lived_ns - sum(r.gpu_ns for r in accounts) <= unmeasured_s * 1e9
+            assert 0 <= lived_ns * devices - sum(r.gpu_ns for r in accounts) <= unmeasured_s * 1e9 * devices
 
 
 class WorkerProcess:
@@ -180,11 +181,7 @@ class WorkerProcess:
 
     def children(self) -> list[int]:
         """The process ids of its children: the engine."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        found = {int(pid) for pid in listed.split()}
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            found |= {int(pid) for pid in (task / "children").read_text().split()}
-        return sorted(found)
+        return children(self.process.pid)
 
     def send(self, number: signal.Signals) -> None:
         """A signal to the process itself."""

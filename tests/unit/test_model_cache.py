@@ -74,6 +74,17 @@ def test_a_claim_that_is_taken_again_beats_again(tmp_path: Path) -> None:
     claim.release()
 
 
+def test_a_claim_that_is_being_rewritten_is_held_at_every_moment_and_gone_with_its_release(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "claim", "a", 0.0)
+    for _ in range(20):
+        assert claim.take()
+        beat = (tmp_path / "claim").read_text()
+        assert all(claim.held() for _ in range(100))
+        until(lambda beat=beat: (tmp_path / "claim").read_text() != beat, "it beats")
+        claim.release()
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_claim_without_an_owner_grows_stale_and_can_be_broken(tmp_path: Path) -> None:
     (tmp_path / "claim").write_text('{"owner": "dead", "beats": 3, "told": ""}')
     watch = Watch(tmp_path / "claim", 0.1)
@@ -158,9 +169,12 @@ def test_what_nobody_wrote_to_for_an_hour_is_swept(tmp_path: Path) -> None:
     for where in (old, new):
         made(where.part("dead"))
         where.claim.write_text("{}")
-    for path in (old.claim, old.part("dead"), *old.part("dead").iterdir()):
+    beat = old.claim.with_name(f"{old.claim.name}.beat-dead")
+    beat.write_text("{")
+    for path in (beat, old.claim, old.part("dead"), *old.part("dead").iterdir()):
         os.utime(path, (0, 0))
     cache.sweep(tmp_path)
+    assert not beat.exists()
     assert not old.part("dead").exists()
     assert not old.claim.exists()
     assert new.part("dead").exists()

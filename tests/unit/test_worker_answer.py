@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
 
 from gpumeter_usage.record import Status
-from gpumeter_worker.api.answer import KEPT_ENTRIES_MAX, Answer, ChoiceText, Piece, send_whole, taken, while_connected
+from gpumeter_worker.api.answer import Answer, ChoiceText, Piece, send_whole, taken, while_connected
 from gpumeter_worker.api.errors import Refused
+from gpumeter_worker.api.generate import BatchAnswer
+from gpumeter_worker.api.keeping import KEPT_BY_ALL_MAX, KEPT_ENTRIES_MAX, Keeping
 from gpumeter_worker.api.logprobs import LEAST, Placed, chat_logprobs, completion_logprobs
-from gpumeter_worker.api.responses import CHAT, Wanted, WholeAnswer
+from gpumeter_worker.api.requests import GenerateRequest
+from gpumeter_worker.api.responses import CHAT, COMPLETION, Shape, Wanted, WholeAnswer
 from gpumeter_worker.api.sessions import Choice, End, Finished, Session
 from gpumeter_worker.api.tokenizer import Tokenizer, TokenText
 from gpumeter_worker.engine.messages import Token
@@ -32,6 +36,7 @@ class Desk:
     """Stands where the worker stands: notes what was taken back."""
 
     def __init__(self) -> None:
+        self.keeping = Keeping()
         self.taken: list[tuple[Status, int | None]] = []
         self.cut: list[Refused] = []
         self.was_cut = asyncio.Event()
@@ -182,6 +187,111 @@ async def test_a_whole_answer_with_more_log_probabilities_than_are_kept_is_cut_o
     error = json.loads(sent[1]["body"])["error"]
     assert error["code"] == "answer_too_large"
     assert "set stream to true" in error["message"]
+
+
+def test_what_all_answers_keep_together_is_bounded_and_the_largest_one_is_cut_off_for_it() -> None:
+    keeping, sessions = Keeping(), [Session(f"s-{number}", "acme", []) for number in range(5)]
+    large, rest = sessions[0], sessions[1:]
+    assert keeping.keep(large, KEPT_ENTRIES_MAX) == []
+    for one in rest[:-1]:
+        assert keeping.keep(one, KEPT_ENTRIES_MAX - 2) == []
+    assert keeping.entries == KEPT_BY_ALL_MAX - 6
+    assert keeping.keep(rest[-1], 6) == []
+    ((cut, why),) = keeping.keep(rest[-1], 7)
+    assert (cut, why.status, why.code) == (large, 400, "answers_too_large")
+    large.cut_off = why
+    assert keeping.entries == 3 * (KEPT_ENTRIES_MAX - 2) + 7
+    assert keeping.keep(large, KEPT_ENTRIES_MAX) == [], "it grows no further"
+    for one in rest:
+        keeping.release(one)
+    assert keeping.entries == 0
+
+
+def test_an_answer_that_is_being_written_is_not_cut_off_for_one_that_grows() -> None:
+    keeping, sessions = Keeping(), [Session(f"s-{number}", "acme", []) for number in range(5)]
+    for one in sessions[:-1]:
+        keeping.keep(one, KEPT_ENTRIES_MAX)
+        one.end = End(Status.FINISHED, Totals())
+    ((cut, _),) = keeping.keep(sessions[-1], 1)
+    assert cut is sessions[-1]
+
+
+async def whole(made: Answer, shape: Shape, items: list[Token | Finished], turns: list[int]) -> dict[str, Any]:
+    for item in items:
+        made.session.line.put_nowait(item)
+    made.session.end = End(Status.FINISHED, Totals())
+    made.session.over.set()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        if not sent:
+            turns.append(count)
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    count = 0
+
+    async def stream() -> None:
+        nonlocal count
+        while True:
+            count += 1
+            await asyncio.sleep(0)
+
+    streaming = asyncio.create_task(stream())
+    await WholeAnswer(made, Wanted(shape, "m", logprobs=True, include_usage=False))({"type": "http"}, receive, send)
+    streaming.cancel()
+    found: dict[str, Any] = json.loads(b"".join(one["body"] for one in sent[1:]))
+    return found
+
+
+@pytest.mark.parametrize(("shape", "shaped"), [(CHAT, chat_logprobs), (COMPLETION, completion_logprobs)])
+async def test_streams_go_on_while_a_large_answer_is_written_whole(shape: Shape, shaped: Any) -> None:
+    class Named(Bytes):
+        def token(self, value: int) -> TokenText:
+            return TokenText(chr(value), bytes([value]))
+
+    made, desk = answer([Sampling(max_tokens=9, logprobs=2)])
+    made = Answer(made.worker, made.session, Named(), made.texts)  # type: ignore[arg-type]
+    tokens = [Token("s-1", 0, 97 + number % 5, -1.0 - number, ((98, -0.5), (99, -2.0))) for number in range(1000)]
+    turns: list[int] = []
+    document = await whole(made, shape, [*tokens, Finished(0, Finish.LENGTH)], turns)
+    assert turns[0] >= 1000 // 64
+    (choice,) = document["choices"]
+    assert choice["finish_reason"] == "length"
+    placed = [Placed(token, offset) for offset, token in enumerate(tokens)]
+    assert choice["logprobs"] == shaped(placed, Named().token)
+    assert desk.keeping.entries == 0, "it is written, and nothing is kept"
+
+
+async def test_a_long_text_is_put_together_once_and_not_with_every_token() -> None:
+    class Long(Bytes):
+        def decode(self, tokens: list[int]) -> str:
+            return "x" * 10_000 * len(tokens)
+
+    choice = Choice([], Sampling(max_tokens=9))
+    made, _ = answer([choice.sampling])
+    text = ChoiceText(Long(), choice, (), frozenset({EOS}))  # type: ignore[arg-type]
+    made = Answer(made.worker, made.session, Long(), [text])  # type: ignore[arg-type]
+    asked = GenerateRequest(None, ["p"], single=True, details=False, full_text=False)  # type: ignore[arg-type]
+    for item in (*[token(0, 97)] * 6000, Finished(0, Finish.LENGTH)):
+        made.session.line.put_nowait(item)
+    made.session.end = End(Status.FINISHED, Totals())
+    made.session.over.set()
+    size = 0
+
+    async def send(message: Any) -> None:
+        nonlocal size
+        size += len(message.get("body", b""))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    began_s = time.process_time()
+    await BatchAnswer(made, asked)({"type": "http"}, receive, send)
+    assert size > 6000 * 10_000
+    assert time.process_time() - began_s < 8, "60 MB once, and not 180 GB"
 
 
 async def test_a_whole_answer_is_written_a_piece_at_a_time() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gpumeter_worker.engine.blocks import Copy, PagedBlocks, SlotBlocks
 from gpumeter_worker.engine.calibrating import Replay, Room, calibrate, measure, planned, room_of
+from gpumeter_worker.engine.faults import RankLost
 from gpumeter_worker.engine.loop import Engine, Sampled
 from gpumeter_worker.engine.messages import StepReport, Submit
 from gpumeter_worker.engine.scheduler import Limits, Work
@@ -192,6 +193,15 @@ def test_a_device_that_tells_nothing_any_more_ends_the_engine() -> None:
     blocks = PagedBlocks(512, 16, prefix=False)
     with pytest.raises(RuntimeError, match="the device is lost"):
         calibrate(Runner(), Lost(), blocks, ROOM, subject_of=lambda: SUBJECT, budget_ns=10**9, stored_in=None)
+
+
+def test_a_rank_that_is_lost_while_steps_are_timed_ends_the_engine() -> None:
+    class Runner(Machine):
+        def run(self, plan: list[Work], clock: HostClock) -> list[Sampled]:
+            raise RankLost("rank 1 of 2 was killed by signal 9")
+
+    with pytest.raises(RankLost, match="rank 1 of 2 was killed by signal 9"):
+        calibrated(Runner(), None)
 
 
 def calibrated(machine: Machine, folder: Path | None, subject: Subject = SUBJECT) -> Calibration:

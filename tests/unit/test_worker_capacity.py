@@ -24,6 +24,15 @@ def test_the_figures_are_those_of_the_steps_that_the_costs_predict() -> None:
     assert abs(Decimal(alone["gpuSecondsPerThousandTokens"]) - Decimal(step_ps) / 10**9) <= Decimal("0.0000005")
 
 
+def test_a_step_on_several_devices_gives_as_many_tokens_and_takes_the_time_of_each() -> None:
+    one = figures()["batches"][0]
+    four = capacity(WEIGHTS, batch_most=64, sequence_most=4096, cache_tokens=10**6, devices=4)
+    assert four is not None
+    assert four["batches"][0]["tokensPerSecond"] == one["tokensPerSecond"]
+    quarter = Decimal(four["batches"][0]["gpuSecondsPerThousandTokens"]) / 4
+    assert abs(quarter - Decimal(one["gpuSecondsPerThousandTokens"])) <= Decimal("0.000001")
+
+
 def test_batches_go_by_doubling_to_the_largest_that_fits() -> None:
     assert [one["batchSize"] for one in figures(batch=24)["batches"]] == [1, 2, 4, 8, 16, 24]
     assert [one["batchSize"] for one in figures(cache=513 * 5)["batches"]] == [1, 2, 4, 5]

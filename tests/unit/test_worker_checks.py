@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from gpumeter_operator.decide.spec import read
 from gpumeter_worker import failure, machine
 from gpumeter_worker.checks import Asked, Check, MachineFacts, Verdict, check_machine, check_model
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.machine import Driver, Gpu, Others, read_probe
 from gpumeter_worker.modelfiles import ModelFacts, read_model, served_dtype
+from gpumeter_worker.telemetry.sample import Sample, gpu_class
 
 GB = 10**9
 NOBODY = Others()
@@ -95,6 +97,48 @@ def test_what_is_wrong_with_a_machine_is_one_sentence(facts: MachineFacts, sente
     assert failed(check_machine(facts)) == sentence
 
 
+def test_a_split_model_needs_its_part_on_the_gpu_with_the_least_room_and_shared_memory_for_each() -> None:
+    full = replace(H100, free=9 * GB)
+    four = replace(GOOD, gpus_wanted=4, driver=Driver((12, 8), (H100, H100, H100, full), ""))
+    checks = check_machine(four) + check_model(LLAMA, four, ASKED)
+    assert {check.verdict for check in checks} == {Verdict.OK}
+    assert checks[-1].found.startswith("the model needs 4.8 GB on each of 4 GPUs (weights 4.0 GB in bfloat16,")
+    fuller = replace(four, driver=Driver((12, 8), (H100, H100, H100, replace(H100, free=4 * GB)), ""))
+    assert failed(check_model(LLAMA, fuller, ASKED)).endswith(
+        "and NVIDIA H100 has 4.0 GB free of 80.0 GB; use a larger GPU, a smaller model or dtype, or lower "
+        "spec.model.maxModelLen"
+    )
+    assert failed(check_machine(replace(four, shared_memory=128 * 2**20))) == (
+        "SharedMemoryTooSmall: /dev/shm has 128 MiB and 4 GPUs need 256 MiB; set spec.resources.sharedMemory to 256Mi "
+        "or more"
+    )
+
+
+SLICE = replace(GOOD, driver=Driver((12, 8), (replace(H100, name="NVIDIA H100 80GB HBM3 MIG 1g.10gb+me"),), "", NOBODY))
+
+
+@pytest.mark.parametrize("named", ["h100", "gpu", "h100.1g.10gb", "h100.2g.20gb"])
+def test_a_slice_that_would_be_priced_as_a_whole_gpu_is_refused(named: str) -> None:
+    assert failed(check_machine(replace(SLICE, gpu_class=named))) == (
+        f"GpuClassWrong: this GPU is a MIG instance (1g.10gb+me) and the class {named} does not say so, so its time "
+        f"would be priced as another GPU's; set spec.resources.gpu.class to {named.partition('.')[0]}.1g.10gb.me"
+    )
+    assert all(check.failed is None for check in check_machine(replace(SLICE, gpu_class=named, billed=False)))
+
+
+@pytest.mark.parametrize("resource", ["nvidia.com/mig-1g.10gb.me", "nvidia.com/gpu"])
+def test_a_slice_is_served_under_the_class_by_which_the_operator_prices_it(resource: str) -> None:
+    named = "h100" if "mig-" in resource else "h100.1g.10gb.me"
+    service = {
+        "metadata": {"namespace": "team", "name": "one", "uid": "1"},
+        "spec": {"resources": {"gpu": {"resourceName": resource, "class": named}}},
+    }
+    spec, _ = read(service)
+    checks = check_machine(replace(SLICE, gpu_class=spec.gpu_class))
+    assert {check.verdict for check in checks} == {Verdict.OK}
+    assert gpu_class(spec.gpu_class, Sample(1, "MIG-1", "a slice", "1g.10gb+me")) == spec.gpu_class == "h100.1g.10gb.me"
+
+
 def shared(others: Others = NOBODY, **facts: Any) -> MachineFacts:
     return replace(GOOD, driver=Driver((12, 8), (H100,), "", others), **facts)
 
@@ -120,6 +164,13 @@ def test_a_gpu_that_others_share_is_refused_for_measured_billing(facts: MachineF
     )
     by_hand = check_machine(replace(facts, billed=False))
     assert [check.verdict for check in by_hand] == [Verdict.OK, Verdict.WARNING, Verdict.OK, Verdict.OK]
+
+
+def test_every_gpu_that_the_worker_takes_is_looked_at_and_no_other() -> None:
+    busy = Driver((12, 8), (H100, H100, H100), "", Others(0, 0, 0), (Others(0, 0, 0), Others(1, 0, 0)))
+    two, three = (replace(GOOD, gpus_wanted=count, driver=busy) for count in (2, 3))
+    assert check_machine(two)[1] == Check("sharing", "nobody else is seen on these 2 GPUs")
+    assert failed(check_machine(three)).startswith("GpuShared: 1 other process computes on this GPU, so the time of")
 
 
 @pytest.mark.parametrize("others", [Others(), Others(0, 0, 0), Others(None, 0, 20 * 10**6)])

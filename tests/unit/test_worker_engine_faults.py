@@ -70,8 +70,9 @@ def drive(engine: Engine, turns: int = 1000) -> tuple[dict[str, list[int]], dict
         try:
             events = engine.turn()
         except OutOfMemoryError:
-            events = engine.shed(MESSAGE)
-            assert events
+            told = engine.shed(MESSAGE)
+            assert told
+            events = told
         for event in events:
             if isinstance(event, StepReport):
                 for token in event.tokens:
@@ -114,7 +115,29 @@ def test_where_a_step_took_nobody_in_the_newest_is_ended() -> None:
 def test_a_turn_that_fails_elsewhere_than_in_its_step_sheds_nobody() -> None:
     engine = with_sessions(engine_of(RandomRunner()), "a")
     drive(engine, turns=2)
-    assert engine.shed(MESSAGE) == []
+    assert engine.shed(MESSAGE) is None
+
+
+def test_whom_a_step_without_memory_ends_while_the_device_is_behind_is_told_of_after_the_step_before() -> None:
+    class Staging(RandomRunner):
+        def run(self, plan: Row[Work], clock: StepClock) -> list[Sampled]:
+            if sum(work.count for work in plan) > self.room:
+                raise OutOfMemoryError("CUDA out of memory")
+            return super().run(plan, clock)
+
+    runner, clock = Staging(), LateClock()
+    engine = Engine(runner, clock, Limits(8, 256), frozenset(), 512, PagedBlocks(128, 16, prefix=False))
+    engine.submit(ask("a"))
+    assert engine.turn() == []
+    runner.room = 100
+    engine.submit(ask("large", 150))
+    with pytest.raises(OutOfMemoryError):
+        engine.turn()
+    assert engine.shed(MESSAGE) == []  # somebody was ended, and nothing can be told before the step that runs
+    clock.late = False
+    _, ended = drive(engine)
+    assert ended["large"] == Ended("large", Finish.FAILED, 0, MESSAGE)
+    assert ended["a"].finish is Finish.LENGTH
 
 
 def test_steps_that_were_finished_before_a_fault_are_still_reported() -> None:
@@ -160,7 +183,8 @@ def test_after_a_failure_every_time_still_goes_to_its_own_step() -> None:
         engine.turn()
     runner.unreadable, clock.late = False, False
     engine.submit(ask("bb", 40))
-    reports = [event for event in engine.turn() if isinstance(event, StepReport)]
+    assert engine.stepping is False, "two steps are to be told of first"
+    reports = [event for _ in range(2) for event in engine.turn() if isinstance(event, StepReport)]
     assert [[(part.session_id, part.new_tokens, part.recompute) for part in one.parts] for one in reports] == [
         [("a", 4, False)],
         [("a", 1, True)],

@@ -4,25 +4,23 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from subprocess import PIPE, Popen
+from textwrap import dedent
 
 import pytest
 
 from gpumeter_worker.engine.channel import decode, encode
+from gpumeter_worker.engine.group import alive
 from gpumeter_worker.engine.link import EVENTS_MAX, EngineLink
 from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport, Token
 from gpumeter_worker.engine.output import EngineOutput
 from gpumeter_worker.metering.parts import Part
-from rigs.engines import is_gone, options, program
-
-
-def children() -> list[int]:
-    """Of this process, those included that ended and that nobody waited for."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+from rigs.engines import children, is_gone, options, program
 
 
 class Heard:
@@ -148,6 +146,77 @@ async def test_what_an_engine_started_ends_with_it(tmp_path: Path) -> None:
         await until(lambda: is_gone(int(child.read_text())), "its child is gone")
 
 
+async def test_an_engine_is_not_gone_while_one_of_its_ranks_still_ends(tmp_path: Path) -> None:
+    rank = tmp_path / "rank"
+    parent = program(
+        tmp_path,
+        f"""
+        started = subprocess.Popen(["sleep", "600"])
+        open({str(rank)!r}, "w").write(str(started.pid))
+        ready()
+        time.sleep(600)
+        """,
+    )
+    held = True
+    asked: list[int] = []
+
+    def ending_late(group: int) -> list[int]:  # a driver holds it for a while, which no test can have a kernel do
+        asked.append(group)
+        return [int(rank.read_text())] if held else alive(group)
+
+    heard = Heard()
+    made = EngineLink(options(), 8, heard.on_events, heard.on_lost, parent, alive_of=ending_late)
+    try:
+        await until(lambda: heard.events, "it is ready")
+        assert made.left == ()
+        made.kill()
+        await until(lambda: heard.how and len(asked) > 3, "clients are told before it is gone")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(made.gone(), 0.2)
+        assert made.left == [int(rank.read_text())], "who is stuck can be told"
+    finally:
+        held = False
+        made.kill()
+        await asyncio.wait_for(made.gone(), 30)
+    assert set(asked) == {made.pid}
+    assert made.left == ()
+    assert is_gone(int(rank.read_text()))
+
+
+def test_a_process_is_alive_while_any_of_its_threads_is_and_a_zombie_is_not() -> None:
+    last_thread = """
+        import ctypes, os, sys, threading, time
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        print(flush=True)
+        sys.stdin.read(1)
+        ctypes.CDLL(None).pthread_exit(None)  # the first thread alone
+        """
+    first = Popen(["sleep", "600"], process_group=0)
+    second = Popen(
+        [sys.executable, "-c", dedent(last_thread)], process_group=first.pid, stdin=PIPE, stdout=PIPE, bufsize=0
+    )
+    try:
+        assert second.stdin is not None and second.stdout is not None
+        second.stdout.read(1)
+        assert alive(first.pid) == sorted([first.pid, second.pid])
+        second.stdin.write(b"x")
+        deadline = time.monotonic() + 30
+        while not is_gone(second.pid):
+            assert time.monotonic() < deadline, "its first thread is a zombie"
+            time.sleep(0.01)
+        assert second.pid in alive(first.pid)
+        second.kill()
+        first.kill()
+        while alive(first.pid):
+            assert time.monotonic() < deadline, "zombies that nobody has buried are not alive"
+            time.sleep(0.01)
+        assert {first.pid, second.pid} <= set(children(os.getpid()))
+    finally:
+        for process in (second, first):
+            process.kill()
+            process.communicate()
+
+
 async def test_what_an_engine_prints_becomes_lines_of_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +274,6 @@ async def test_engines_one_after_the_other_leave_no_thread_file_or_zombie(tmp_pa
             await until(lambda heard=heard: heard.events, "it is ready")
             os.kill(made.pid, signal.SIGKILL)
             await asyncio.wait_for(made.gone(), 30)
-            assert made.pid not in children()
+            assert made.pid not in children(os.getpid())
         await until(lambda: not counts or held() <= counts[0], f"{held()} as at first: {counts}")
         counts.append(held())

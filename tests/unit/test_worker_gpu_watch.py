@@ -30,11 +30,11 @@ class Told(Sampler):
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, gpus: int = 1) -> None:
         self.metered = RUNNING
         self.devices: list[Sample] = []
         self.sampler: Told | None = None
-        self.watch = GpuWatch(1, lambda: self.metered, self.devices.append, self._make)
+        self.watch = GpuWatch(gpus, lambda: self.metered, self.devices.append, self._make)
 
     def _make(self, on_sample: Callable[[Sample], None]) -> Told:
         self.sampler = Told(on_sample)
@@ -83,7 +83,9 @@ def test_records_name_the_class_that_the_operator_named_with_the_profile_of_a_mi
     assert gpu_class("gpu", A100) == "NVIDIA A100-SXM4-40GB"
     assert gpu_class("a100", A100) == "a100"
     assert gpu_class("gpu", INSTANCE) == "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
-    assert gpu_class("a100", INSTANCE) == "a100 MIG 1g.5gb"
+    assert gpu_class("a100", INSTANCE) == "a100.1g.5gb"
+    assert gpu_class("a100.1g.5gb", INSTANCE) == "a100.1g.5gb"
+    assert gpu_class("a100", replace(INSTANCE, mig_profile="1g.5gb+me")) == "a100.1g.5gb.me"
     assert gpu_class("a100-1g.5gb", INSTANCE) == "a100-1g.5gb"
 
 
@@ -136,6 +138,15 @@ def test_measured_time_and_nvmls_are_compared_over_ten_seconds() -> None:
     assert rig.metrics()['gpumeter_gpu_busy_ratio{source="steps"}'] == 0.75
     assert rig.metrics()['gpumeter_gpu_busy_ratio{source="nvml"}'] == pytest.approx(0.8)
     assert not rig.watch.foreign
+
+
+def test_of_several_gpus_the_first_is_compared_and_its_energy_is_not_taken_for_that_of_all() -> None:
+    rig = Rig(gpus=4)
+    rig.hear(A100)
+    rig.pass_time(10, 80, 4 * 0.75)  # every second of steps counts on all of them
+    assert rig.metrics()['gpumeter_gpu_busy_ratio{source="steps"}'] == 0.75
+    assert rig.watch.facts()["energy_estimate"] is None
+    assert rig.metrics()['gpumeter_gpu_energy_joules_total{gpu="GPU-1"}'] == 10**6
 
 
 def test_a_gpu_that_is_busier_than_our_steps_for_half_a_minute_is_somebody_elses_too(

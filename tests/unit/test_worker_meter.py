@@ -9,7 +9,7 @@ from gpumeter_usage.record import Account, Kind, Record, Status, canonical, pars
 from gpumeter_worker.metering.accounts import Accounts, Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.meter import Flush, Identity, Meter
-from gpumeter_worker.metering.parts import Part
+from gpumeter_worker.metering.parts import Onward, Part
 
 START = 1_000_000 * MINUTE_NS + 5
 IDENTITY = Identity("worker", "boot", "team/model", "model", "cpu", "host")
@@ -271,6 +271,60 @@ def test_the_cache_that_a_session_held_is_stated_in_byte_seconds_and_no_slice_ro
     assert sum(one.kv_byte_s for one in found) == (30 * 10 + 7 * 1503) // 10
 
 
+def test_a_sequence_holds_its_cache_also_while_steps_leave_it_out() -> None:
+    meter = new_meter()
+    meter.kv_token_bytes = 1
+    meter.begin("two", "acme", START, sequences=2)
+    chunk = Part("two", 40, 0, prefill=True, sampled=0, prompt_tokens=40)
+    rest = Part("two", 60, 40, prefill=True, sampled=1, prompt_tokens=60)
+    steps = [
+        [prefill("two", 10), chunk],  # 50 tokens for its second
+        [decode("two", 10)],  # 10 for a second, 11 in the step
+        [decode("two", 11)],  # 11, 12
+        [decode("two", 12), rest],  # 12, 13; of the other one 40 for the five seconds since the first step, then 100
+        [decode("two", 13), decode("two", 100)],  # 113, 115
+    ]
+    for number, parts in enumerate(steps):
+        began_ns = START + 2 * number * 10**9
+        meter.step(began_ns, began_ns + 10**9, 10**9, parts)
+    meter.end("two", Status.FINISHED, START + 20 * 10**9)
+    (record,) = of_session(meter.cut(START + 20 * 10**9), "two")
+    assert record.kv_byte_s == 50 + 21 + 23 + 25 + (5 * 40 + 100) + 113 + 115
+
+
+def test_a_stretch_of_steps_leaves_every_sequences_end_where_single_steps_do() -> None:
+    held = []
+    for onward in (True, False):
+        meter = new_meter()
+        meter.kv_token_bytes = 1
+        meter.begin("two", "acme", START, sequences=2)
+        first = (decode("two", 10), decode("two", 11))
+        for number in range(5):
+            began_ns = START + 2 * number * 10**9
+            rows = tuple(part._replace(context_tokens=part.context_tokens + number) for part in first)
+            parts = Onward(first, number) if onward and number else rows
+            meter.step(began_ns, began_ns + 10**9, 10**9, parts)
+        meter.step(START + 20 * 10**9, START + 21 * 10**9, 10**9, [decode("two", 16)])  # alone
+        meter.step(START + 30 * 10**9, START + 31 * 10**9, 10**9, [decode("two", 15)])
+        meter.end("two", Status.FINISHED, START + 31 * 10**9)
+        (record,) = of_session(meter.cut(START + 31 * 10**9), "two")
+        held.append(record.kv_byte_s)
+    assert held[0] == held[1]
+    alike = sum(21 + 2 * number for number in range(1, 5)) + sum(23 + 2 * number for number in range(5))
+    assert held[0] == alike + (11 * 16 + 17) + (21 * 15 + 16)
+
+
+def test_what_one_sequence_lost_by_preemption_it_did_not_hold_meanwhile_beside_another() -> None:
+    meter = new_meter()
+    meter.kv_token_bytes = 1
+    meter.begin("two", "acme", START, sequences=2)
+    again = Part("two", 10, 0, prefill=True, sampled=0, recompute=True)
+    for at_s, part in ((0, prefill("two", 10)), (5, again), (6, decode("two", 10))):
+        meter.step(START + at_s * 10**9, START + (at_s + 1) * 10**9, 10**9, [part])
+    (record,) = of_session(meter.cut(START + 8 * 10**9), "two")
+    assert record.kv_byte_s == 10 + 11
+
+
 def test_a_long_session_on_a_big_cache_stays_within_a_records_integers() -> None:
     meter = new_meter()
     meter.kv_token_bytes = 327_680  # 70 billion parameters in bfloat16: 80 layers, 8 heads of 128
@@ -294,3 +348,58 @@ def test_what_a_preemption_took_away_was_not_held_meanwhile() -> None:
     meter.step(START + 6 * 10**9, START + 7 * 10**9, 10**9, [decode("one", 10)])
     (record,) = of_session(meter.cut(START + 8 * 10**9), "one")
     assert record.kv_byte_s == (10 + 11) * 10**6
+
+
+def test_energy_is_stated_once_by_account_records_without_time() -> None:
+    meter = new_meter()
+    meter.begin("s", "acme", START + 10)
+    meter.step(START + 10, START + 1010, 1000, [prefill("s", 4)])
+    meter.draw(2_000, 500)
+    meter.draw(30, 7)
+    flush = meter.cut(START + 2000)
+    assert flush is not None
+    stated = [record for record in flush.records if record.energy_mj is not None]
+    assert [(one.kind, one.account, one.energy_mj, one.gpu_ns) for one in stated] == [
+        (Kind.ACCOUNT, Account.ATTRIBUTED, 2_030, 0),
+        (Kind.ACCOUNT, Account.IDLE, 507, 0),
+    ]
+    assert {one.ended_at for one in stated} == {flush.frontier_ns}
+    assert [parse(canonical(one, 1)).energy_mj for one in stated] == [2_030, 507]
+    meter.draw(0, 60)
+    assert meter.cut(START + 3000) is None  # a session is in flight: a period may be closed up to the frontier
+    meter.step(START + 2000, START + 4000, 1000, [decode("s")])
+    later = meter.cut(START + 5000)
+    assert later is not None
+    assert [one.energy_mj for one in later.records if one.energy_mj is not None] == [60]
+
+
+def test_where_nobody_measures_energy_the_bytes_of_records_do_not_name_it() -> None:
+    meter = new_meter()
+    meter.begin("s", "acme", START + 10)
+    meter.step(START + 10, START + 1010, 1000, [prefill("s", 4)])
+    meter.end("s", Status.FINISHED, START + 1010)
+    flush = meter.cut(START + 2000)
+    assert flush is not None
+    assert not any(b"energy" in canonical(record, 1) for record in flush.records)
+
+
+def test_on_several_devices_every_nanosecond_counts_on_each_of_them_and_a_step_is_split_whole() -> None:
+    meter = Meter(replace(IDENTITY, devices=3), uncalibrated(Rule.KNEE, "host"), START)
+    meter.enter(Phase.SERVING, START + 40)
+    for name in ("one", "two", "three", "four"):
+        meter.begin(name, "acme", START + 50)
+    shares = meter.step(START + 60, START + 1061, 1001, [decode(name) for name in ("one", "two", "three", "four")])
+    assert sum(shares) == 3 * 1001
+    assert max(shares) - min(shares) <= 1
+    meter.lose(START + 1161)
+    totals = [meter.end(name, Status.FAILED, START + 1161).gpu_ns for name in ("one", "two", "three", "four")]
+    assert totals == shares
+    flush = meter.cut(START + 1200)
+    assert flush is not None
+    assert account_sums(flush) == {
+        Account.INIT: 3 * 40,
+        Account.IDLE: 3 * (10 + 39),
+        Account.HOST_GAP: 3 * 10,
+        Account.ATTRIBUTED: 3 * 1001,
+    }
+    assert (flush.frontier_ns, flush.unmeasured_ns) == (START + 1200, 3 * 100)

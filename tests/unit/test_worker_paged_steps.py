@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpumeter_worker.engine import paged
 from gpumeter_worker.engine.gpu import configure, show_triton_the_driver
 from gpumeter_worker.engine.graphs import buckets
 from gpumeter_worker.engine.paged_attention import Backend, Heads, choose
@@ -123,6 +124,36 @@ def test_a_decode_asks_the_device_for_no_value_and_sends_it_no_constant(kind: st
     assert "mm" in ops.names or "addmm" in ops.names
     forbidden = {"_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "is_nonzero", "equal"}
     assert forbidden.isdisjoint(ops.names)
+
+
+class Copied(TorchDispatchMode):
+    """How many numbers each copy took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.overloadpacket.__name__ == "copy_":
+            self.counts.append(args[0].numel())
+        return func(*args, **kwargs or {})
+
+
+def test_a_decode_sends_tables_as_wide_as_its_longest_sequence_and_never_reads_what_longer_ones_left_there() -> None:
+    model, reference = tiny_model("llama", "cpu"), tiny_model("llama", "cpu")
+    steps = steps_for(model, gathering(heads_of(model)), "cpu", max_model_len=33_024)
+    with torch.no_grad():
+        assert steps.capture([8], RunAgain()) == ""
+    assert paged.bucket_frame(8, 33_024).width == 2064
+    long = [[(7 * column) % 97 + 1 for column in range(300)]]
+    used: list[int | None] = []
+    for prompts in (long, PROMPTS):
+        wanted = expected(reference, prompts, 3)
+        assert greedy(steps, prompts, 3, chunk=400, on_step=used.append) == wanted
+    assert used == [None, 8, 8] * 2
+    with torch.no_grad(), Copied() as copied:
+        steps.stage(steps.probe([1] * 8))
+    assert sum(copied.counts) < 8 * 16 + 256
 
 
 def test_the_largest_step_is_a_full_batch_with_as_many_tokens_as_a_step_may_have() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from gpumeter_worker.diagnosis import use_writable_places
 from gpumeter_worker.failure import StartupFailed
+from gpumeter_worker.launch import engine_options
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease, lease
 from gpumeter_worker.modelfiles import read_model
@@ -44,6 +45,14 @@ def test_a_gpu_that_is_asked_for_is_the_device(tmp_path: Path) -> None:
     assert (settings.device, settings.clock, settings.gpu_class) == ("cuda", "cuda", "h100")
 
 
+def test_a_model_is_split_over_all_gpus_of_the_worker_and_over_no_other_number(tmp_path: Path) -> None:
+    assert from_environment(environment(tmp_path)).ranks == 1
+    assert from_environment(environment(tmp_path, GPUMETER_GPU_COUNT="4")).ranks == 4
+    assert from_environment(environment(tmp_path, GPUMETER_TENSOR_PARALLEL="2")).ranks == 2
+    with pytest.raises(SettingsInvalid, match=r"TENSOR_PARALLEL is 2 and GPUMETER_GPU_COUNT is 4; .* make them equal"):
+        from_environment(environment(tmp_path, GPUMETER_GPU_COUNT="4", GPUMETER_TENSOR_PARALLEL="2"))
+
+
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     wrong = environment(tmp_path, GPUMETER_SERVICE="no-slash", GPUMETER_MAX_BATCH_SIZE="-1", GPUMETER_DTYPE="int4")
     (tmp_path / "hop-key").write_text("short")
@@ -55,6 +64,24 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     for part in ("namespace/name", "MAX_BATCH_SIZE", "DTYPE", "hop-key", "usage-token", "WORKER_UID is not set"):
         assert part in text
     assert len(refused.value.problems) == 6
+
+
+def test_who_runs_a_worker_by_hand_is_told_how_to_name_a_model(tmp_path: Path) -> None:
+    with pytest.raises(SettingsInvalid, match="GPUMETER_MODEL_URI is not set; name the model with --model URI"):
+        from_environment({"XDG_STATE_HOME": str(tmp_path)}, dev=True)
+
+
+def test_the_engine_lets_as_many_wait_as_admission_lets_in(tmp_path: Path) -> None:
+    settings = from_environment(environment(tmp_path, GPUMETER_MAX_QUEUE_LENGTH="100000"))
+    assert engine_options(settings, tmp_path).sequences_max == 100_000 + 64
+
+
+def test_ranks_share_cores_and_memory_and_no_rank_is_without_a_core(tmp_path: Path) -> None:
+    alone = engine_options(from_environment(environment(tmp_path)), tmp_path)
+    split = engine_options(from_environment(environment(tmp_path, GPUMETER_TENSOR_PARALLEL="2")), tmp_path)
+    many = engine_options(from_environment(environment(tmp_path, GPUMETER_TENSOR_PARALLEL="64")), tmp_path)
+    assert (alone.ranks, split.ranks, many.threads) == (1, 2, max(1, alone.threads // 64))
+    assert (split.threads, split.memory_bytes) == (max(1, alone.threads // 2), alone.memory_bytes // 2)
 
 
 def test_a_step_must_hold_one_token_of_every_request(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ class Told:
     def take(self, event: Event) -> None:
         self.events.append(event)
 
+    def lose(self, loss: Loss) -> None:
+        self.losses.append(loss)
+
     @property
     def starts(self) -> int:
         return sum(isinstance(event, Ready) for event in self.events)
@@ -46,7 +49,7 @@ async def supervised(
     told = told or Told()
     supervisor = Supervisor(
         told.take,
-        told.losses.append,
+        told.lose,
         has_work=lambda: told.work,
         sequences_max=8,
         step_timeout_ms=step_timeout_ms,
@@ -201,6 +204,23 @@ async def test_an_engine_that_loads_slowly_and_gets_on_is_waited_for(tmp_path: P
         assert told.losses == []
 
 
+async def test_an_engine_that_waits_for_a_rank_that_loads_is_waited_for(tmp_path: Path) -> None:
+    rank = "import time\nfile = open('/dev/zero', 'rb', buffering=0)\nwhile file.read(2**21): time.sleep(0.05)"
+    waiting = program(
+        tmp_path,
+        f"""
+        subprocess.Popen([sys.executable, "-c", {rank!r}])
+        time.sleep(3.5)
+        ready()
+        time.sleep(600)
+        """,
+    )
+    async with supervised(waiting, start_timeout_ms=2000) as (_, told):
+        told.work = False
+        await until(lambda: told.starts == 1, "it is ready")
+        assert told.losses == []
+
+
 async def test_an_event_that_cannot_be_handled_takes_no_other_with_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -219,29 +239,26 @@ async def test_an_event_that_cannot_be_handled_takes_no_other_with_it(
     assert "a defect" in caplog.text
 
 
-async def test_an_engine_that_cannot_be_taken_in_is_replaced(tmp_path: Path) -> None:
-    class Surprised(Told):
-        def take(self, event: Event) -> None:
-            super().take(event)
-            if isinstance(event, Ready) and self.starts == 1:
-                raise OSError("no space left")
-
-    told = Surprised()
-    async with supervised(program(tmp_path, SERVES), told=told) as (supervisor, _):
-        await until(lambda: told.starts == 2 and supervisor.ready, "the next one is taken in")
-    assert told.losses == [Loss(RESTARTING, "the worker could not take the engine in (OSError; see its log)")]
-
-
-async def test_an_engine_that_hangs_says_where_its_threads_are(
+async def test_an_engine_that_hangs_says_where_its_threads_and_those_of_its_ranks_are(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    rank = """
+import faulthandler, signal, time
+faulthandler.register(signal.SIGUSR2)
+def a_rank_that_never_comes():
+    print(flush=True)
+    time.sleep(600)
+a_rank_that_never_comes()
+"""
     hanging = program(
         tmp_path,
-        """
+        f"""
         import faulthandler
         faulthandler.register(signal.SIGUSR2)
         def a_kernel_that_never_returns():
             time.sleep(600)
+        rank = subprocess.Popen([sys.executable, "-c", {rank!r}], stdout=subprocess.PIPE)
+        rank.stdout.readline()
         ready()
         a_kernel_that_never_returns()
         """,
@@ -249,6 +266,7 @@ async def test_an_engine_that_hangs_says_where_its_threads_are(
     async with supervised(hanging, step_timeout_ms=1000) as (_, told):
         await until(lambda: told.losses, "it is taken for hung")
         await until(lambda: "a_kernel_that_never_returns" in caplog.text, "its stack is in the log")
+        await until(lambda: "a_rank_that_never_comes" in caplog.text, "so is that of a rank")
 
 
 async def test_an_engine_without_work_is_left_alone_however_silent(tmp_path: Path) -> None:
@@ -266,6 +284,76 @@ async def test_three_kills_while_loading_are_told_as_too_little_memory(tmp_path:
         failed = await failure(supervisor)
         assert failed.reason == "OutOfMemory"
         assert "killed three times while it loaded the model" in failed.message
+        assert len(told.losses) == 3
+
+
+async def test_three_kills_of_a_rank_while_loading_are_told_as_too_little_memory_too(tmp_path: Path) -> None:
+    lost = "channel.send([Failed('rank 1 of 2 was killed by signal 9', 9)]); sys.exit(1)"
+    async with supervised(program(tmp_path, lost)) as (supervisor, told):
+        assert (await failure(supervisor)).reason == "OutOfMemory"
+        how = "the engine process ended itself (rank 1 of 2 was killed by signal 9)"
+        assert told.losses == [Loss(RESTARTING, how)] * 3
+
+
+async def test_a_rank_that_crashes_at_every_start_is_told_as_that(tmp_path: Path) -> None:
+    lost = "channel.send([Failed('rank 1 of 2 was killed by signal 11', 11)] * 2); sys.exit(1)"
+    async with supervised(program(tmp_path, lost)) as (supervisor, told):
+        failed = await failure(supervisor)
+        assert failed.reason == "EngineStartFailed"
+        assert "rank 1 of 2 was killed by signal 11" in failed.message
+        assert len(told.losses) >= 2, "who tells it twice has not failed twice"
+
+
+async def test_a_start_that_fails_three_times_in_the_same_way_ends_the_worker_with_a_sentence(tmp_path: Path) -> None:
+    failing = program(tmp_path, "channel.send([Failed('start-up raised KeyError')]); sys.exit(1)")
+    async with supervised(failing) as (supervisor, told):
+        failed = await failure(supervisor)
+        assert failed.reason == "EngineStartFailed"
+        assert "failed 3 times in a row before it was ready (start-up raised KeyError)" in failed.message
+        assert len(told.losses) >= 2
+
+
+async def test_starts_that_fail_in_different_ways_are_tried_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    body = f"""
+        open({str(count)!r}, "a").write("x")
+        if (number := len(open({str(count)!r}).read())) == 4:
+            ready()
+            channel.receive()
+        channel.send([Failed(f"start-up raised {{'KeyError' if number % 2 else 'OSError'}}")])
+        sys.exit(1)
+        """
+    async with supervised(program(tmp_path, body)) as (_, told):
+        await until(lambda: told.starts == 1, "the fourth one serves")
+        assert len(told.losses) == 3
+
+
+async def test_three_starts_that_hang_are_told_as_what_they_are_and_not_as_too_little_memory(tmp_path: Path) -> None:
+    hanging = program(
+        tmp_path,
+        """
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        channel.send([PhaseEntered(Phase.LOAD, 1)])
+        time.sleep(600)
+        """,
+    )
+    async with supervised(hanging, start_timeout_ms=1000) as (supervisor, told):
+        failed = await failure(supervisor)
+        assert failed.reason == HUNG
+        assert failed.message.startswith("three starts of the engine in a row hung; the last time the engine process")
+        assert "look at the model's volume" in failed.message
+        assert [loss.reason for loss in told.losses] == [HUNG] * 3
+
+
+async def test_a_loss_that_cannot_be_handled_is_followed_by_the_next_engine_all_the_same(tmp_path: Path) -> None:
+    class Choking(Told):
+        def lose(self, loss: Loss) -> None:
+            self.losses.append(loss)
+            raise RuntimeError("a defect")
+
+    told = Choking()
+    async with supervised(program(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), told=told) as (supervisor, _):
+        assert (await failure(supervisor)).reason == "OutOfMemory"
         assert len(told.losses) == 3
 
 

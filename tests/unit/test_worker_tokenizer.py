@@ -3,7 +3,9 @@
 import asyncio
 import json
 import shutil
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,16 @@ async def test_a_template_that_knows_no_tools_refuses_whatever_speaks_of_them(
     assert (refused.value.status, refused.value.param) == (400, param)
 
 
+@pytest.fixture
+def pythons_own_limit() -> Iterator[None]:
+    """Of recursion, as a worker's process has it, whatever else was imported into this one."""
+    here = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(here)
+
+
+@pytest.mark.usefixtures("pythons_own_limit")
 async def test_whatever_a_template_trips_over_is_the_messages_fault(with_tools: Tokenizer) -> None:
     deep: dict[str, object] = {}
     for _ in range(5000):

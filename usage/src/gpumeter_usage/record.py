@@ -61,7 +61,12 @@ class Record:
     The key is (worker_uid, boot_id, seq). `batch_ns` is the sum over steps of share x sequences in the step, so that
     batch_ns / gpu_ns is the mean batch size; `kv_byte_s` the KV cache that the session held, in byte-seconds: eighty
     gigabytes for a year stay below 2^63, which byte-nanoseconds leave after nine gigabyte-seconds. What a slice rounds
-    off is in the session's next one.
+    off is in the session's next one. Each sequence of a session counts as if its cache
+    were its own, also while steps leave it out.
+
+    `energy_mj` is what the whole GPU drew in the windows that closed since the last such statement, in millijoules, an
+    estimate that nobody is billed by. Only an account record states it, of `attributed` or of `idle` for all that is
+    the platform's; where nobody measured it, it is None and stands in no bytes.
     """
 
     worker_uid: str
@@ -84,6 +89,7 @@ class Record:
     steps: int = 0
     batch_ns: int = 0
     kv_byte_s: int = 0
+    energy_mj: int | None = None
     gpu_uuid: str = ""
     gpu_class: str
     clock: str
@@ -92,8 +98,12 @@ class Record:
 
 
 _NAMES = frozenset(field.name for field in fields(Record))
+_OPTIONAL = frozenset(field.name for field in fields(Record) if field.type == int | None)
+REQUIRED = _NAMES - _OPTIONAL
+"""The fields that every record has. Another may be absent, as in records of builds that did not know it."""
+
 _INTEGERS = tuple(field.name for field in fields(Record) if field.type is int)
-_STRINGS = tuple(name for name in sorted(_NAMES) if name not in _INTEGERS)
+_STRINGS = tuple(name for name in sorted(REQUIRED) if name not in _INTEGERS)
 
 # A record is a flat row of scalars: read in the order of its sorted names, it needs no deep copy and no sorting.
 _SORTED = tuple(sorted(_NAMES))
@@ -107,6 +117,8 @@ def canonical(record: Record, seq: int | None = None) -> bytes:
     `seq` is the number that a store gives it, in place of the record's own.
     """
     values = dict(zip(_SORTED, _VALUES(record), strict=True))
+    if record.energy_mj is None:
+        del values["energy_mj"]
     if seq is not None:
         values["seq"] = seq
     return _ENCODE(values).encode()
@@ -122,10 +134,10 @@ def parse(body: bytes) -> Record:
         raise RecordInvalid(f"a record is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise RecordInvalid("a record is not a JSON object")
-    if values.keys() != _NAMES:
-        odd = ", ".join(sorted(values.keys() ^ _NAMES))
+    if not REQUIRED <= values.keys() <= _NAMES:
+        odd = ", ".join(sorted((values.keys() ^ _NAMES) - (_OPTIONAL - values.keys())))
         raise RecordInvalid(f"a record has missing or unknown fields: {odd}")
-    for name in _INTEGERS:
+    for name in (*_INTEGERS, *(_OPTIONAL & values.keys())):
         value = values[name]
         if type(value) is not int or not 0 <= value <= MAX_INTEGER:
             raise RecordInvalid(f"{name} is {value!r:.60}; it must be a whole number from 0 to {MAX_INTEGER}")
@@ -151,6 +163,8 @@ def _refuse_contradictions(record: Record) -> None:
         raise RecordInvalid("worker_uid, boot_id and service must not be empty")
     if record.ended_at < record.started_at:
         raise RecordInvalid(f"ended_at {record.ended_at} lies before started_at {record.started_at}")
+    if record.energy_mj is not None and record.kind is not Kind.ACCOUNT:
+        raise RecordInvalid("energy_mj is the whole GPU's; only an account record states it")
     if record.kind is Kind.SEAL:
         if record.status not in (Status.DRAINED, Status.RECOVERED) or record.gpu_ns:
             raise RecordInvalid("a seal has the status drained or recovered, and no time of its own")

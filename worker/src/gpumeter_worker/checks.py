@@ -11,6 +11,7 @@ from gpumeter_worker import failure
 from gpumeter_worker.failure import StartupFailed
 from gpumeter_worker.machine import Driver, Others
 from gpumeter_worker.modelfiles import ModelFacts, served_dtype
+from gpumeter_worker.telemetry.sample import mig_profile, names_profile, priced_profile
 
 SHARED_MEMORY_BYTES = 64 * 2**20
 """What each GPU of a worker needs of /dev/shm: the size that container runtimes give where nobody says more."""
@@ -62,6 +63,7 @@ class MachineFacts:
     mps_pipe: str = ""  # the directory of an MPS daemon's pipes
     billed: bool = True  # by the measured time of its steps; a worker run by hand bills nobody
     serving: bool = False  # a worker of this container has an engine already
+    gpu_class: str = "gpu"  # by which its time is priced
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def check_machine(facts: MachineFacts) -> tuple[Check, ...]:
     device = _device(facts)
     if device.verdict is Verdict.FAILED:
         return (device,)
-    return (device, _sharing(facts), _toolkit(facts), _shared_memory(facts))
+    return (device, *_slice(facts), _sharing(facts), _toolkit(facts), _shared_memory(facts))
 
 
 def check_model(model: ModelFacts, facts: MachineFacts, asked: Asked) -> tuple[Check, ...]:
@@ -118,23 +120,36 @@ def _device(facts: MachineFacts) -> Check:
     return Check("device", ", ".join(gpu.name for gpu in driver.gpus))
 
 
+def _slice(facts: MachineFacts) -> tuple[Check, ...]:
+    """A device plugin may call slices by the name of whole GPUs (`migStrategy: single`); then only the class that a
+    service names tells the price of a slice from that of all its GPU."""
+    profile = mig_profile(facts.driver.gpus[0].name) if facts.driver and facts.driver.gpus else ""
+    if not profile:
+        return ()
+    if names_profile(facts.gpu_class, profile):
+        return (Check("slice", f"{profile}, priced as {facts.gpu_class}"),)
+    return (
+        Check(
+            "slice",
+            f"this GPU is a MIG instance ({profile}) and the class {facts.gpu_class} does not say so, so its time "
+            "would be priced as another GPU's",
+            Verdict.FAILED if facts.billed else Verdict.WARNING,
+            f"set spec.resources.gpu.class to {facts.gpu_class.partition('.')[0]}.{priced_profile(profile)}",
+            failure.GPU_CLASS_WRONG,
+        ),
+    )
+
+
 def _sharing(facts: MachineFacts) -> Check:
     """A GPU that containers take turns on, or share by MPS, lets a step last as long as the others' work says."""
-    others = facts.driver.others if facts.driver else Others()
     if facts.serving:
         return Check(
             "sharing", "a worker serves here already, and its engine is what is seen on the GPU", Verdict.LATER
         )
-    if facts.mps_pipe or others.mps_clients:
-        clients = f"{others.mps_clients} MPS client{'s' if others.mps_clients != 1 else ''}"
-        how = f"CUDA_MPS_PIPE_DIRECTORY is {facts.mps_pipe}" if facts.mps_pipe else clients
-        found = f"this GPU is shared by MPS ({how})"
-    elif others.processes:
-        found = f"{others.processes} other process{'es compute' if others.processes > 1 else ' computes'} on this GPU"
-    elif (others.used or 0) >= FOREIGN_BYTES:
-        found = f"{_gb(others.used or 0)} of this GPU's memory are used, and not by this worker"
-    else:
-        return Check("sharing", "nobody else is seen on this GPU")
+    seen = (facts.driver.others, *facts.driver.further)[: facts.gpus_wanted] if facts.driver else (Others(),)
+    found = next(filter(None, (_shared_by(others, facts.mps_pipe) for others in seen)), "")
+    if not found:
+        return Check("sharing", f"nobody else is seen on {'this GPU' if len(seen) == 1 else f'these {len(seen)} GPUs'}")
     return Check(
         "sharing",
         f"{found}, so the time of a step holds others' work and cannot be billed as measured",
@@ -143,6 +158,18 @@ def _sharing(facts: MachineFacts) -> Check:
         "time-slicing and MPS out of the device plugin's configuration of this node",
         failure.GPU_SHARED,
     )
+
+
+def _shared_by(others: Others, mps_pipe: str) -> str:
+    """Who else is on a GPU; empty where nobody is seen."""
+    if mps_pipe or others.mps_clients:
+        clients = f"{others.mps_clients} MPS client{'s' if others.mps_clients != 1 else ''}"
+        return f"this GPU is shared by MPS ({f'CUDA_MPS_PIPE_DIRECTORY is {mps_pipe}' if mps_pipe else clients})"
+    if others.processes:
+        return f"{others.processes} other process{'es compute' if others.processes > 1 else ' computes'} on this GPU"
+    if (others.used or 0) >= FOREIGN_BYTES:
+        return f"{_gb(others.used or 0)} of this GPU's memory are used, and not by this worker"
+    return ""
 
 
 def _toolkit(facts: MachineFacts) -> Check:
@@ -181,7 +208,8 @@ def _toolkit(facts: MachineFacts) -> Check:
 
 def _shared_memory(facts: MachineFacts) -> Check:
     needed = SHARED_MEMORY_BYTES * facts.gpus_wanted
-    found = f"/dev/shm has {_mib(facts.shared_memory)} and {facts.gpus_wanted} GPU needs {_mib(needed)}"  # noqa: S108 - told, not used
+    gpus = f"{facts.gpus_wanted} GPU{' needs' if facts.gpus_wanted == 1 else 's need'}"
+    found = f"/dev/shm has {_mib(facts.shared_memory)} and {gpus} {_mib(needed)}"  # noqa: S108 - told, not used
     if facts.shared_memory < needed:
         return Check(
             "shared memory",
@@ -222,8 +250,10 @@ def _dtype(dtype: str, asked: str, facts: MachineFacts) -> Check:
 
 
 def _memory(model: ModelFacts, facts: MachineFacts, dtype: str, length: int) -> Check:
-    """Refuses what cannot be; what fits narrowly is sized by the engine, which measures."""
-    weights, sequence = model.weight_bytes(dtype), model.sequence_bytes(dtype, length)
+    """Refuses what cannot be; what fits narrowly is sized by the engine, which measures. Of a model that is split each
+    GPU has at least its part."""
+    parts = max(facts.gpus_wanted, 1)
+    weights, sequence = -(-model.weight_bytes(dtype) // parts), -(-model.sequence_bytes(dtype, length) // parts)
     if facts.gpus_wanted:
         gpus = facts.driver.gpus if facts.driver else ()
         if not gpus:
@@ -231,9 +261,10 @@ def _memory(model: ModelFacts, facts: MachineFacts, dtype: str, length: int) -> 
         if facts.serving:
             needs = f"weights {_gb(weights)}, one sequence {_gb(sequence)}"
             return Check("memory", f"{needs}; a worker serves here already and has taken its share", Verdict.LATER)
+        least = min(gpus[:parts], key=lambda gpu: gpu.free)
         where, free, extra = (
-            f"{gpus[0].name} has {_gb(gpus[0].free)} free of {_gb(gpus[0].total)}",
-            gpus[0].free,
+            f"{least.name} has {_gb(least.free)} free of {_gb(least.total)}",
+            least.free,
             CONTEXT_BYTES,
         )
         advice = "use a larger GPU, a smaller model or dtype, or lower spec.model.maxModelLen"
@@ -244,8 +275,9 @@ def _memory(model: ModelFacts, facts: MachineFacts, dtype: str, length: int) -> 
         advice = "raise spec.resources.memory, use a smaller model or dtype, or lower spec.model.maxModelLen"
         beside = ""
     needed = weights + sequence + extra
+    each = f" on each of {parts} GPUs" if parts > 1 else ""
     found = (
-        f"the model needs {_gb(needed)} (weights {_gb(weights)} in {dtype}, one sequence of {length} tokens "
+        f"the model needs {_gb(needed)}{each} (weights {_gb(weights)} in {dtype}, one sequence of {length} tokens "
         f"{_gb(sequence)}{beside}) and {where}"
     )
     if needed > free:

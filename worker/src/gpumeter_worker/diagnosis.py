@@ -73,6 +73,7 @@ def machine_facts(settings: Settings) -> MachineFacts:
         mps_pipe=machine.mps_pipe() if files else "",
         billed=not settings.dev,
         serving=machine.engine_runs() if files else False,
+        gpu_class=settings.gpu_class,
     )
 
 

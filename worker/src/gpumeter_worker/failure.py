@@ -14,7 +14,10 @@ TERMINATION_LOG = Path("/dev/termination-log")
 ARCHITECTURE_UNKNOWN = "ArchitectureUnknown"
 DRIVER_TOO_OLD = "DriverTooOld"
 DTYPE_UNSUPPORTED = "DtypeUnsupported"
+ENGINE_HUNG = "EngineHung"
+ENGINE_START_FAILED = "EngineStartFailed"
 ENGINE_STUCK = "EngineStuck"
+GPU_CLASS_WRONG = "GpuClassWrong"
 GPU_NOT_FOUND = "GpuNotFound"
 GPU_SHARED = "GpuShared"
 JOURNAL_UNUSABLE = "JournalUnusable"
@@ -28,6 +31,7 @@ MODEL_SOURCE_UNSUPPORTED = "ModelSourceUnsupported"
 OUT_OF_MEMORY = "OutOfMemory"
 SETTINGS_INVALID = "SettingsInvalid"
 SHARED_MEMORY_TOO_SMALL = "SharedMemoryTooSmall"
+WORKER_FAILED = "WorkerFailed"
 
 
 class StartupFailed(Exception):
@@ -42,6 +46,14 @@ class StartupFailed(Exception):
     def line(self) -> str:
         """`Reason: sentence`, as the termination message and so the service's condition show it."""
         return f"{self.reason}: {self.message}"
+
+
+class LoadFailed(Exception):
+    """The model cannot be served here. `reason` is one of those above."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 _QUERY = re.compile(r"\?[^\s'\")>]+")

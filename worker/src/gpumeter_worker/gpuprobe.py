@@ -57,19 +57,25 @@ def _cuda() -> dict[str, Any]:
                 "free": free[index] if len(free) == count.value and free[index] <= total.value else total.value,
             }
         )
-    found["nvml"] = _nvml()
+    found["nvml"] = _nvml(0)
+    found["nvml_further"] = [_nvml(index) for index in range(1, count.value)]
     return found
 
 
 def first_uuids() -> tuple[str, ...]:
-    """How NVML may write the UUID of the device that CUDA takes first; empty where the driver does not tell.
+    """See _uuids, of the device that CUDA takes first."""
+    return _uuids(0)
+
+
+def _uuids(index: int) -> tuple[str, ...]:
+    """How NVML may write the UUID of a device by CUDA's number; empty where the driver does not tell.
 
     CUDA tells the sixteen bytes of a GPU or of a MIG instance, and not of which of the two.
     """
     try:
         library = ctypes.CDLL("libcuda.so.1")
         device, raw = ctypes.c_int(), (ctypes.c_ubyte * 16)()
-        if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), 0):
+        if library.cuInit(0) or library.cuDeviceGet(ctypes.byref(device), index):
             return ()
         if library.cuDeviceGetUuid_v2(raw, device):
             return ()
@@ -79,10 +85,10 @@ def first_uuids() -> tuple[str, ...]:
     return (f"GPU-{text}", f"MIG-{text}")
 
 
-def _nvml() -> dict[str, Any] | None:
-    """Who else uses the first device, as far as NVML tells. Nobody here has made a context on it yet."""
+def _nvml(index: int) -> dict[str, Any] | None:
+    """Who else uses a device, as far as NVML tells. Nobody here has made a context on it yet."""
     try:
-        device = nvml.open_device(first_uuids)
+        device = nvml.open_device(lambda: _uuids(index))
         seen = nvml.look(device)
         return {
             "processes": seen.processes,

@@ -4,6 +4,7 @@ Owns the sentence while the engine loads; what is told while the model is fetche
 readings of the monotonic clock in seconds.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from gpumeter_worker.sources.progress import duration, megabytes
@@ -23,8 +24,11 @@ class Loading:
 
     def of(self, path: Path) -> None:
         """The model is on this machine, in this folder; from now on it is the engine that loads it."""
-        self._told = ""
-        self._weights = sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+        self._told, self._weights = "", 0
+        with suppress(OSError):  # whoever loads it says what is wrong with it
+            self._weights = sum(
+                file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", ".bin")
+            )
 
     def begin(self, now_s: float) -> None:
         """The phase began."""

@@ -35,7 +35,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """Who uses the first GPU before this worker does, as far as NVML tells; None where it does not."""
+    """Who uses a GPU before this worker does, as far as NVML tells; None where it does not."""
 
     processes: int | None = None
     mps_clients: int | None = None
@@ -49,7 +49,8 @@ class Driver:
     cuda: tuple[int, int] | None
     gpus: tuple[Gpu, ...]
     problem: str  # why it could not be asked; empty where it could
-    others: Others = Others()
+    others: Others = Others()  # of the first GPU
+    further: tuple[Others, ...] = ()  # of the others, in CUDA's order
 
 
 def driver() -> Driver:
@@ -77,23 +78,36 @@ def read_probe(text: str) -> Driver:
         ),
         problem=found["problem"],
         others=Others(**(found.get("nvml") or {})),
+        further=tuple(Others(**(one or {})) for one in found.get("nvml_further", ())),
     )
 
 
 def done_pages(pid: int, *, computing: bool, processes: Path = Path("/proc")) -> int | None:
-    """What a process did since it began: 4 KiB pages that it read or that it touched for the first time.
+    """What a process and its children did since it began: 4 KiB pages that were read or touched for the first time.
 
-    `computing` adds eight pages for every 10 ms of processor time; leave it out where who waits for a device spins. Of
-    /proc/PID/stat and io (proc(5)); None where there is no such process, or no such file.
+    A rank of a split model may still load while rank 0 waits for it. `computing` adds eight pages for every 10 ms of
+    processor time; leave it out where who waits for a device spins. Of /proc/PID/stat, io and task/*/children
+    (proc(5)); None where there is no such process, or no such file.
     """
+    if (own := _done_pages(processes / str(pid), computing=computing)) is None:
+        return None
+    children: set[str] = set()
+    for listed in (processes / str(pid) / "task").glob("*/children"):
+        with suppress(OSError):
+            children |= set(listed.read_text().split())
+    return own + sum(_done_pages(processes / child, computing=computing) or 0 for child in children)
+
+
+def _done_pages(process: Path, *, computing: bool) -> int | None:
+    """Of one process, and of its children that have ended."""
     try:
-        fields = (processes / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    faults = int(fields[7]) + int(fields[9])  # minflt, majflt
-    ticks = int(fields[11]) + int(fields[12]) if computing else 0  # utime, stime: hundredths of a second
+    faults = sum(map(int, fields[7:11]))  # minflt, cminflt, majflt, cmajflt
+    ticks = sum(map(int, fields[11:15])) if computing else 0  # utime, stime, cutime, cstime: hundredths of a second
     try:
-        read = int((processes / str(pid) / "io").read_text().split()[1])  # rchar
+        read = int((process / "io").read_text().split()[1])  # rchar
     except (OSError, IndexError, ValueError):
         read = 0  # a hardened kernel does not tell; the faults remain
     return faults + 8 * ticks + read // 4096

@@ -28,6 +28,7 @@ _MODEL = click.option(
 
 
 @click.group()
+@click.version_option(package_name="gpumeter-worker")
 def main() -> None:
     """gpumeter's metered inference worker. Settings are read from GPUMETER_*."""
 

@@ -5,12 +5,12 @@ Pure. Owns the order of reasons: the first that holds is the one that is told. D
 
 from dataclasses import dataclass
 
-from gpumeter_worker.failure import JOURNAL_UNUSABLE
+from gpumeter_worker.failure import ENGINE_HUNG, JOURNAL_UNUSABLE
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.lease import Lease
 
 RESTARTING = "EngineRestarting"
-HUNG = "EngineHung"
+HUNG = ENGINE_HUNG
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,11 @@ def serve(
         return asyncio.run(_serve(settings, path, started_ns, told_to_stop_s, read_anchor))
     except failures.StartupFailed as failure:
         return failures.report(failure)
+    except Exception as error:
+        log.exception("the worker ends")
+        how = f"{type(error).__name__}: {failures.first_line(error)}"
+        sentence = f"the worker ended by an error of its own ({how}); see its log, and report it"
+        return failures.report(failures.StartupFailed(failures.WORKER_FAILED, sentence))
 
 
 async def _serve(
@@ -84,8 +89,7 @@ async def _serve(
         return 0
     finally:
         running.cancel()
-        with suppress(asyncio.CancelledError, failures.StartupFailed):
-            await running
+        await asyncio.gather(running, return_exceptions=True)  # what it raised is on its way up already
         for server, _ in servers:
             server.should_exit = True
         await asyncio.gather(*serving, return_exceptions=True)

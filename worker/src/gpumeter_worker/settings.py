@@ -60,6 +60,7 @@ class Settings:
     prefix_cache: bool
     allow_pickle: bool
     gpu_count: int
+    ranks: int  # processes, with a device each, that the model is split over
     gpu_class: str
     attribution: Rule
     calibration_ms: int  # how long planned steps may be timed before readiness; 0: none are
@@ -102,8 +103,9 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
                 [f"--dev is refused because the operator started this worker ({', '.join(marks)} is set)"]
             )
     state = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "gpumeter" if dev else Path("/")
-    model_uri = model or read.text("GPUMETER_MODEL_URI", required=not model, longest=_URI_CHARS_MAX)
-    gpu_count = read.whole("GPUMETER_GPU_COUNT", 0, 0, 1024)
+    by_hand = "; name the model with --model URI" if dev else ""
+    model_uri = model or read.text("GPUMETER_MODEL_URI", required=not model, longest=_URI_CHARS_MAX, remedy=by_hand)
+    gpu_count = read.whole("GPUMETER_GPU_COUNT", 0, 0, 64)
     settings = Settings(
         service=read.text("GPUMETER_SERVICE", "dev/worker" if dev else "", required=not dev),
         service_uid=read.text("GPUMETER_SERVICE_UID", required=not dev),
@@ -122,6 +124,7 @@ def from_environment(environment: Mapping[str, str], *, dev: bool = False, model
         prefix_cache=read.flag("GPUMETER_PREFIX_CACHE", default=True),
         allow_pickle=read.flag("GPUMETER_ALLOW_PICKLE", default=False),
         gpu_count=gpu_count,
+        ranks=read.whole("GPUMETER_TENSOR_PARALLEL", max(gpu_count, 1), 1, 64),
         gpu_class=read.text("GPUMETER_GPU_CLASS", "gpu" if gpu_count else "cpu"),
         attribution=Rule(read.choice("GPUMETER_ATTRIBUTION", tuple(Rule))),
         calibration_ms=read.whole("GPUMETER_CALIBRATION_MS", 5000, 0, 600_000),
@@ -155,9 +158,10 @@ def _contradictions(settings: Settings) -> list[str]:
             f"GPUMETER_MAX_BATCH_TOKENS is {settings.max_batch_tokens}; it must be at least GPUMETER_MAX_BATCH_SIZE "
             f"({settings.max_batch_size}), one token for every running request"
         )
-    if settings.gpu_count > 1:
+    if settings.gpu_count and settings.ranks != settings.gpu_count:
         problems.append(
-            f"GPUMETER_GPU_COUNT is {settings.gpu_count}; this version serves a model on one GPU a worker, set 1"
+            f"GPUMETER_TENSOR_PARALLEL is {settings.ranks} and GPUMETER_GPU_COUNT is {settings.gpu_count}; a worker "
+            "splits its model over all of its GPUs, so make them equal"
         )
     if not settings.dev and settings.service and not re.fullmatch(r"[^/\s]+/[^/\s]+", settings.service):
         problems.append(f"GPUMETER_SERVICE is {settings.service!r:.80}; it must read namespace/name")
@@ -171,10 +175,12 @@ class _Reader:
         self._environment = environment
         self.problems: list[str] = []
 
-    def text(self, name: str, default: str = "", *, required: bool = False, longest: int = 250) -> str:
+    def text(
+        self, name: str, default: str = "", *, required: bool = False, longest: int = 250, remedy: str = ""
+    ) -> str:
         value = self._environment.get(name, "").strip()
         if required and not value:
-            self.problems.append(f"{name} is not set")
+            self.problems.append(f"{name} is not set{remedy}")
         elif len(value) > longest or not value.isprintable():
             self.problems.append(f"{name} must be at most {longest} printable characters")
         return value or default

@@ -41,7 +41,10 @@ _DOING = {
     Phase.WARMUP: "it warmed up, so look at the device",
 }
 
-_KILLED_STARTS_MAX = 3
+_STARTS_MAX = 3
+"""Starts in a row that failed in one way (killed by the kernel, hung, or with the same cause) before the worker ends
+and says so."""
+
 _LOOK_S_MAX = 1.0
 _STACKS_S = 0.3
 _KILLED_S = 1.0
@@ -81,12 +84,16 @@ class Supervisor:
         self._link: EngineLink | None = None
         self._watch = StepWatch(0, 1, 0)
         self._cause: Loss | None = None
+        self._rank_killed_by = 0
         self._started_ns = 0
         self._warm_up_ns = 0
         self._phase = Phase.INIT
         self._stepped = False
         self._young = 0
         self._killed_starts = 0
+        self._hung_starts = 0
+        self._failed_starts = 0
+        self._failed_cause = ""
         self._leaving = False
         self._failed: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
 
@@ -145,8 +152,13 @@ class Supervisor:
         """One engine, from its start until nothing of it is left."""
         self.lost.clear()
         self._cause, self._stepped, self._phase, self._started_ns = None, False, Phase.INIT, time.monotonic_ns()
+        self._rank_killed_by = 0
         self._watch = StepWatch(self._step_timeout_ns, options.max_batch_tokens, options.max_wait_ms * 10**6)
-        link = EngineLink(options, self._sequences_max, self._handle, self._lose, self._program)
+        try:
+            link = EngineLink(options, self._sequences_max, self._handle, self._lose, self._program)
+        except OSError as error:
+            self._give_up_start(error)
+            return
         self._link = link
         log.info("the engine process %d starts", link.pid)
         watching = asyncio.create_task(self._end_if_hung(link, options))
@@ -159,12 +171,20 @@ class Supervisor:
         except TimeoutError:
             raise failures.StartupFailed(
                 failures.ENGINE_STUCK,
-                f"the engine process {link.pid} was killed {_GONE_S:.0f} s ago and does not end, so the driver of its "
-                "device hangs; drain the node and reset its GPU or reboot it",
+                _stuck(link),
             ) from None
         finally:
             lost.cancel()
             watching.cancel()
+
+    def _give_up_start(self, error: OSError) -> None:
+        """No process, file or thread is to be had now; whoever has them may give some back."""
+        self._young += 1
+        loss = Loss(RESTARTING, f"the engine process cannot be started ({failures.first_line(error)})")
+        log.error("%s", loss.how)
+        if not self._leaving:
+            self.loss = loss
+        self.lost.set()
 
     async def _end_if_hung(self, link: EngineLink, options: EngineOptions) -> None:
         """On a CPU processor time is progress, because nothing here spins while it waits for a device.
@@ -206,6 +226,7 @@ class Supervisor:
                 if isinstance(event, Ready):  # nothing would ever be sent to it
                     what = type(surprise).__name__
                     self._cause = Loss(RESTARTING, f"the worker could not take the engine in ({what}; see its log)")
+                    self.ready, self.loss = None, self._cause
                     link.kill()
 
     def _note(self, event: Event) -> None:
@@ -220,29 +241,64 @@ class Supervisor:
                 self.load_ns = event.at_ns - self._started_ns
                 calibrating_ns = event.calibration.took_ns if event.calibration else 0
                 self._watch.warmed_up(event.at_ns - self._warm_up_ns - calibrating_ns)
-                self.ready, self.loss, self._killed_starts = event, None, 0
-            case Failed():
+                self.ready, self.loss = event, None
+                self._killed_starts, self._hung_starts, self._failed_starts = 0, 0, 0
+            case Failed() if self._cause is None:  # what follows from a cause is none
+                self._rank_killed_by = event.killed_by
+                if event.killed_by != signal.SIGKILL:
+                    self._note_failed_start(event.cause)
                 self._cause = Loss(RESTARTING, f"the engine process ended itself ({event.cause})")
-            case Fatal() if not self._failed.done():
-                self._failed.set_exception(failures.StartupFailed(event.reason, event.message))
+            case Fatal():
+                self._fail(event.reason, event.message)
+
+    def _note_failed_start(self, cause: str) -> None:
+        """What fails in the same way before every readiness is in the model or the machine, and stays there."""
+        if self.ready is not None:
+            return
+        self._failed_starts = self._failed_starts + 1 if cause == self._failed_cause else 1
+        self._failed_cause = cause
+        if self._failed_starts >= _STARTS_MAX:
+            self._fail(
+                failures.ENGINE_START_FAILED,
+                f"the engine failed {_STARTS_MAX} times in a row before it was ready ({cause}); the worker's log has "
+                "the traceback; serve another model, or report it with the model's name",
+            )
 
     def _lose(self, link: EngineLink, how: str) -> None:
         if link is not self._link or self.lost.is_set():
             return
         loss = self._cause or Loss(RESTARTING, f"the engine process {how}")
         self._young = 0 if self._stepped else self._young + 1
-        if self.ready is None and f"signal {signal.SIGKILL.value}" in how:
-            self._killed_starts += 1
+        if self.ready is None:
+            killed_by = link.killed_by if self._cause is None else self._rank_killed_by  # not by ourselves
+            self._killed_starts += killed_by == signal.SIGKILL
+            self._hung_starts += loss.reason == HUNG
         if not self._leaving:
             self.loss = loss
         self.ready = None
         self.lost.set()
-        self._on_lost(loss)
-        if self._killed_starts >= _KILLED_STARTS_MAX and not self._failed.done():
-            self._failed.set_exception(
-                failures.StartupFailed(
-                    failures.OUT_OF_MEMORY,
-                    "the engine was killed three times while it loaded the model, most likely for memory; raise "
-                    "resources.memory or use a smaller model",
-                )
+        try:
+            self._on_lost(loss)
+        except Exception:  # the next engine is wanted all the same
+            log.exception("the loss of the engine could not be handled")
+        if self._killed_starts >= _STARTS_MAX:
+            self._fail(
+                failures.OUT_OF_MEMORY,
+                "the engine was killed three times while it loaded the model, most likely for memory; raise "
+                "resources.memory or use a smaller model",
             )
+        elif self._hung_starts >= _STARTS_MAX:
+            self._fail(failures.ENGINE_HUNG, f"three starts of the engine in a row hung; the last time {loss.how}")
+
+    def _fail(self, reason: str, message: str) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(failures.StartupFailed(reason, message))
+
+
+def _stuck(link: EngineLink) -> str:
+    ranks = [str(pid) for pid in link.left if pid != link.pid]
+    whose = f" (of what it started, these are left: {', '.join(ranks)})" if ranks else ""
+    return (
+        f"the engine process {link.pid} was killed {_GONE_S:.0f} s ago and does not end{whose}, so the driver of its "
+        "device hangs; drain the node and reset its GPU or reboot it"
+    )

@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpumeter_usage.record import Account, Status
-from gpumeter_worker import diagnosis, machine
+from gpumeter_worker import diagnosis
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
+from gpumeter_worker.api.keeping import Keeping
 from gpumeter_worker.api.sessions import LINE_ENTRIES_MAX, Choice, End, Finished, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
 from gpumeter_worker.engine.messages import (
     Cancel,
     Ended,
-    EngineOptions,
     Event,
     PhaseEntered,
     Ready,
@@ -30,10 +30,12 @@ from gpumeter_worker.engine.messages import (
     Submit,
 )
 from gpumeter_worker.engine.sequence import Finish
+from gpumeter_worker.launch import engine_options
 from gpumeter_worker.loading import Loading
 from gpumeter_worker.metering.accounts import Phase
-from gpumeter_worker.metering.attribution import Rule, uncalibrated
+from gpumeter_worker.metering.attribution import uncalibrated
 from gpumeter_worker.metering.clock import Anchor
+from gpumeter_worker.metering.energy import Window
 from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
 from gpumeter_worker.metering.meter import Identity, Meter
@@ -91,6 +93,7 @@ class Worker:
             model=settings.model_name,
             gpu_class=settings.gpu_class,
             clock=settings.clock,
+            devices=settings.ranks,
         )
         self.meter = Meter(identity, uncalibrated(settings.attribution, settings.clock), self._started_ns)
         self.journal = JournalWriter(
@@ -99,10 +102,11 @@ class Worker:
         self.profiles = Profiles(settings.journal_dir)
         self.attribution: Adopted | None = None
         self.sessions = Sessions()
+        self.keeping = Keeping()
         self.observed = Observations(settings.model_name)
         self.tokenizer: Tokenizer | None = None
         self.loading = Loading()
-        self.gpu = GpuWatch(settings.gpu_count, self._metered, self._on_device)
+        self.gpu = GpuWatch(settings.gpu_count, self._metered, self._on_device, on_window=self._on_window)
         self.engines = Supervisor(
             self._on_event,
             self._on_lost,
@@ -140,7 +144,7 @@ class Worker:
                 await asyncio.to_thread(diagnosis.refuse_model, settings, path)
             self.loading.of(path)
             beside.append(asyncio.create_task(self._tell_loading()))
-            await asyncio.gather(self._read_tokenizer(path), self.engines.run(self._options(path)))
+            await asyncio.gather(self._read_tokenizer(path), self.engines.run(engine_options(self.settings, path)))
         finally:
             for task in beside:
                 task.cancel()
@@ -193,7 +197,7 @@ class Worker:
                 409, "session_used", "this session was served already; every request needs a session of its own"
             )
         session = Session(caller.session_id, caller.tenant, choices)
-        self.meter.begin(session.session_id, session.tenant, self.anchor.utc_ns(session.begun_ns))
+        self.meter.begin(session.session_id, session.tenant, self.anchor.utc_ns(session.begun_ns), len(choices))
         self.sessions.add(session)
         for index, choice in enumerate(choices):
             self.engines.send(
@@ -254,6 +258,8 @@ class Worker:
         try:
             self._take(event)
         except Exception:
+            if isinstance(event, Ready):  # the supervisor replaces an engine that cannot be taken in
+                raise
             log.exception("a message of the engine (%s) was not understood", type(event).__name__)
             for session_id in _named_in(event):
                 if (session := self.sessions.get(session_id)) is not None:
@@ -351,12 +357,27 @@ class Worker:
         if not self._draining:
             log.error("%s with %d sessions in flight", loss.how, len(self.sessions))
             self.observed.engine_lost(loss.reason)
-        self.meter.lose(self._now_ns())
+        try:
+            self.meter.lose(self._now_ns())
+        except Exception:
+            log.exception("what the lost engine was computing cannot be metered")
         for session in self.sessions.all():
+            self._end_lost(session, loss)
+        self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
+
+    def _end_lost(self, session: Session, loss: Loss) -> None:
+        """However it stands: one that stayed behind would be work that the next engine never does."""
+        try:
             for choice in session.choices:
                 if choice.finish is None:
                     self._finish(session, choice, Finish.FAILED, f"{loss.how} while it served this request")
-        self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
+        except Exception:
+            log.exception("session %s cannot be ended as one that was lost with its engine", session.session_id)
+        if self.sessions.get(session.session_id) is session:
+            self._give_up(session)
+
+    def _on_window(self, window: Window) -> None:
+        self.meter.draw(window.attributed_mj, window.platform_mj)
 
     def _on_device(self, sample: Sample) -> None:
         """NVML shows a GPU, for the first time or another one: records name it from here on."""
@@ -410,26 +431,6 @@ class Worker:
             await asyncio.sleep(_LOADING_LOG_S)
             if self.meter.accounts.phase is Phase.LOAD and self.engine is None:
                 log.info("%s", self.loading.text(time.monotonic()))
-
-    def _options(self, path: Path) -> EngineOptions:
-        settings = self.settings
-        return EngineOptions(
-            model_path=path,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_model_len=settings.max_model_len,
-            max_batch_size=settings.max_batch_size,
-            max_batch_tokens=settings.max_batch_tokens,
-            max_wait_ms=settings.max_wait_ms,
-            threads=machine.threads(),
-            memory_bytes=machine.memory_bytes(),
-            cuda_graphs=settings.cuda_graphs,
-            compile=settings.compile,
-            prefix_cache=settings.prefix_cache,
-            allow_pickle=settings.allow_pickle,
-            calibration_ms=settings.calibration_ms if settings.attribution is Rule.KNEE else 0,
-            profiles_dir=settings.journal_dir,
-        )
 
 
 def _named_in(event: Event) -> set[str]:

@@ -5,7 +5,6 @@ know how an answer is written.
 """
 
 import asyncio
-import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Coroutine
@@ -16,8 +15,9 @@ from starlette.types import Receive, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
 from gpumeter_usage.record import Status
+from gpumeter_worker.api.compact import to_json
 from gpumeter_worker.api.desk import Clerk
-from gpumeter_worker.api.errors import Refused, error_document
+from gpumeter_worker.api.errors import error_document
 from gpumeter_worker.api.logprobs import Placed
 from gpumeter_worker.api.sessions import Choice, End, Finished, Session, entries
 from gpumeter_worker.api.text import TextStream
@@ -32,19 +32,9 @@ _BURST = 256
 """How many tokens are written at once when they have piled up; others want the event loop, too."""
 
 
-KEPT_ENTRIES_MAX = 2**18
-"""Log probabilities that are kept for one answer that is written when it is whole: about 50 MB. A stream keeps none."""
-
 _PIECE_BYTES = 2**16
 _TAKEN_S = 60.0
 """How long a client may take nothing of what is written to it."""
-
-_TOO_LARGE = Refused(
-    400,
-    "answer_too_large",
-    f"the answer has more than {KEPT_ENTRIES_MAX} log probabilities and was cut off; set stream to true, or ask for "
-    "fewer of them",
-)
 
 
 class Piece(NamedTuple):
@@ -158,10 +148,10 @@ class Answer:
             length = finished.finish is Finish.LENGTH and not text.stopped
             pieces.append(Piece(finished.choice, said, placed, "length" if length else "stop"))
 
-    def refuse_to_keep(self, count: int) -> None:
-        """Cut the session off when so many log probabilities are kept of it that one client takes all the memory."""
-        if count > KEPT_ENTRIES_MAX:
-            self.worker.cut_off(self.session, _TOO_LARGE)
+    def keep(self, count: int) -> None:
+        """So many log probabilities are kept of it now; what is too much for the memory is cut off, whosever it is."""
+        for session, why in self.worker.keeping.keep(self.session, count):
+            self.worker.cut_off(session, why)
 
     @property
     def end(self) -> End:
@@ -183,6 +173,7 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, ans
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
     finally:
         answer.worker.take_back(answer.session, Status.CANCELLED)
+        answer.worker.keeping.release(answer.session)
         leaving.cancel()
         if not working.done():
             working.cancel()
@@ -209,8 +200,9 @@ def gpu_seconds(gpu_ns: int) -> str:
     return f"{gpu_ns // 10**9}.{gpu_ns % 10**9:09d}"
 
 
-def with_usage(document: dict[str, Any], totals: Totals) -> bytes:
-    """The document with `usage` as its last member, written by hand because json would make gpu_seconds a float."""
+def with_usage(document: dict[str, Any] | bytes, totals: Totals) -> bytes:
+    """The document, or its JSON, with `usage` as its last member, written by hand because json would make gpu_seconds
+    a float."""
     usage = {
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
@@ -218,12 +210,8 @@ def with_usage(document: dict[str, Any], totals: Totals) -> bytes:
         "prompt_tokens_details": {"cached_tokens": totals.cached_tokens},
     }
     numbers = to_json(usage)[:-1] + b',"gpu_seconds":' + gpu_seconds(totals.gpu_ns).encode() + b"}"
-    return to_json(document)[:-1] + b',"usage":' + numbers + b"}"
-
-
-def to_json(document: object) -> bytes:
-    """Compact JSON in UTF-8."""
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    written = document if isinstance(document, bytes) else to_json(document)
+    return b"".join((memoryview(written)[:-1], b',"usage":', numbers, b"}"))
 
 
 async def taken(sending: Awaitable[None], timeout_s: float = _TAKEN_S) -> None:

@@ -123,6 +123,7 @@ def capacity_of(worker: Desk) -> dict[str, Any] | None:
         batch_most=engine.max_batch_size,
         sequence_most=engine.max_model_len,
         cache_tokens=engine.cache_tokens,
+        devices=worker.settings.ranks,
     )
     if figures is None:
         return None

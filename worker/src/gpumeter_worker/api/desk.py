@@ -8,6 +8,7 @@ from typing import Protocol
 from gpumeter_usage.record import Status
 from gpumeter_worker.api.errors import Refused
 from gpumeter_worker.api.identity import Caller
+from gpumeter_worker.api.keeping import Keeping
 from gpumeter_worker.api.sessions import Choice, Session
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.engine.messages import Ready
@@ -20,6 +21,10 @@ from gpumeter_worker.telemetry.watch import GpuWatch
 
 class Clerk(Protocol):
     """Who stops sessions: all that an answer needs."""
+
+    @property
+    def keeping(self) -> Keeping:
+        """What is kept of answers that are written when they are whole."""
 
     def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
         """Stop a session, or one choice of it, before the engine's next step. What has ended stays as it is."""

@@ -5,13 +5,16 @@ asked for. `usage` is the whole call's and stands in the one object, or in the l
 adds up a list's usage gets the call's. Does not stream.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
-from gpumeter_worker.api.answer import Answer, failure, send_whole, to_json, while_connected, with_usage
+from gpumeter_worker.api.answer import Answer, failure, send_whole, while_connected, with_usage
+from gpumeter_worker.api.compact import to_json
+from gpumeter_worker.api.keeping import in_pieces
 from gpumeter_worker.api.logprobs import finite
 from gpumeter_worker.api.requests import GenerateRequest
 from gpumeter_worker.engine.messages import Token
@@ -31,37 +34,42 @@ class BatchAnswer(Response):
 
     async def _respond(self, send: Send) -> None:
         answer = self._answer
-        texts = [str(prompt) if self._asked.full_text else "" for prompt in self._asked.prompts]
+        texts = [[str(prompt)] if self._asked.full_text else [] for prompt in self._asked.prompts]
         reasons = ["" for _ in texts]
         async for pieces in answer.pieces():
             for piece in pieces:
-                texts[piece.choice] += piece.text
+                texts[piece.choice].append(piece.text)
                 reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
-            answer.refuse_to_keep(sum(text.kept for text in answer.texts))
+            answer.keep(sum(text.kept for text in answer.texts))
         end = answer.end
         if failed := failure(end):
             status, body = failed[0], with_usage(failed[1], end.totals)
         else:
             status = 200
-            written = [self._written(index, text, reasons[index]) for index, text in enumerate(texts)]
+            written = [await self._written(index, "".join(text), reasons[index]) for index, text in enumerate(texts)]
             last = with_usage(written.pop(), end.totals)
-            body = last if self._asked.single else b"[" + b",".join([*map(to_json, written), last]) + b"]"
+            body = last if self._asked.single else b"[" + b",".join([*written, last]) + b"]"
         await send_whole(send, answer.session, status, body)
 
-    def _written(self, index: int, text: str, reason: str) -> dict[str, Any]:
+    async def _written(self, index: int, text: str, reason: str) -> bytes:
         if not self._asked.details:
-            return {"generated_text": text}
+            return to_json({"generated_text": text})
         made, generation = self._answer.texts[index], self._asked.generation
         details: dict[str, Any] = {
             "finish_reason": "stop_sequence" if made.stopped else {"stop": "eos_token"}.get(reason, reason),
             "generated_tokens": made.count,
             "seed": generation.seed,
             "prefill": [],
-            "tokens": [self._token(token.token, token.logprob) for token in made.tokens],
         }
-        if generation.logprobs:
-            details["top_tokens"] = [self._top(token) for token in made.tokens]
-        return {"generated_text": text, "details": details}
+        listed = await in_pieces(self._listed, made.tokens)
+        before = to_json({"generated_text": text, "details": details})
+        return b"".join((before[:-2], b",", listed[1:], b"}"))
+
+    def _listed(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        listed: dict[str, Any] = {"tokens": [self._token(token.token, token.logprob) for token in tokens]}
+        if self._asked.generation.logprobs:
+            listed["top_tokens"] = [self._top(token) for token in tokens]
+        return listed
 
     def _top(self, token: Token) -> list[dict[str, Any]]:
         return [self._token(*one) for one in token.top]

@@ -4,8 +4,9 @@ Pure. Owns which parameters are understood, their bounds and their defaults. Wha
 parameter that is silently ignored is a wrong answer. Knows no prompt, no tokenizer and no HTTP.
 """
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +154,18 @@ def refuse_what_is_not_understood(values: Mapping[str, Any], own: frozenset[str]
         if value is None or name in own or name in UNDERSTOOD or name in LABELS:
             continue
         if name not in NEUTRAL:
-            raise bad_parameter(f"{name:.64}", f"the parameter {name:.64} is not supported", "unsupported_parameter")
+            hint = did_you_mean(name, own | UNDERSTOOD)
+            told = f"the parameter {name:.64} is not supported{hint}"
+            raise bad_parameter(f"{name:.64}", told, "unsupported_parameter")
         neutral, advice = NEUTRAL[name]
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral):
             raise bad_parameter(name, f"this value of {name} is not supported; {advice}", "unsupported_value")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The rest of a sentence about a name that is not known: the nearest one that is, or nothing."""
+    near = difflib.get_close_matches(f"{name:.64}", sorted(known), n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _stop_strings(value: object, at: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from gpumeter_worker.api.parameters import (
     MAX_COUNT,
     MAX_TOP_LOGPROBS,
     Generation,
+    did_you_mean,
     drawing,
     read_generation,
 )
@@ -96,7 +97,8 @@ def generate_request(values: Mapping[str, Any], model: str) -> GenerateRequest:
     """The plain batch call; `model` is what is meant where none is named. Raises Refused."""
     for name, value in values.items():
         if name not in ("inputs", "parameters", "model") and value is not None and value is not False:
-            advice = "; /v1/completions streams" if name == "stream" else ""
+            known = did_you_mean(name, ("inputs", "parameters", "model"))
+            advice = "; /v1/completions streams" if name == "stream" else known
             raise bad_parameter(
                 f"{name:.64}", f"the field {name:.64} is not supported{advice}", "unsupported_parameter"
             )
@@ -126,7 +128,8 @@ def _plain_generation(given: Mapping[str, Any], model: str) -> Generation:
     at = "parameters."
     for name, value in given.items():
         if value is not None and name not in GENERATE_PARAMETERS:
-            raise bad_parameter(f"{at}{name:.64}", f"{at}{name:.64} is not supported", "unsupported_parameter")
+            told = f"{at}{name:.64} is not supported{did_you_mean(name, GENERATE_PARAMETERS)}"
+            raise bad_parameter(f"{at}{name:.64}", told, "unsupported_parameter")
     draws = boolean(given, "do_sample", at) or any(
         given.get(name) is not None for name in ("temperature", "top_p", "top_k", "min_p")
     )

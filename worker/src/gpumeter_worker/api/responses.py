@@ -4,8 +4,9 @@ Owns what is written for the pieces of an answer. Does not know where they come 
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -13,7 +14,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gpumeter_usage.hop import SESSION_HEADER
-from gpumeter_worker.api.answer import Answer, Piece, failure, send_whole, taken, to_json, while_connected, with_usage
+from gpumeter_worker.api.answer import Answer, Piece, failure, send_whole, taken, while_connected, with_usage
+from gpumeter_worker.api.compact import to_json
+from gpumeter_worker.api.keeping import in_pieces
 from gpumeter_worker.api.logprobs import Placed, chat_logprobs, completion_logprobs
 from gpumeter_worker.api.sessions import entries
 
@@ -27,12 +30,13 @@ class Shape:
     chunk: str
     chat: bool
 
-    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
-        """A choice of a whole answer."""
+    def choice(self, index: int, text: str, logprobs: bytes, finish_reason: str) -> bytes:
+        """A choice of a whole answer; `logprobs` is JSON."""
         body: dict[str, Any] = {"text": text}
         if self.chat:
             body = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
+        before, after = to_json({"index": index, **body}), to_json({"finish_reason": finish_reason})
+        return b"".join((before[:-1], b',"logprobs":', logprobs, b",", after[1:]))
 
     def delta(self, text: str) -> str:
         """What a chunk says, as JSON."""
@@ -63,10 +67,17 @@ class Wanted:
             "model": self.model,
         }
 
-    def written_logprobs(self, answer: Answer, placed: list[Placed]) -> dict[str, Any] | None:
-        """The member `logprobs` of a choice."""
+    def written_logprobs(self, answer: Answer, placed: Sequence[Placed]) -> dict[str, Any] | None:
+        """The member `logprobs` of a chunk's choice."""
         if not self.logprobs:
             return None
+        return self._logprobs(answer, placed)
+
+    async def whole_logprobs(self, answer: Answer, placed: Sequence[Placed]) -> bytes:
+        """The member `logprobs` of a whole answer's choice, as JSON."""
+        return await in_pieces(partial(self._logprobs, answer), placed) if self.logprobs else b"null"
+
+    def _logprobs(self, answer: Answer, placed: Sequence[Placed]) -> dict[str, Any]:
         return (chat_logprobs if self.shape.chat else completion_logprobs)(placed, answer.tokenizer.token)
 
 
@@ -94,18 +105,20 @@ class WholeAnswer(Response):
                 placed[piece.choice] += piece.placed
                 kept += sum(entries(token) for token, _ in piece.placed)
                 reasons[piece.choice] = piece.finish_reason or reasons[piece.choice]
-            answer.refuse_to_keep(kept)
+            answer.keep(kept)
         end = answer.end
         failed = failure(end)
-        status, document = failed or (200, wanted.head(wanted.shape.whole, answer.session.session_id))
-        if not failed:
-            document["choices"] = [
-                wanted.shape.choice(
-                    index, "".join(texts[index]), wanted.written_logprobs(answer, placed[index]), reasons[index]
-                )
-                for index in range(len(texts))
-            ]
-        await send_whole(send, answer.session, status, with_usage(document, end.totals))
+        if failed:
+            status, body = failed[0], with_usage(failed[1], end.totals)
+        else:
+            choices = []
+            for index, text in enumerate(texts):
+                logprobs = await wanted.whole_logprobs(answer, placed[index])
+                choices.append(wanted.shape.choice(index, "".join(text), logprobs, reasons[index]))
+            head = to_json(wanted.head(wanted.shape.whole, answer.session.session_id))
+            document = b"".join((head[:-1], b',"choices":[', b",".join(choices), b"]}"))
+            status, body = 200, with_usage(document, end.totals)
+        await send_whole(send, answer.session, status, body)
 
 
 class EventStream(Response):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpumeter_worker.engine.blocks import Copy, KvBlocks, SlotBlocks
+from gpumeter_worker.engine.faults import RankLost
 from gpumeter_worker.engine.loop import Runner
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sampling
@@ -78,7 +79,7 @@ def calibrate(
     """What the steps of this engine cost: as a former start has found, or timed now. None with a budget of nothing.
 
     A step that fails is the calibration's problem and not the engine's, which can serve without one; unless the device
-    tells nothing any more, and then the error is raised.
+    tells nothing any more or a split model's ranks do not agree any more, and then the error is raised.
     """
     if not budget_ns:
         return None
@@ -89,6 +90,8 @@ def calibrate(
     begun = clock.begun
     try:
         observations = measure(runner, clock, blocks, room, budget_ns)
+    except RankLost:  # no step would be right, a user's least of all
+        raise
     except Exception as error:
         log.exception("a planned step failed")
         # The clock must be as if nothing had been: the next step that it times is a user's.

@@ -24,6 +24,10 @@ _DEVICE_WORDS = (
 _TEXT_MAX = 200
 
 
+class RankLost(Exception):
+    """A step lacks a rank of a split model. The message is a sentence that names it and quotes no request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """`memory`: the step left nothing behind, and a smaller one may run. Otherwise only a new process can go on."""
@@ -34,6 +38,8 @@ class Fault:
 
 def fault_of(error: BaseException) -> Fault:
     """Judge an exception that a step raised."""
+    if isinstance(error, RankLost):
+        return Fault(False, str(error))
     names = {one.__name__ for one in type(error).__mro__}
     text = first_line(error, _TEXT_MAX)
     # Device errors first: a fault that poisons the context may also speak of memory, and no later step would be right.

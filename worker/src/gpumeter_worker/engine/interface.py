@@ -37,6 +37,16 @@ forward pass was given as `step` -> [1, rows, heads, head_dim]."""
 
 def offer(name: str, attend: Attend) -> None:
     """Models whose attention implementation is `name` have it computed by `attend`."""
+    register(name, answering(attend))
+
+
+def register(name: str, answer: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    """`answer` is called as transformers calls attention."""
+    ALL_ATTENTION_FUNCTIONS.register(name, answer)
+
+
+def answering(attend: Attend) -> Callable[..., tuple[torch.Tensor, None]]:
+    """`attend` as transformers calls it. Only what every step must look at is looked at; see engine.examining."""
 
     def answer(  # noqa: PLR0917 - the interface is transformers'
         module: Any,
@@ -59,4 +69,4 @@ def offer(name: str, attend: Attend) -> None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, Asked(module.layer_idx, scale, sliding_window, softcap), step), None
 
-    ALL_ATTENTION_FUNCTIONS.register(name, answer)
+    return answer

@@ -12,7 +12,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -49,14 +48,16 @@ class Product:
     def __init__(self, linears: Sequence[nn.Linear], wide_from: int) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         self.out_features, self._in_features = weight.shape
+        self._widths = [linear.out_features for linear in linears]
         self._wide_from = wide_from
+        self._plain_below = min(wide_from, _ROWS[0] + 1)
         self._narrow = _pack(weight)
         self._wide = _pack(weight.float()) if wide_from < NEVER else None
         biased = linears[0].bias is not None
         self._bias = torch.cat([linear.bias.detach() for linear in linears]) if biased else None
         self._wide_bias = None if self._bias is None else self._bias.float()
         self._rows: torch.Tensor | None = None
-        self._found: torch.Tensor | None = None
+        self._parts: Sequence[torch.Tensor] = ()
         self._number = len(_products)
         _products.append(self)
 
@@ -67,21 +68,22 @@ class Product:
             return found
         return self.compute(rows)
 
-    def once(self, rows: torch.Tensor, *, last: bool) -> torch.Tensor:
-        """The product, computed once for all who share it and ask with the same tensor; `last`: nobody asks after.
+    def part(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """One layer's part of the product, which is computed once for all who share it and ask with the same tensor.
 
         Nobody may change the rows in place between two siblings, and no decoder of transformers does. Where the last of
         them is not asked, rows and product are kept until the next step.
         """
-        found = self._found if rows is self._rows else None
-        if found is None:
-            found = self.of(rows)
-        self._rows, self._found = (None, None) if last else (rows, found)
-        return found
+        parts = self._parts if rows is self._rows else self.of(rows).split(self._widths, -1)
+        last = index == len(parts) - 1
+        self._rows, self._parts = (None, ()) if last else (rows, parts)
+        return parts[index]
 
     def compute(self, rows: torch.Tensor) -> torch.Tensor:
         """The product itself."""
         count = rows.numel() // self._in_features
+        if count < self._plain_below:  # by far the most steps, and those in which microseconds count
+            return _multiply(rows, self._narrow, self._bias)
         padded = padded_rows(count)
         wide = self._wide is not None and count >= self._wide_from
         if padded == count:
@@ -121,16 +123,15 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
 
 class SharedLinear(nn.Module):  # type: ignore[misc]
-    """Stands where an nn.Linear stood: columns `a` to `b` of a product that it shares with its siblings."""
+    """Stands where an nn.Linear stood: the part numbered `index` of a product that it shares with its siblings."""
 
-    def __init__(self, product: Product, a: int, b: int) -> None:
+    def __init__(self, product: Product, index: int) -> None:
         super().__init__()
-        self._product, self._a, self._b = product, a, b
-        self._last = b == product.out_features
+        self._product, self._index = product, index
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return self._product.once(rows, last=self._last)[..., self._a : self._b]
+        return self._product.part(rows, self._index)
 
 
 def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
@@ -151,10 +152,8 @@ def pack_linears(model: nn.Module, spare_bytes: int | None) -> int:
     for group in found:
         linears = tuple(group.layers.values())
         product = packed[linears] = packed.get(linears) or Product(linears, wide_from)
-        ends = accumulate(linear.out_features for linear in linears)
-        for name, linear, end in zip(group.layers, linears, ends, strict=True):
-            part = PackedLinear(product) if len(linears) == 1 else SharedLinear(product, end - linear.out_features, end)
-            setattr(group.parent, name, part)
+        for index, name in enumerate(group.layers):
+            setattr(group.parent, name, PackedLinear(product) if len(linears) == 1 else SharedLinear(product, index))
     return wide_from
 
 
@@ -233,7 +232,8 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    # Its one overload by name: to look for the right one takes as long as starting the kernel.
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
     return product
 
 

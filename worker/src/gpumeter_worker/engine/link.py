@@ -10,6 +10,7 @@ admission; an engine that takes none of them is killed before they pile up.
 """
 
 import asyncio
+import errno
 import logging
 import os
 import queue
@@ -18,11 +19,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
 from gpumeter_worker.engine.channel import Channel
+from gpumeter_worker.engine.group import alive
 from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Shutdown
 from gpumeter_worker.engine.output import EngineOutput
 
@@ -56,6 +59,11 @@ _END_S = 0.5
 """How long an engine that has closed its channel may take to say how it ended, before it is ended."""
 
 
+_LOOK_S = 0.01
+_LOOK_S_MAX = 0.5
+"""How soon it is looked again who is left of an engine that was killed; twice as late each time."""
+
+
 class EngineLink:
     """One engine process from start to end. A link is not used again; a restart makes a new one."""
 
@@ -66,8 +74,12 @@ class EngineLink:
         on_events: Callable[["EngineLink", Sequence[Event]], None],
         on_lost: Callable[["EngineLink", str], None],
         program: Sequence[str] = PROGRAM,
+        *,
+        alive_of: Callable[[int], Sequence[int]] = alive,
     ) -> None:
-        """Start the process. Both callbacks run in the event loop; `on_lost` is the last one. Raises OSError."""
+        """Start the process. Both callbacks run in the event loop; `on_lost` is the last one. `alive_of` tells which
+        processes of a group still hold something. Raises OSError.
+        """
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
         self._on_lost = on_lost
@@ -76,6 +88,9 @@ class EngineLink:
         )
         self._room = threading.Semaphore(EVENTS_MAX)
         self._full = False
+        self._killed_by = 0
+        self._alive_of = alive_of
+        self._left: Sequence[int] = ()
         self._received = 0
         self._handled = 0
         self._gone = asyncio.Event()
@@ -102,13 +117,31 @@ class EngineLink:
         self._channel: Channel[Command | EngineOptions, Sequence[Event]] = Channel(ours.detach())
         self._commands.put(options)
         self._sender = threading.Thread(target=self._send, name="engine-send", daemon=True)
-        self._sender.start()
-        threading.Thread(target=self._receive, name="engine-receive", daemon=True).start()
+        try:
+            self._sender.start()
+            threading.Thread(target=self._receive, name="engine-receive", daemon=True).start()
+        except RuntimeError as error:  # a container that is at its limit of processes gives no thread either
+            self.kill()
+            self._process.wait()
+            self._commands.put(None)
+            self._channel.close()
+            self._output.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     @property
     def pid(self) -> int:
         """The engine's process id."""
         return self._process.pid
+
+    @property
+    def killed_by(self) -> int:
+        """The signal that ended it, told with its loss; 0 where it ended otherwise."""
+        return self._killed_by
+
+    @property
+    def left(self) -> Sequence[int]:
+        """Who of its group was killed with it and did not end yet, when it was last looked: its ranks, for one."""
+        return self._left
 
     @property
     def received(self) -> int:
@@ -145,12 +178,14 @@ class EngineLink:
             self.kill()
 
     async def gone(self) -> None:
-        """Wait until the process is no more, and with it what it held of the device."""
+        """Wait until the process and all that it started are no more, and with them what they held of the device."""
         await self._gone.wait()
 
     def tell_stacks(self) -> None:
-        """Have the engine print where each of its threads is, if it still can."""
-        self._signal(signal.SIGUSR2)
+        """Have the engine and its ranks print where each of their threads is, as far as they still can."""
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGUSR2)
 
     def kill(self) -> None:
         """End the engine at once."""
@@ -181,11 +216,21 @@ class EngineLink:
         self._channel.close()
         self._process.wait()
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # compilers, for one
+            os.killpg(self._process.pid, signal.SIGKILL)  # the other ranks, and compilers
+        self._wait_for_group()
         self._call(self._leave, None)
         with suppress(ChildProcessError):  # where this process is its container's first, they are its children now
             while True:
                 os.waitid(os.P_PGID, self._process.pid, os.WEXITED)
+
+    def _wait_for_group(self) -> None:
+        """Without end: who waits for `gone` has the patience, and says what is to be done when it is over."""
+        look_s = _LOOK_S
+        while left := self._alive_of(self._process.pid):
+            self._left = left
+            time.sleep(look_s)
+            look_s = min(2 * look_s, _LOOK_S_MAX)
+        self._left = ()
 
     def _how_it_ended(self) -> str:
         """What a sentence says of the engine process. Clients wait for it, so what takes long to end is ended."""
@@ -195,6 +240,7 @@ class EngineLink:
             self.kill()
             return "closed its channel and did not end"
         if status < 0:
+            self._killed_by = -status
             return f"was killed by signal {-status}"
         return f"ended with status {status}"
 

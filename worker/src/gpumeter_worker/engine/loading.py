@@ -4,6 +4,8 @@ Owns what is read from a model's configuration. Does not know how its steps are 
 a sentence where the machine or the files are wrong.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,16 @@ from transformers.utils import logging as transformers_logging
 
 from gpumeter_worker.engine.messages import EngineOptions
 from gpumeter_worker.engine.paged_attention import Heads
-from gpumeter_worker.failure import GPU_NOT_FOUND, MODEL_INVALID, OUT_OF_MEMORY, StartupFailed, first_line
+from gpumeter_worker.engine.sharding import local_heads, split
+from gpumeter_worker.failure import GPU_NOT_FOUND, MODEL_INVALID, OUT_OF_MEMORY, LoadFailed, StartupFailed, first_line
 from gpumeter_worker.modelfiles import served_dtype, served_length, stored_dtype
 
 __all__ = ["LoadFailed", "Loaded", "load"]
 
 
-class LoadFailed(Exception):
-    """The model cannot be served here. `reason` is one of the worker's fatal reasons."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model on its device, and what an engine must know of it."""
+    """A model on its device, and what an engine must know of it. Of a split one: this rank's part, and its heads."""
 
     model: Any
     device: str
@@ -40,16 +35,20 @@ class Loaded:
     vocabulary: int
     eos_ids: frozenset[int]
     max_model_len: int
+    ranks: int = 1
 
     @property
     def kv_token_bytes(self) -> int:
-        """What one token takes in the cache: keys and values of every layer."""
+        """What one token takes in the cache of this rank: keys and values of every layer."""
         size: int = 2 * self.layers * self.heads.kv * self.heads.dim * self.dtype.itemsize
         return size
 
 
-def load(options: EngineOptions, attention: str) -> Loaded:
-    """Load the model that the options name, with attention of the name given. Raises LoadFailed."""
+def load(options: EngineOptions, attention: str, rank: int = 0) -> Loaded:
+    """Load the model that the options name, with attention of the name given; of a split one a rank's part.
+
+    Raises LoadFailed.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -59,29 +58,28 @@ def load(options: EngineOptions, attention: str) -> Loaded:
             "against the image's CUDA version, or ask for 0 GPUs to run on the CPU",
         )
     config = _config(options.model_path)
-    text = config.get_text_config(decoder=True)
     dtype = _dtype(options)
-    max_model_len = served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0))
-    _refuse_moving_angles(text, max_model_len)  # before the weights are read
-    model = _model(options, dtype, attention)
+    with _readable(config):  # before the weights are read
+        text = config.get_text_config(decoder=True)
+        max_model_len = served_length(options.max_model_len, int(getattr(text, "max_position_embeddings", None) or 0))
+        _refuse_moving_angles(text, max_model_len)
+        layers, heads, vocabulary = int(text.num_hidden_layers), _heads(text, options), int(text.vocab_size)
+    model = _model(options, dtype, attention, rank)
     _refuse_state(model, text)
     return Loaded(
         model=model,
         device=options.device,
         dtype=dtype,
-        layers=int(text.num_hidden_layers),
-        heads=Heads(
-            query=int(text.num_attention_heads),
-            kv=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
-            dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
-        ),
-        vocabulary=int(text.vocab_size),
+        layers=layers,
+        heads=heads,
+        vocabulary=vocabulary,
         eos_ids=_eos_ids(model),
         max_model_len=max_model_len,
+        ranks=options.ranks,
     )
 
 
-def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
+def _model(options: EngineOptions, dtype: torch.dtype, attention: str, rank: int) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             options.model_path,
@@ -89,7 +87,11 @@ def _model(options: EngineOptions, dtype: torch.dtype, attention: str) -> Any:
             local_files_only=True,
             use_safetensors=None if options.allow_pickle else True,
         ).eval()
+        if options.ranks > 1:  # before it goes to a device, which need not hold the whole
+            split(model, rank, options.ranks, options.device)
         model = model.to(options.device)
+    except LoadFailed:
+        raise
     except torch.OutOfMemoryError as error:
         raise LoadFailed(
             OUT_OF_MEMORY, f"the weights do not fit on the GPU ({first_line(error)}); use a smaller model or dtype"
@@ -144,6 +146,30 @@ def _config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise LoadFailed(MODEL_INVALID, f"{path}/config.json cannot be used: {first_line(error)}") from error
+
+
+@contextmanager
+def _readable(config: Any) -> Iterator[None]:
+    """A configuration may lack an attribute, or refuse to tell it where it differs from layer to layer."""
+    try:
+        yield
+    except LoadFailed:
+        raise
+    except Exception as error:
+        raise LoadFailed(
+            MODEL_INVALID,
+            f"{type(config).__name__} does not tell what this engine must know of every layer ({first_line(error)}); "
+            "serve another model",
+        ) from error
+
+
+def _heads(text: Any, options: EngineOptions) -> Heads:
+    whole = Heads(
+        query=int(text.num_attention_heads),
+        kv=int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        dim=int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+    )
+    return whole if options.ranks == 1 else local_heads(whole, text, options.ranks)
 
 
 def _dtype(options: EngineOptions) -> torch.dtype:

@@ -21,6 +21,9 @@ INVALID_TOKEN = -1
 """What a runner returns for a row whose logits are no numbers."""
 
 
+_AHEAD_STEPS_MAX = 2
+"""A device that has the next step at hand is busy. What stands behind that one could not be cancelled any more."""
+
 _NO_PROBABILITIES = "the model gave no valid probabilities for this request"
 
 
@@ -98,8 +101,8 @@ class Engine:
 
     @property
     def stepping(self) -> bool:
-        """Whether the next turn runs a step."""
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        """Whether the next turn runs a step: there is work, and the device has not come too far behind."""
+        return len(self._unreported) < _AHEAD_STEPS_MAX and bool(self._scheduler.waiting or self._scheduler.running)
 
     def submit(self, command: Submit) -> None:
         """A request that the API process admitted. One that cannot be run is answered with its end."""
@@ -126,8 +129,12 @@ class Engine:
             self._end(sequence, Finish.CANCELLED)
 
     def turn(self) -> list[Event]:
-        """Run one step if there is work, and report whatever is known to be finished."""
-        plan = self._scheduler.plan()
+        """Run one step if there is work, and report whatever is known to be finished.
+
+        Nothing is launched while two steps are not known to be finished. A chunk of a prompt that samples nothing is
+        never waited for, so a long prompt would be launched whole, and nobody could cancel it or come in between.
+        """
+        plan = self._scheduler.plan() if len(self._unreported) < _AHEAD_STEPS_MAX else []
         for sequence, message in self._scheduler.take_failed():
             self._end(sequence, Finish.FAILED, message)
         if plan:
@@ -146,11 +153,12 @@ class Engine:
             self._postprocess(plan, sampled)
         return self._report()
 
-    def shed(self, message: str) -> list[Event]:
+    def shed(self, message: str) -> list[Event] | None:
         """After a turn whose step had too little memory: end whom it took in, or else its newest sequence.
 
         The others lose nothing, because a step moves nobody on before it has run; what it drew for them is drawn again.
-        Empty when there was no such step.
+        None when there was no such step and nobody was ended. Else what can be told already: an end that comes while
+        the device is behind is told after the step that it is behind with.
         """
         attempted, self._attempted = self._attempted, []
         taken_in = [
@@ -162,7 +170,7 @@ class Engine:
             self._end(sequence, Finish.FAILED, message)
         for work in attempted:
             _rewind(work.sequence)
-        return self._report() if attempted else []
+        return self._report() if attempted else None
 
     def leave(self) -> list[Event]:
         """After the last turn: what no turn has reported, which waits for the device where it has a step."""

@@ -26,11 +26,13 @@ class EngineOptions:
     max_wait_ms: int
     threads: int
     memory_bytes: int  # what the cache may not exceed on a CPU; 0: unknown
+    sequences_max: int = 16_384  # what admission lets through, running or waiting
     cuda_graphs: bool = True
     compile: bool = False
     prefix_cache: bool = True
     allow_pickle: bool = False
     calibration_ms: int = 0  # how long planned steps may be timed before readiness; 0: not at all
+    ranks: int = 1  # processes, with a device each, that the model is split over
     profiles_dir: Path | None = None  # where a former start may have left what they would tell
 
 
@@ -155,6 +157,8 @@ class Failed:
     """The engine ends, because only a new process can go on. `cause` quotes no request."""
 
     cause: str
+    killed_by: int = 0
+    """The signal by which somebody ended one of its ranks, where that is why; 0 else."""
 
 
 Event = PhaseEntered | Ready | StepReport | Ended | Fatal | Failed

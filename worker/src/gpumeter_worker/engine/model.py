@@ -4,7 +4,8 @@ Joins a loaded model, a device and the sampler. Does not know sessions, tenants 
 a reason and a sentence where the machine or the files are wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -14,21 +15,26 @@ import transformers
 from gpumeter_worker import machine
 from gpumeter_worker.engine import attention, gpu, paged_attention
 from gpumeter_worker.engine.blocks import Copy, KvBlocks
+from gpumeter_worker.engine.examining import examine
+from gpumeter_worker.engine.faults import RankLost
 from gpumeter_worker.engine.interface import AttentionUnsupported
-from gpumeter_worker.engine.loading import LoadFailed, load
+from gpumeter_worker.engine.leading import Leading
+from gpumeter_worker.engine.loading import Loaded, LoadFailed, load
 from gpumeter_worker.engine.loop import INVALID_TOKEN, Sampled
 from gpumeter_worker.engine.messages import EngineOptions, Ready
 from gpumeter_worker.engine.on_cpu import Cpu
 from gpumeter_worker.engine.on_gpu import Gpu
+from gpumeter_worker.engine.ranks import Ranks
 from gpumeter_worker.engine.sampling import Sampler, choose, read
 from gpumeter_worker.engine.scheduler import Limits, Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.engine.sharding import Seat, join
 from gpumeter_worker.failure import MODEL_INVALID, OUT_OF_MEMORY, first_line
 from gpumeter_worker.metering.calibration import Subject
 from gpumeter_worker.metering.clock import StepClock
 from gpumeter_worker.modelfiles import description_digest
 
-__all__ = ["LoadFailed", "ModelRunner"]
+__all__ = ["LoadFailed", "ModelRunner", "on_device", "warm_up"]
 
 
 class Device(Protocol):
@@ -67,29 +73,26 @@ class Device(Protocol):
 
 
 class ModelRunner:
-    """A loaded model with its cache. One step at a time, on one stream."""
+    """A loaded model with its cache. One step at a time, on one stream. With `ranks` this is rank 0 of a split one."""
 
-    def __init__(self, options: EngineOptions) -> None:
-        torch.set_num_threads(options.threads)
+    def __init__(self, options: EngineOptions, ranks: Ranks | None = None) -> None:
         self._options = options
-        if options.device != "cpu":
-            gpu.configure()
-        self._loaded = load(options, attention.NAME if options.device == "cpu" else paged_attention.NAME)
+        seat = None if ranks is None else Seat(0, ranks.size, ranks.store)
+        self._loaded, self._device = on_device(options, seat)
+        self._agreeing: Callable[[], AbstractContextManager[None]] = nullcontext
+        if ranks is not None:
+            self._device = leading = Leading(self._device, ranks)
+            self._agreeing = leading.agreeing
         self.max_model_len = self._loaded.max_model_len
-        with torch.inference_mode():
-            make = Cpu if options.device == "cpu" else Gpu
-            try:
-                self._device: Device = make(self._loaded, options)
-            except torch.OutOfMemoryError as error:
-                raise LoadFailed(OUT_OF_MEMORY, f"{first_line(error)}; lower maxModelLen or maxBatchSize") from error
-            except AttentionUnsupported as error:
-                raise LoadFailed(MODEL_INVALID, f"{error}; serve another model") from error
         self._sampler = Sampler(self._loaded.vocabulary, self._loaded.eos_ids, options.device)
 
     @property
     def limits(self) -> Limits:
         """What the scheduler must keep to on this device."""
-        return Limits(self._device.sequences, self._options.max_batch_tokens, self._device.mixed_prefill_tokens)
+        options = self._options
+        return Limits(
+            self._device.sequences, options.max_batch_tokens, self._device.mixed_prefill_tokens, options.sequences_max
+        )
 
     def blocks(self) -> KvBlocks:
         """Whose tokens lie where in the cache."""
@@ -114,6 +117,7 @@ class ModelRunner:
                 # As they were asked for: how many sequences fit depends on what memory is free at this start.
                 f"threads {options.threads if on_cpu else 0}, memory {options.memory_bytes if on_cpu else 0}, "
                 f"graphs {int(options.cuda_graphs and not on_cpu)}, compile {int(options.compile)}, "
+                f"{f'ranks {options.ranks}, ' if options.ranks > 1 else ''}"
                 f"sequences {options.max_batch_size}, step {options.max_batch_tokens}, length {self.max_model_len}"
             ),
         )
@@ -125,7 +129,7 @@ class ModelRunner:
 
     def run(self, plan: Sequence[Work], clock: StepClock) -> list[Sampled]:
         """One forward pass over the packed rows of a plan, and one new token for every work that samples."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._agreeing():
             order, staged = self._device.stage(plan)
             sampling = [work for work in order if work.samples]
             batch = self._sampler.prepare([work.sequence for work in sampling])
@@ -144,15 +148,10 @@ class ModelRunner:
 
     def warm_up(self, clock: StepClock) -> None:
         """Run the largest steps once and prepare the device, so that no user's first step pays for start-up."""
-        try:
-            with torch.inference_mode():
-                self._device.warm_up(self._options)
+        warm_up(self._device, self._options)
+        with _refusing():
             for plan in self._device.largest(self._options.max_batch_tokens):
                 self.run(plan, clock)
-        except AttentionUnsupported as error:
-            raise LoadFailed(MODEL_INVALID, f"{error}; serve another model") from error
-        except torch.OutOfMemoryError as error:
-            raise LoadFailed(OUT_OF_MEMORY, first_line(error) + "; lower maxModelLen or maxBatchSize") from error
         if self._options.device != "cpu":
             torch.cuda.synchronize()
         clock.harvest()
@@ -169,6 +168,41 @@ class ModelRunner:
             gpu_uuid=self._device.uuid,
             dtype=str(self._loaded.dtype).removeprefix("torch."),
             cache_tokens=self._device.cache_tokens,
-            kv_token_bytes=self._loaded.kv_token_bytes,
+            kv_token_bytes=self._loaded.kv_token_bytes * self._loaded.ranks,
             remarks=tuple(self._device.remarks),
         )
+
+
+def on_device(options: EngineOptions, seat: Seat | None = None) -> tuple[Loaded, Device]:
+    """A model on its device, before its warm-up; with a seat a rank's part of it. Raises LoadFailed."""
+    torch.set_num_threads(options.threads)
+    if seat is not None:
+        join(seat, options.device)
+    if options.device != "cpu":
+        gpu.configure()
+    name, rank = attention.NAME if options.device == "cpu" else paged_attention.NAME, seat.rank if seat else 0
+    loaded = load(options, name, rank)
+    with torch.inference_mode(), _refusing():
+        examine(loaded.model, loaded.heads, loaded.layers, loaded.max_model_len)  # on all ranks: they exchange in it
+        make = Cpu if options.device == "cpu" else Gpu
+        return loaded, make(loaded, options)
+
+
+def warm_up(device: Device, options: EngineOptions) -> None:
+    """What every rank does by itself, and the same. Raises LoadFailed."""
+    with torch.inference_mode(), _refusing():
+        device.warm_up(options)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raises LoadFailed for what trying again would not help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RankLost) as error:
+        cause = error.__cause__ if isinstance(error, RankLost) else error
+        if not isinstance(cause, torch.OutOfMemoryError):
+            raise
+        raise LoadFailed(OUT_OF_MEMORY, f"{first_line(cause)}; lower maxModelLen or maxBatchSize") from error
+    except AttentionUnsupported as error:
+        raise LoadFailed(MODEL_INVALID, f"{error}; serve another model") from error

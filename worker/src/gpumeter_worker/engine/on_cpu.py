@@ -21,8 +21,10 @@ from gpumeter_worker.engine.compiling import compile_decoder
 from gpumeter_worker.engine.linear import NEVER, pack_linears
 from gpumeter_worker.engine.loading import Loaded, LoadFailed
 from gpumeter_worker.engine.messages import EngineOptions
+from gpumeter_worker.engine.norm import quicken_norms
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.engine.sharding import smallest
 from gpumeter_worker.engine.slot_steps import SlotSteps, Staged
 from gpumeter_worker.failure import OUT_OF_MEMORY, first_line
 
@@ -64,7 +66,8 @@ class Cpu:
                 "weights are packed for oneDNN; %s",
                 "products stay in the model's type" if wide_from == NEVER else f"float32 from {wide_from} rows on",
             )
-        self.sequences = _slots(loaded, options)
+        quicken_norms(loaded.model)
+        self.sequences = smallest(_slots(loaded, options), loaded.ranks)
         self.mixed_prefill_tokens = 0
         shape = (self.sequences, loaded.heads.kv, loaded.max_model_len, loaded.heads.dim)
         try:

@@ -24,6 +24,7 @@ from gpumeter_worker.engine.paged_steps import PagedSteps, Staged, largest_step,
 from gpumeter_worker.engine.sampling import Sampler, choose
 from gpumeter_worker.engine.scheduler import Work
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
+from gpumeter_worker.engine.sharding import smallest
 from gpumeter_worker.failure import OUT_OF_MEMORY
 
 log = logging.getLogger("gpumeter_worker.engine.on_gpu")
@@ -73,10 +74,10 @@ class Gpu:
         sizing = size_cache(found)
         if not sizing.blocks:
             raise LoadFailed(OUT_OF_MEMORY, sizing.problem)
-        self._block_count = sizing.blocks
+        self._block_count = smallest(sizing.blocks, loaded.ranks)
         self._graph_sizes = sizes
-        self._steps = self._make(sizing.blocks)
-        log.info("the cache holds %d blocks of %d tokens", sizing.blocks, paged.BLOCK_TOKENS)
+        self._steps = self._make(self._block_count)
+        log.info("the cache holds %d blocks of %d tokens", self._block_count, paged.BLOCK_TOKENS)
 
     @property
     def cache_tokens(self) -> int:

@@ -9,7 +9,7 @@ A step of decodes may be laid out in a frame that is larger than it, a bucket: i
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from gpumeter_worker.engine.scheduler import Work
@@ -17,6 +17,9 @@ from gpumeter_worker.engine.scheduler import Work
 BLOCK_TOKENS = 16
 _ALIGN = 16
 """Fields start at multiples of 64 bytes: kernels are compiled anew for pointers of another alignment."""
+
+_SPARED_MIN = 16_384
+"""So many numbers of a table, 64 KiB, take about as long to fill and send as the two copies on the device do."""
 
 _MAX_SPLITS = 32
 
@@ -72,12 +75,11 @@ def frame(rows: Sequence[Work], block_q: int) -> Frame:
     """The frame that fits a step exactly, but for its tables' width: whole cache lines of it."""
     if all(work.count == 1 for work in rows):
         block_q = 1
-    longest = max(work.sequence.computed + work.count for work in rows)
     return Frame(
         rows=sum(work.count for work in rows),
         sequences=len(rows),
         programs=sum(-(-work.count // block_q) for work in rows),
-        width=-(-blocks_for(longest) // _ALIGN) * _ALIGN,
+        width=_width(max(work.sequence.computed + work.count for work in rows)),
         samples=sum(work.samples for work in rows),
         block_q=block_q,
     )
@@ -85,8 +87,23 @@ def frame(rows: Sequence[Work], block_q: int) -> Frame:
 
 def bucket_frame(sequences: int, max_model_len: int) -> Frame:
     """The frame of a graph for up to so many decodes of any length."""
-    width = -(-blocks_for(max_model_len) // _ALIGN) * _ALIGN
+    width = _width(max_model_len)
     return Frame(rows=sequences, sequences=sequences, programs=sequences, width=width, samples=0, block_q=1)
+
+
+def narrowed(into: Frame, rows: Sequence[Work]) -> Frame:
+    """A bucket's frame with tables as wide as a step's longest sequence needs, or as it is where that spares little.
+
+    All other fields stand where they stood. What lies beyond in a table on the device is of former steps, and nobody
+    reads it: attention goes as far as a sequence's length.
+    """
+    width = _width(max(work.sequence.computed + work.count for work in rows))
+    return replace(into, width=width) if (into.width - width) * into.sequences >= _SPARED_MIN else into
+
+
+def _width(tokens: int) -> int:
+    """How many blocks a table has for so many tokens: whole cache lines of it."""
+    return -(-blocks_for(tokens) // _ALIGN) * _ALIGN
 
 
 def lay_out(rows: Sequence[Work], into: Frame, spare: int) -> "array[int]":

@@ -77,18 +77,29 @@ class PagedSteps:
         With `splits` given the step runs eagerly, split like that.
         """
         bucket = bucket_for(len(rows), self._graphs) if splits is None and paged.only_decodes(rows) else None
-        frame = paged.frame(rows, self._block_q) if bucket is None else self._graphs[bucket].step.frame
+        if bucket is None:
+            frame = paged.frame(rows, self._block_q)
+        else:
+            frame = paged.narrowed(self._graphs[bucket].step.frame, rows)
         host = torch.frombuffer(paged.lay_out(rows, frame, self.cache.spare), dtype=torch.int32)
         if self._device != "cpu":
             host = torch.empty(frame.size, dtype=torch.int32, pin_memory=True).copy_(host)
         if bucket is not None:
-            graph = self._graphs[bucket]
-            graph.buffer.copy_(host, non_blocking=True)
-            return Staged(graph.step, bucket, len(rows))
+            self._send(host, frame, self._graphs[bucket])
+            return Staged(self._graphs[bucket].step, bucket, len(rows))
         longest = max(work.sequence.computed + work.count for work in rows)
         parts = self._splits(frame, longest) if splits is None else splits
         buffer = host.to(self._device, non_blocking=True)
         return Staged(paged_attention.view(buffer, frame, self.cache, parts, longest), None, frame.samples)
+
+    def _send(self, host: torch.Tensor, frame: Frame, graph: _Graph) -> None:
+        if frame is graph.step.frame:
+            graph.buffer.copy_(host, non_blocking=True)
+            return
+        sent = host.to(self._device, non_blocking=True)
+        start, length = frame.fields["table"]
+        graph.buffer[:start].copy_(sent[:start])
+        graph.step.table[:, : frame.width].copy_(sent[start : start + length].view(frame.sequences, frame.width))
 
     def logits(self, staged: Staged) -> torch.Tensor:
         """[samples, vocabulary]; a replay's are overwritten by the next step."""

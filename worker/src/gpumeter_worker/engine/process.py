@@ -8,12 +8,12 @@ At idle it waits in the channel and uses no time. A launched step that is not fi
 millisecond, and only while nothing else can be launched.
 """
 
-import ctypes
 import faulthandler
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +21,8 @@ from dataclasses import replace
 
 from gpumeter_worker.engine.calibrating import calibrate, room_of
 from gpumeter_worker.engine.channel import Channel
-from gpumeter_worker.engine.faults import Fault, fault_of
+from gpumeter_worker.engine.faults import Fault, RankLost, fault_of
+from gpumeter_worker.engine.lifeline import die_with
 from gpumeter_worker.engine.loop import Engine
 from gpumeter_worker.engine.messages import (
     Cancel,
@@ -34,7 +35,9 @@ from gpumeter_worker.engine.messages import (
     Shutdown,
     Submit,
 )
+from gpumeter_worker.engine.ranks import Ranks
 from gpumeter_worker.engine.window import Window
+from gpumeter_worker.failure import first_line
 from gpumeter_worker.log import configure_logging
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.clock import step_clock
@@ -51,7 +54,8 @@ _COMMANDS_MAX = 1024
 _SHEDS_MAX = 3
 """So many steps in a row may lack memory, each with fewer sequences than the one before. Then something holds it."""
 
-_PR_SET_PDEATHSIG = 1
+_GRACE_S = 0.3
+"""How long a process that has lost a rank may take to end by itself, with all that it measured, before it is ended."""
 
 EngineChannel = Channel[Sequence[Event], Command | EngineOptions]
 
@@ -61,7 +65,7 @@ def main() -> int:
     # The API process decides when a container's SIGTERM or a terminal's Ctrl-C ends the engine.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(int(sys.argv[2]))
+    die_with(int(sys.argv[2]))
     configure_logging()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # where an engine hangs, whoever holds the interpreter's lock
@@ -70,7 +74,7 @@ def main() -> int:
         options = channel.receive()
         if not isinstance(options, EngineOptions):
             raise TypeError("the first message on the channel must be the engine's options")
-        return _run(channel, options)
+        return _run(channel, options) if options.ranks == 1 else _run_split(channel, options)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the API process is gone; so is everything to do
     except Exception as error:
@@ -80,24 +84,72 @@ def main() -> int:
         return 1
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the API process ends, even in a step that never returns.
+def _run_split(channel: EngineChannel, options: EngineOptions) -> int:
+    """As rank 0 of several. One that is lost ends this process, whatever it waits for."""
+    shared = _Shared(channel)
+    try:
+        ranks = Ranks(options, lambda event: _end_after(shared, event))
+    except OSError as error:
+        shared.send([Failed(f"the {options.ranks} ranks of the model cannot be started ({first_line(error)})")])
+        return 1
+    try:
+        status = _run(shared, ranks.options, ranks)
+    except Exception as error:
+        lost = ranks.loss()
+        if lost is None and not isinstance(error, RankLost):
+            raise
+        log.exception("the engine lost a rank")
+        shared.send([lost or Failed(fault_of(error).sentence)])
+        status = 1
+    finally:
+        ranks.leave()
+    if status:  # what still waits for a rank keeps the interpreter from ending, and clients wait for its end
+        logging.shutdown()
+        os._exit(status)
+    return status
 
-    Elsewhere than on Linux the end of the channel says it, after the step.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        sys.exit(0)
+
+class _Shared(Channel[Sequence[Event], Command | EngineOptions]):
+    """A channel on which a second thread may send: one message at a time."""
+
+    def __init__(self, channel: EngineChannel) -> None:
+        self._channel = channel
+        self.sending = threading.Lock()
+
+    def send(self, message: Sequence[Event]) -> None:
+        """See Channel."""
+        with self.sending:
+            self._channel.send(message)
+
+    def receive(self) -> Command | EngineOptions:
+        """See Channel."""
+        return self._channel.receive()
+
+    def poll(self, timeout_s: float | None) -> bool:
+        """See Channel."""
+        return self._channel.poll(timeout_s)
+
+    def close(self) -> None:
+        """See Channel."""
+        with self.sending:
+            self._channel.close()
 
 
-def _run(channel: EngineChannel, options: EngineOptions) -> int:
+def _end_after(channel: _Shared, event: Event) -> None:
+    """In a thread: who is in a step is given a moment to report what was measured, and then nobody waits for it."""
+    time.sleep(_GRACE_S)
+    with suppress(OSError, ValueError):  # the worker is gone, or was told already
+        channel.send([event])
+    os._exit(3 if isinstance(event, Fatal) else 1)
+
+
+def _run(channel: EngineChannel, options: EngineOptions, ranks: Ranks | None = None) -> int:
     # torch and transformers are imported here: seconds that count as `init`, and that nobody else pays.
     from gpumeter_worker.engine.model import LoadFailed, ModelRunner  # noqa: PLC0415
 
     try:
         channel.send([PhaseEntered(Phase.LOAD, time.monotonic_ns())])
-        runner = ModelRunner(options)
+        runner = ModelRunner(options, ranks)
         clock = step_clock(options.device)
         channel.send([PhaseEntered(Phase.WARMUP, time.monotonic_ns())])
         runner.warm_up(clock)
@@ -106,7 +158,8 @@ def _run(channel: EngineChannel, options: EngineOptions) -> int:
         return 3
     except Exception as error:
         log.exception("the engine cannot start")
-        channel.send([Failed(f"start-up raised {type(error).__name__}")])
+        lost = None if ranks is None else ranks.loss()
+        channel.send([lost or Failed(f"start-up raised {type(error).__name__}")])
         return 1
     blocks = runner.blocks()
     room = room_of(blocks, runner.limits.sequences, options.max_batch_tokens, runner.max_model_len, runner.cache_tokens)
@@ -140,9 +193,10 @@ def serve(channel: EngineChannel, engine: Engine, window: Window) -> int:
             fault = fault_of(error)
             log.exception("a step failed")
             sheds += 1
-            events = engine.shed(fault.sentence) if fault.memory and sheds <= _SHEDS_MAX else []
-            if not events:
+            told = engine.shed(fault.sentence) if fault.memory and sheds <= _SHEDS_MAX else None
+            if told is None:
                 return _give_up(channel, engine, fault)
+            events = told
         if events:
             channel.send(events)
         elif engine.busy and not engine.stepping:

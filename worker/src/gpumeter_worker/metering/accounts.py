@@ -55,11 +55,14 @@ class Segment:
 class Accounts:
     """The partition of time from the process's start up to the frontier. Methods return the segments they closed.
 
-    The sum of `totals_ns` and `unmeasured_ns` is the time from `started_ns` to `frontier_ns`, always.
+    There is one line of time for all `devices` of the worker, and each nanosecond of it counts once for each of them:
+    they load, compute and wait together. So what is booked is device-nanoseconds, and the sum of `totals_ns` and
+    `unmeasured_ns` is the time from `started_ns` to `frontier_ns` times `devices`, always.
     """
 
-    def __init__(self, started_ns: int) -> None:
+    def __init__(self, started_ns: int, devices: int = 1) -> None:
         self.started_ns = started_ns
+        self.devices = devices
         self.frontier_ns = started_ns
         self.in_flight = 0
         self.totals_ns: dict[Account, int] = dict.fromkeys(Account, 0)
@@ -97,11 +100,11 @@ class Accounts:
         return [] if self.in_flight else self._advance(at_ns)
 
     def step(self, started_ns: int, ended_ns: int, gpu_ns: int) -> tuple[int, list[Segment]]:
-        """Make room for a finished step: returns the nanoseconds that its sessions are to be booked for.
+        """Make room for a finished step: returns the device-nanoseconds that its sessions are to be booked for.
 
-        That is `gpu_ns`, unless it is longer than the time since the frontier: two clocks differ by parts per million,
-        and no second may be sold twice. A step belongs to the minute of its end. The caller books the time by `own`.
-        Raises ValueError, and changes nothing, for a negative time.
+        That is `gpu_ns` on every device, unless it is longer than the time since the frontier: two clocks differ by
+        parts per million, and no second may be sold twice. A step belongs to the minute of its end. The caller books
+        the time by `own`. Raises ValueError, and changes nothing, for a negative time.
         """
         if gpu_ns < 0:
             raise ValueError(f"a step of {gpu_ns} ns cannot be booked")
@@ -109,12 +112,12 @@ class Accounts:
         gap_from_ns = self.frontier_ns
         closed += self._advance(ended_ns, book=False)
         span_ns = max(0, ended_ns - gap_from_ns)
-        booked_ns = min(gpu_ns, span_ns)
-        self._book(self._account(), span_ns - booked_ns)
-        return booked_ns, closed
+        taken_ns = min(gpu_ns, span_ns)
+        self._book(self._account(), (span_ns - taken_ns) * self.devices)
+        return taken_ns * self.devices, closed
 
     def own(self, attributed_ns: int, nonbillable_ns: int = 0) -> None:
-        """Book a step's time to its sessions; what no session owns is the platform's."""
+        """Book what `step` returned to its sessions; what no session owns is the platform's."""
         self._book(Account.ATTRIBUTED, attributed_ns)
         self._book(Account.NONBILLABLE, nonbillable_ns)
 
@@ -128,7 +131,7 @@ class Accounts:
             return self.catch_up(at_ns)
         from_ns = self.frontier_ns
         closed = self._advance(at_ns, book=False)
-        self.unmeasured_ns += self.frontier_ns - from_ns
+        self.unmeasured_ns += (self.frontier_ns - from_ns) * self.devices
         return closed
 
     def cut(self) -> list[Segment]:
@@ -154,7 +157,7 @@ class Accounts:
             if self._coming:
                 until_ns = min(until_ns, self._coming[0][0])
             if book:
-                self._book(self._account(), until_ns - self.frontier_ns)
+                self._book(self._account(), (until_ns - self.frontier_ns) * self.devices)
             self.frontier_ns = until_ns
         return closed
 

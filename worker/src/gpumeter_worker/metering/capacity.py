@@ -15,10 +15,13 @@ CONTEXT_TOKENS = 512
 _PS = 10**12
 
 
-def capacity(costs: Costs, *, batch_most: int, sequence_most: int, cache_tokens: int) -> dict[str, Any] | None:
+def capacity(
+    costs: Costs, *, batch_most: int, sequence_most: int, cache_tokens: int, devices: int = 1
+) -> dict[str, Any] | None:
     """Figures of decode steps by batch size, up to the largest batch that fits; None where none does.
 
     `batch_most` sequences compute together, each of `sequence_most` tokens at the most; the cache holds `cache_tokens`.
+    A step takes its time on each of the worker's `devices`.
     """
     context = min(CONTEXT_TOKENS, max(sequence_most // 2, 1))
     fits = cache_tokens // (context + 1)
@@ -28,7 +31,7 @@ def capacity(costs: Costs, *, batch_most: int, sequence_most: int, cache_tokens:
     return {
         "boundBy": _bound_by(costs, context, largest, fits < batch_most),
         "contextTokens": context,
-        "batches": [_figures(costs, context, size) for size in _sizes(largest)],
+        "batches": [_figures(costs, context, size, devices) for size in _sizes(largest)],
     }
 
 
@@ -37,12 +40,14 @@ def _sizes(largest: int) -> list[int]:
     return sorted({*powers, largest})
 
 
-def _figures(costs: Costs, context: int, size: int) -> dict[str, Any]:
+def _figures(costs: Costs, context: int, size: int, devices: int) -> dict[str, Any]:
     step_ps = cost_ps([Load(1, context)] * size, costs)
     return {
         "batchSize": size,
         "tokensPerSecond": str((Decimal(size * _PS) / step_ps).quantize(Decimal("0.1"))),
-        "gpuSecondsPerThousandTokens": str((Decimal(step_ps * 1_000) / size / _PS).quantize(Decimal("0.000001"))),
+        "gpuSecondsPerThousandTokens": str(
+            (Decimal(step_ps * devices * 1_000) / size / _PS).quantize(Decimal("0.000001"))
+        ),
     }
 
 

@@ -127,7 +127,7 @@ class Journal:
             head = self._head()
             if head.sealed:
                 raise FlushRefused("the boot is sealed; nothing may follow")
-            _refuse_imbalance(flush, head.frontier_ns)
+            _refuse_imbalance(flush, head.frontier_ns, self._identity.devices)
             records = flush.records if closing is None else (*flush.records, closing)
             self._chain(head.boot_id, head.seq, head.hash, records)
             self._database.execute(
@@ -423,12 +423,14 @@ class Reader:
         self._database.close()
 
 
-def _refuse_imbalance(flush: Flush, frontier_ns: int) -> None:
+def _refuse_imbalance(flush: Flush, frontier_ns: int, devices: int) -> None:
     accounts_ns = sum(record.gpu_ns for record in flush.records if record.kind is Kind.ACCOUNT)
-    if flush.unmeasured_ns < 0 or accounts_ns + flush.unmeasured_ns != flush.frontier_ns - frontier_ns:
+    passed_ns = (flush.frontier_ns - frontier_ns) * devices
+    if flush.unmeasured_ns < 0 or accounts_ns + flush.unmeasured_ns != passed_ns:
+        on = f" on {devices} devices" if devices > 1 else ""
         raise FlushRefused(
             f"the accounts of the flush sum to {accounts_ns} ns, {flush.unmeasured_ns} ns were not measured, and the "
-            f"time since the last one is {flush.frontier_ns - frontier_ns} ns"
+            f"time since the last one{on} is {passed_ns} ns"
         )
     for account in (Account.ATTRIBUTED, Account.NONBILLABLE):
         of_account = [record for record in flush.records if record.account == account]

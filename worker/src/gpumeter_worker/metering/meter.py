@@ -13,12 +13,12 @@ from gpumeter_usage.record import Account, Kind, Record, Status
 from gpumeter_worker.metering.accounts import Accounts, Phase, Segment
 from gpumeter_worker.metering.attribution import Profile, split
 from gpumeter_worker.metering.parts import Onward, Part
-from gpumeter_worker.metering.running import Session, Slice, Stretch, Totals, stretch_after, sum_up
+from gpumeter_worker.metering.running import Ends, Session, Slice, Stretch, Totals, stretch_after, sum_up
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What every record of a boot says alike."""
+    """What every record of a boot says alike, and on how many devices its time counts; `gpu_uuid` is the first's."""
 
     worker_uid: str
     boot_id: str
@@ -27,13 +27,14 @@ class Identity:
     gpu_class: str
     clock: str
     gpu_uuid: str = ""
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
     """What one transaction adds to the journal: records in order (their seq is given by the store) up to a frontier.
 
-    `unmeasured_ns` of the time since the flush before are in no record, because nobody measured them.
+    `unmeasured_ns` of the time since the flush before, times devices, are in no record, because nobody measured them.
     """
 
     records: tuple[Record, ...]
@@ -55,13 +56,15 @@ class Meter:
         self.identity = identity
         self.profile = profile
         self.kv_token_bytes = 0  # told by the engine when it is ready
-        self.accounts = Accounts(started_ns)
+        self.accounts = Accounts(started_ns, identity.devices)
         self._sessions: dict[str, Session] = {}
         self._slices: dict[str, Slice] = {}
         self._records: list[Record] = []
         self._step = 0
         self._stretch: Stretch | None = None
         self._unmeasured_stated_ns = 0
+        self._drawn_mj: tuple[int, int] | None = None  # by steps and by the platform, and not stated yet
+        self._flushed_ns = started_ns
 
     def adopt(self, profile: Profile) -> None:
         """Split by this from now on. What was split before keeps the name of the former profile."""
@@ -74,18 +77,20 @@ class Meter:
         """The worker's phase changes."""
         self._close(self.accounts.enter(phase, at_ns))
 
-    def begin(self, session_id: str, tenant: str, at_ns: int) -> None:
-        """A session is handed to the engine; from here on it is in flight. Waiting costs it nothing."""
+    def begin(self, session_id: str, tenant: str, at_ns: int, sequences: int = 1) -> None:
+        """A session of so many sequences is handed to the engine; from here on it is in flight. Waiting costs it
+        nothing."""
         if session_id in self._sessions:
             raise ValueError(f"the session {session_id} is in flight already")
         self._close(self.accounts.begin(at_ns))
-        self._sessions[session_id] = Session(tenant, at_ns)
+        self._sessions[session_id] = Session(tenant, at_ns, ends=Ends() if sequences > 1 else None)
 
     def step(self, started_ns: int, ended_ns: int, gpu_ns: int, parts: Sequence[Part]) -> list[int]:
-        """Book a finished step to the sessions that shared it; returns their shares in nanoseconds.
+        """Book a finished step to the sessions that shared it; returns their shares in device-nanoseconds.
 
-        Where a step makes no sense this raises, and what no session was booked for is the platform's: the accounts
-        cover its time either way, for the journal takes no flush that leaves some out.
+        `gpu_ns` is how long it took on each of the worker's devices, which are all held by it as long. Where a step
+        makes no sense this raises, and what no session was booked for is the platform's: the accounts cover its time
+        either way, for the journal takes no flush that leaves some out.
         """
         booked_ns, closed = self.accounts.step(started_ns, ended_ns, gpu_ns)
         owned = _Owned()
@@ -112,6 +117,7 @@ class Meter:
         lasted_ns = max(0, ended_ns - started_ns)
         number, batch, frontier_ns = self._step, len(parts), self.accounts.frontier_ns
         sessions, slices = self._sessions, self._slices
+        left: list[tuple[Ends, int]] = []  # put behind all that this step takes
         for part, share_ns in zip(parts, shares_ns, strict=True):
             session_id, new_tokens, context_tokens, prefill, sampled, prompt_tokens, cached_tokens, recompute = part
             if (session := sessions.get(session_id)) is None:  # no tenant asked for it: the platform pays
@@ -120,6 +126,10 @@ class Meter:
             if held.step != number:
                 held.gap_ns = max(0, started_ns - held.until_ns) if held.until_ns else 0
                 held.step, held.until_ns = number, ended_ns
+            if (ends := session.ends) is not None:  # a step may leave out some of its sequences
+                until_ns = ends.take(context_tokens)
+                held.gap_ns = max(0, started_ns - until_ns) if until_ns else 0
+                left.append((ends, context_tokens + new_tokens))
             if recompute:  # nor for this
                 continue
             # What it held since its step before, and then with the new tokens: the peak of this step, as long as it
@@ -140,6 +150,8 @@ class Meter:
             if session.billed_step != number:  # its choices may share a step, which is one step of the session
                 session.billed_step = number
                 running.steps += 1
+        for ends, tokens in left:
+            ends.put(tokens, ended_ns)
 
     def _stretch_of(self, onward: Onward) -> Stretch | None:
         if self._stretch is None or not self._stretch.continues(onward):
@@ -175,13 +187,20 @@ class Meter:
         """The engine is lost and with it the step that it was in. Comes before the ends of the sessions in flight."""
         self._close(self.accounts.lose(at_ns))
 
+    def draw(self, attributed_mj: int, platform_mj: int) -> None:
+        """A window of energy closed (see metering.energy); the next flush states what steps and the platform drew."""
+        by_steps_mj, by_platform_mj = self._drawn_mj or (0, 0)
+        self._drawn_mj = by_steps_mj + attributed_mj, by_platform_mj + platform_mj
+
     def cut(self, at_ns: int) -> Flush | None:
         """Everything up to the frontier that no flush has stated yet, or None if there is nothing."""
         self._close(self.accounts.catch_up(at_ns))
         self._close(self.accounts.cut())
         self._write_slices()  # ends of sessions that used nothing since the last flush
+        self._state_energy()
         if not self._records and self._unmeasured_stated_ns == self.accounts.unmeasured_ns:
             return None
+        self._flushed_ns = self.accounts.frontier_ns
         records, self._records = tuple(self._records), []
         return Flush(records, self.accounts.frontier_ns, self._unmeasured())
 
@@ -192,6 +211,27 @@ class Meter:
     def seal(self, status: Status) -> Record:
         """The end of this boot's chain, at the frontier. Nothing may be booked after it."""
         return seal(self.identity, self.accounts.frontier_ns, status)
+
+    def _state_energy(self) -> None:
+        """In records of their own, without time, at the frontier. While that stands where a flush has left it they
+        wait: a period may be closed up to there."""
+        if self._drawn_mj is None or self.accounts.frontier_ns <= self._flushed_ns:
+            return
+        (attributed_mj, platform_mj), self._drawn_mj = self._drawn_mj, None
+        at_ns = self.accounts.frontier_ns
+        stated = [(Account.ATTRIBUTED, attributed_mj)] if attributed_mj else []
+        self._records += [
+            Record(
+                kind=Kind.ACCOUNT,
+                account=account,
+                started_at=at_ns,
+                ended_at=at_ns,
+                gpu_ns=0,
+                energy_mj=energy_mj,
+                **_common(self.identity),
+            )
+            for account, energy_mj in (*stated, (Account.IDLE, platform_mj))
+        ]
 
     def _unmeasured(self) -> int:
         stated_ns, self._unmeasured_stated_ns = self._unmeasured_stated_ns, self.accounts.unmeasured_ns

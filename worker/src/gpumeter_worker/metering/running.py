@@ -37,6 +37,32 @@ class Held:
     gap_ns: int = 0
 
 
+class Ends:
+    """When each of a session's sequences was last in a step, told apart by how many tokens it then had in the cache.
+
+    Sequences of the same length are alike: whichever of them a step takes, the gaps of both together come to the same.
+    One that ended or lost its cache leaves its end behind; the latest end is taken first, so nothing held is too much.
+    """
+
+    __slots__ = ("_at",)
+
+    def __init__(self) -> None:
+        self._at: dict[int, list[int]] = {}
+
+    def take(self, tokens: int) -> int:
+        """The end of the latest step that left a sequence with so many tokens; 0 where there was none."""
+        ends = self._at.get(tokens)
+        if not ends:
+            return 0
+        if len(ends) == 1:
+            del self._at[tokens]
+        return ends.pop()
+
+    def put(self, tokens: int, ended_ns: int) -> None:
+        """A step left a sequence with so many tokens. Steps come in order, and what one takes comes before."""
+        self._at.setdefault(tokens, []).append(ended_ns)
+
+
 @dataclass(slots=True)
 class Session:
     """A session in flight."""
@@ -48,6 +74,8 @@ class Session:
     held: Held = field(default_factory=Held)
     billed_step: int = 0
     """The number of the step that last took part in a slice."""
+    ends: Ends | None = None
+    """Of its sequences, where it has several; `held` knows of one."""
 
 
 @dataclass(slots=True)
@@ -82,7 +110,7 @@ class Stretch:
         self._rows = rows
         self._first = onward.first
         self._contexts = [part.context_tokens for part in onward.first]
-        self._further = onward.further - 1
+        self._further = self._before = onward.further - 1
         self._weights = weights([(1, context + self._further) for context in self._contexts], profile)
         self._grows = of_a_context_token(len(rows), profile)
         self._gpu_ns = [0] * len(rows)
@@ -116,9 +144,14 @@ class Stretch:
         if not self._steps:
             return
         batch, steps = len(self._rows), self._steps
+        for (session, _), context_tokens in zip(self._rows, self._contexts, strict=True):
+            if session.ends is not None:
+                session.ends.take(context_tokens + self._before + 1)
         for (session, running), context_tokens, gpu_ns in zip(self._rows, self._contexts, self._gpu_ns, strict=True):
             held = session.held
             held.step, held.until_ns = number, self._ended_ns
+            if session.ends is not None:
+                session.ends.put(context_tokens + self._further + 1, self._ended_ns)
             held.byte_ns += (context_tokens * self._lasted_ns + self._further_ns) * kv_token_bytes
             running.ended_ns = self._frontier_ns
             running.gpu_ns += gpu_ns

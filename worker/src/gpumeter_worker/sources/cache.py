@@ -181,6 +181,9 @@ def remembered(cache: Path, uri: str, revision: str, *, allow_pickle: bool) -> s
         return ""
 
 
+_LEFT = ("*.part-*", "*.claim", "*.claim.beat-*", "*.broken-*")
+
+
 def sweep(cache: Path) -> None:
     """Remove what dead workers left of models that nobody fetches any more."""
     models = cache / "models"
@@ -189,7 +192,7 @@ def sweep(cache: Path) -> None:
         probe.touch()
         now_s = probe.stat().st_mtime
         probe.unlink()
-        left = [*models.glob("*.part-*"), *models.glob("*.claim"), *models.glob("*.broken-*")]
+        left = [found for kind in _LEFT for found in models.glob(kind)]
     except OSError:
         return
     for path in left:

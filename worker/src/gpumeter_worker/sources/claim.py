@@ -27,6 +27,7 @@ class Claim:
         self._beat_s = beat_s
         self._beats = 0
         self._released = threading.Event()
+        self._beating = threading.Thread()
 
     def take(self) -> bool:
         """Make the file, unless it is there; from then on it is rewritten by a thread."""
@@ -38,7 +39,8 @@ class Claim:
         with os.fdopen(file, "w") as stream:
             stream.write(self._content())
         self._released = threading.Event()
-        threading.Thread(target=self._beat, args=(self._released,), name="claim", daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, args=(self._released,), name="claim", daemon=True)
+        self._beating.start()
         return True
 
     def held(self) -> bool:
@@ -51,6 +53,8 @@ class Claim:
     def release(self) -> None:
         """Remove the file, if it is still ours."""
         self._released.set()
+        if self._beating.ident is not None:  # a beat that is under way would put the file back
+            self._beating.join()
         with suppress(OSError):
             if _owner(self._path.read_text()) == self._owner:
                 self._path.unlink()
@@ -60,7 +64,18 @@ class Claim:
             with suppress(OSError):  # a disk that is full or away is no reason to stop; others see no beat
                 if _owner(self._path.read_text()) != self._owner:
                     return  # broken by someone who saw no beat; what we fetch meanwhile is still good
-                self._path.write_text(self._content())
+                self._rewrite()
+
+    def _rewrite(self) -> None:
+        # Aside and then renamed: whoever reads it meanwhile, we too, sees the beat before and never half of one.
+        aside = self._path.with_name(f"{self._path.name}.beat-{self._owner}")
+        try:
+            aside.write_text(self._content())
+            aside.replace(self._path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink()
+            raise
 
     def _content(self) -> str:
         self._beats += 1

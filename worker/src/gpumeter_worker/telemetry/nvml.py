@@ -4,7 +4,6 @@ Owns the calls, their units, and what an error means: a figure that is not told,
 long as the driver does, and a broken driver may never answer: run it in a process of its own. Judges nothing.
 """
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from gpumeter_worker.telemetry.sample import (
     LIBRARY_NOT_FOUND,
     Absence,
     Sample,
+    mig_profile,
 )
 
 _ALL_LINKS = 2**32 - 1
@@ -129,13 +129,12 @@ def _open(cudas_first: Callable[[], tuple[str, ...]]) -> Device:
     named = next((found for uuid in uuids if (found := _told(pynvml.nvmlDeviceGetHandleByUUID, uuid))), None)
     handle, whole = _instance(named or pynvml.nvmlDeviceGetHandleByIndex(0))
     name = str(pynvml.nvmlDeviceGetName(handle))
-    profile = re.search(r"\bMIG (\S+)", name)
     return Device(
         handle=handle,
         whole=whole,
         uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
         name=name,
-        mig_profile=profile[1] if profile else "",
+        mig_profile=mig_profile(name),
         driver=_told(pynvml.nvmlSystemGetDriverVersion),
     )
 

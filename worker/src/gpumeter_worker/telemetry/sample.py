@@ -5,6 +5,7 @@ stated absence, never a zero. Knows no NVML and no clock.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 
 NO_GPU = "NoGpu"
@@ -64,9 +65,24 @@ def gpu_class(named: str, sample: Sample) -> str:
     """
     if named in ("", "gpu"):
         return sample.name
-    if sample.mig_profile and sample.mig_profile not in named:
-        return f"{named} MIG {sample.mig_profile}"
-    return named
+    return named if names_profile(named, sample.mig_profile) else f"{named}.{priced_profile(sample.mig_profile)}"
+
+
+def mig_profile(name: str) -> str:
+    """The profile in a device's name, as CUDA and NVML tell it (NVIDIA A100-SXM4-40GB MIG 1g.5gb); empty on a whole
+    GPU."""
+    found = re.search(r"\bMIG (\S+)", name)
+    return found[1] if found else ""
+
+
+def names_profile(named: str, profile: str) -> bool:
+    """Whether a price class says which slice of a GPU it is; a whole GPU's (`profile` empty) need not."""
+    return not profile or named.endswith(priced_profile(profile))
+
+
+def priced_profile(profile: str) -> str:
+    """A MIG profile as price classes and the device plugin's resources write it: 1g.10gb+me is 1g.10gb.me."""
+    return profile.lower().replace("+", ".")
 
 
 def encode(told: Sample | Absence) -> str:

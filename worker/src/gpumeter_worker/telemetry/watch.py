@@ -53,7 +53,11 @@ class _Open:
 
 
 class GpuWatch:
-    """What is known of a worker's GPU. With `gpus` 0 there is none, and nothing is started."""
+    """What is known of a worker's GPU. With `gpus` 0 there is none, and nothing is started.
+
+    With several, the first is looked at, which all others step with. Its energy says nothing of theirs, so no energy is
+    told then.
+    """
 
     def __init__(
         self,
@@ -61,10 +65,13 @@ class GpuWatch:
         metered: Callable[[], Metered],
         on_device: Callable[[Sample], None],
         sampler: Callable[[Callable[[Sample], None]], Sampler] = Sampler,
+        on_window: Callable[[energy.Window], None] = lambda _: None,
     ) -> None:
+        self._gpus = max(gpus, 1)
         self._sampler = sampler(self._on_sample) if gpus else None
         self._metered = metered
         self._on_device = on_device
+        self._on_window = on_window
         self._device = ""
         self.energy = energy.Energy()
         self.comparison: Comparison | None = None
@@ -116,11 +123,12 @@ class GpuWatch:
             self._on_device(sample)
             self.energy = replace(self.energy, opened=None)  # another device counts from another number
             self._open = None
+        windows = self.energy.windows
         self.energy = energy.read(
             self.energy,
             energy.Reading(
                 at_ns=sample.at_ns,
-                energy_mj=sample.energy_mj,
+                energy_mj=sample.energy_mj if self._gpus == 1 else None,
                 power_mw=sample.power_mw,
                 attributed_ns=metered.attributed_ns,
                 nonbillable_ns=metered.nonbillable_ns,
@@ -128,6 +136,8 @@ class GpuWatch:
                 busy=metered.busy,
             ),
         )
+        if self.energy.windows > windows and self.energy.last is not None:
+            self._on_window(self.energy.last)
         self._compare(sample, metered)
 
     def _compare(self, sample: Sample, metered: Metered) -> None:
@@ -149,7 +159,7 @@ class GpuWatch:
             - opened.metered.attributed_ns
             - opened.metered.nonbillable_ns
         )
-        self.comparison = Comparison(measured_ns / wall_ns, sum(percents) / len(percents) / 100)
+        self.comparison = Comparison(measured_ns / self._gpus / wall_ns, sum(percents) / len(percents) / 100)
         self._open = _Open(sample, metered)
         apart = self.comparison.nvml - self.comparison.measured > _APART
         self._apart = self._apart + 1 if apart else 0
