@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gpumeter_operator.adapters.ledger.tables import removals
 from rigs.audited import DAY_END_NS, DAY_NS, HOUR_NS, OLD_NS, Arena, made, made_old
+from rigs.thoroughness import examples
 
 COLUMNS = tuple(column.name for column in removals.columns)
 KEY = tuple(column.name for column in removals.primary_key)
@@ -65,7 +66,7 @@ def rows_of(arena: Arena) -> list[dict[str, Any]]:
 
 
 quick = settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+    max_examples=examples(10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
 )
 
 

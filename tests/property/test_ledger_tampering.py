@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from gpumeter_operator.adapters.ledger.tables import FACTS
 from gpumeter_operator.flow.verify import Finding
 from rigs.audited import Arena, made
+from rigs.thoroughness import examples
 
 FILLED = tuple(table for table in FACTS if table.name != "removals")  # for those ninety days would have to pass
 NAMES = tuple(table.name for table in FILLED)
@@ -19,7 +20,7 @@ KEYS = {table.name: tuple(column.name for column in table.primary_key) for table
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     folder = tmp_path_factory.mktemp("ledger")
-    arena = Arena(made(folder / "ledger.db"), folder / "copy.db")
+    arena = Arena(made(folder / "ledger.db", corrected=True), folder / "copy.db")
     assert arena.found() == []
     return arena
 
@@ -39,7 +40,10 @@ def another(value: Any, choice: int) -> Any:
 
 def tampering(test: Any) -> Any:
     quick = settings(
-        max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+        max_examples=examples(20),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        database=None,
     )
     return quick(given(row=st.integers(0, 10_000), choice=st.integers(0, 10_000), which=st.integers(0, 10_000))(test))
 

@@ -22,6 +22,7 @@ from gpumeter_operator.billing.tariff import (
 )
 from gpumeter_usage.period import MINUTE_NS, Granularity, period_of, rfc3339
 from gpumeter_usage.record import Account, Kind
+from rigs.thoroughness import examples
 
 PERIOD = period_of(1_795_258_800 * 10**9, Granularity.HOUR)
 CLASSES = ("h100", "h100.1g.10gb", "cpu")
@@ -75,7 +76,7 @@ def line(kind: Kind, account: Account, tenant: str, gpu_ns: int) -> Line:
     return Line("uid", "boot", kind, account, tenant, "cuda", 1, 1, 1, gpu_ns=gpu_ns, **counts)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(hours())
 def test_every_nanosecond_and_every_part_of_a_cent_stands_on_one_bill(
     hour: tuple[PeriodPlan, tuple[PodStretch, ...]],
@@ -97,7 +98,7 @@ def test_every_nanosecond_and_every_part_of_a_cent_stands_on_one_bill(
     assert abs(total - whole) <= HALF * len(amounts), "each bill is rounded once"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(hours())
 def test_a_bill_is_the_sum_of_its_charges_rounded_once_and_never_negative_for_a_tenant(
     hour: tuple[PeriodPlan, tuple[PodStretch, ...]],

@@ -19,10 +19,12 @@ from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.resume import take_after_gap
 from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.billing.correct import Wanted
 from gpumeter_operator.billing.signing import Keyring, SigningKey, signing_key
 from gpumeter_operator.billing.tariff import canonical_spec
 from gpumeter_operator.cli.verify import verify as command
 from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.correct import book
 from gpumeter_operator.flow.digests import Digester
 from gpumeter_operator.flow.verify import Audit, Finding, Tally, verify
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
@@ -71,10 +73,14 @@ def digested(ledger: Ledger, now_ns: int = DIGESTED_NS, file: Path | None = None
     asyncio.run(Digester(ledger, inline, by or key(), file).run(now_ns))
 
 
-def made(path: Path) -> Path:
-    """A filled and digested ledger in a file of this name, all of it in one file."""
+def made(path: Path, *, corrected: bool = False) -> Path:
+    """A filled and digested ledger in a file of this name, all of it in one file; with a correction, or without one."""
     ledger = open_ledger(path)
     fill(ledger)
+    if corrected:
+        credit = Wanted("team-a", "smollm2-acme-20261121t1000", -SECOND_NS, "It was a probe.", "alice")
+        book(ledger, credit, START_NS + 16 * HOUR_NS)
+        Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 17 * HOUR_NS)
     digested(ledger, file=path.with_suffix(".jsonl"))
     ledger.close()
     raw = sqlite3.connect(path)

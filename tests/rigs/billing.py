@@ -119,9 +119,11 @@ class Step:
 class Books:
     """Meter and journal of one boot. `at_ns` is a reading of CLOCK_MONOTONIC throughout, as in the worker."""
 
-    def __init__(self, folder: Path, started_ns: int, anchor: Anchor) -> None:
+    def __init__(self, folder: Path, started_ns: int, anchor: Anchor, devices: int = 1) -> None:
         self.anchor = anchor
-        identity = Identity(POD.worker_uid, "boot-1", POD.service_key, POD.model, POD.gpu_class, "host")
+        identity = Identity(
+            POD.worker_uid, "boot-1", POD.service_key, POD.model, POD.gpu_class, "host", devices=devices
+        )
         self.meter = Meter(identity, PROFILE, anchor.utc_ns(started_ns))
         self.journal = Journal(folder, identity, anchor.utc_ns(started_ns))
         self.reader = Reader(folder, POD.worker_uid, POD.service_key)
@@ -209,9 +211,10 @@ class Billed:
         limits: Limits = LIMITS,
         blocks: KvBlocks | None = None,
         clock: StepClock | None = None,
+        devices: int = 1,
     ) -> None:
         now_ns = time.monotonic_ns()
-        self.books = Books(folder, now_ns, Anchor(START_NS + 5 - now_ns))
+        self.books = Books(folder, now_ns, Anchor(START_NS + 5 - now_ns), devices)
         self.books.enter(Phase.LOAD, time.monotonic_ns())
         runner = load()
         self.books.enter(Phase.WARMUP, time.monotonic_ns())

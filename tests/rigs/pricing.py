@@ -42,8 +42,11 @@ def rate(price: str, minute: float | None = None, gpu_class: str = "h100", **cha
 class PricedHour:
     """One service in the hour from 10:00 to 11:00; pods are added, plans are seen, and the hour is closed."""
 
-    def __init__(self, folder: Path, terms: Terms | None = None, granularity: Granularity = Granularity.HOUR) -> None:
-        self.ledger: Ledger = open_ledger(folder / "ledger.db", granularity)
+    def __init__(
+        self, where: Path | str, terms: Terms | None = None, granularity: Granularity = Granularity.HOUR
+    ) -> None:
+        """`where`: a folder for a ledger of its own, or the URL of a database."""
+        self.ledger: Ledger = open_ledger(where if isinstance(where, str) else where / "ledger.db", granularity)
         self.terms = {SERVICE: terms} if terms else {}
         self.newest = ""
         self._closer = Closer(self.ledger, MINUTE_NS)

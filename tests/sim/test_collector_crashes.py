@@ -12,8 +12,6 @@ from gpumeter_operator.adapters.ledger.members import Members
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.decide.shares import LIFE_NS
-from gpumeter_operator.flow.close import Closer, Pricing
-from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.publish import Publisher
 from gpumeter_operator.flow.share import Share
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
@@ -35,8 +33,10 @@ from rigs.ledger import (
     worker,
 )
 from rigs.postgres import Server
+from rigs.pulled import Pulled
 
 POD = worker()
+NOW_NS = START_NS + 100 * SECOND_NS
 LIFE = (started("c1", START_NS), ended("c1", START_NS + 91 * SECOND_NS), gone(START_NS + 92 * SECOND_NS))
 SERVICE = ("team-a", "smollm2")
 
@@ -54,15 +54,13 @@ def a_busy_life() -> FakeWorker:
 
 async def bill(path: Path | str, fake: FakeWorker, network: FakeNetwork, crash: CrashAt) -> Ledger:
     """Everything that a collector does for one pod, from an empty memory to the Final reports."""
-    ledger = open_ledger(path)
-    crash.watch(ledger)  # a crash in the middle of a migration is another test's
+    one = Pulled(path, fake, NOW_NS, network)
+    crash.watch(one.ledger)  # a crash in the middle of a migration is another test's
     network.trouble = crash
-    target = network.add("10.0.0.1", fake)
-    clock = Clock(START_NS + 100 * SECOND_NS)
-    ledger.observe(POD, LIFE, clock())
-    assert await Collector(ledger, network, inline, clock).pull(POD, target)
-    Closer(ledger, 10 * MINUTE_NS).close_all(Pricing({}, {}), START_NS + 130 * SECOND_NS)
-    return ledger
+    one.observe(*LIFE)
+    assert await one.pull()
+    one.close_periods(START_NS + 130 * SECOND_NS, 10 * MINUTE_NS)
+    return one.ledger
 
 
 def rows(ledger: Reader) -> list[tuple[str, int, str]]:
@@ -125,35 +123,32 @@ async def test_a_collector_of_postgresql_killed_at_every_seventh_statement_bills
 
 @pytest.mark.parametrize("kept_links", [0, 3])
 async def test_an_acknowledgement_lost_on_its_way_is_sent_again(tmp_path: Path, kept_links: int) -> None:
-    fake, network = a_busy_life(), FakeNetwork(page_limit=kept_links or 5000)
-    ledger, clock = open_ledger(tmp_path / "ledger.db"), Clock(START_NS + 100 * SECOND_NS)
-    ledger.observe(POD, LIFE, clock())
-    target = network.add("10.0.0.1", fake)
-    collector = Collector(ledger, network, inline, clock)
+    fake = a_busy_life()
+    one = Pulled(tmp_path / "ledger.db", fake, NOW_NS, FakeNetwork(page_limit=kept_links or 5000))
+    one.observe(*LIFE)
 
     def lose(exchange: str) -> None:
         if exchange == "acknowledge":
             raise Crash
 
-    network.trouble = lose
+    one.network.trouble = lose
     with pytest.raises(Crash):
-        await collector.pull(POD, target)
-    network.trouble = lambda _: None
-    assert await collector.pull(POD, target)
+        await one.pull()
+    one.network.trouble = lambda _: None
+    assert await one.pull()
     assert [boot.acknowledged_seq for boot in fake.boots] == [len(boot.links) for boot in fake.boots]
-    assert len(rows(ledger)) == sum(len(boot.links) for boot in fake.boots)
+    assert len(rows(one.ledger)) == sum(len(boot.links) for boot in fake.boots)
 
 
 async def test_two_collectors_on_one_ledger_double_nothing(database: Database) -> None:
-    fake, network, clock = a_busy_life(), FakeNetwork(2), Clock(START_NS + 100 * SECOND_NS)
-    target = network.add("10.0.0.1", fake)
-    ledgers = [open_ledger(database.url), open_ledger(database.url)]
-    ledgers[0].observe(POD, LIFE, clock())
-    await asyncio.gather(*(Collector(ledger, network, inline, clock).pull(POD, target) for ledger in ledgers))
-    assert await Collector(ledgers[0], network, inline, clock).pull(POD, target)
-    assert len(rows(ledgers[0])) == sum(len(boot.links) for boot in fake.boots)
-    for ledger in ledgers:
-        ledger.close()
+    fake, network = a_busy_life(), FakeNetwork(2)
+    both = [Pulled(database.url, fake, NOW_NS, network) for _ in range(2)]
+    both[0].observe(*LIFE)
+    await asyncio.gather(*(one.pull() for one in both))
+    assert await both[0].pull()
+    assert len(rows(both[0].ledger)) == sum(len(boot.links) for boot in fake.boots)
+    for one in both:
+        one.ledger.close()
 
 
 class Cluster:

@@ -12,7 +12,6 @@ from gpumeter_operator.billing.facts import Gap
 from gpumeter_operator.billing.gaps import MAX_GAPS
 from gpumeter_operator.cli.accounts import audit
 from gpumeter_operator.flow.close import Closer, Pricing
-from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.digests import Digester
 from gpumeter_usage.page import JournalStatus
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
@@ -21,7 +20,6 @@ from rigs.audited import DIGESTED_NS, audited, key
 from rigs.databases import Database
 from rigs.ledger import (
     START_NS,
-    Clock,
     Crash,
     CrashAt,
     FakeNetwork,
@@ -30,10 +28,10 @@ from rigs.ledger import (
     finals,
     gone,
     inline,
-    open_ledger,
     started,
     worker,
 )
+from rigs.pulled import Pulled
 
 SERVICE = ("team-a", "smollm2")
 NOW_NS = START_NS + 10 * MINUTE_NS
@@ -58,23 +56,19 @@ def work(fake: FakeWorker, until: int) -> None:
         fake.spend(Account.IDLE, second(at + 2))
 
 
-async def pull(ledger: Ledger, fake: FakeWorker, now_ns: int = NOW_NS) -> bool:
-    network = FakeNetwork()
-    target = network.add("10.0.0.1", fake)
-    return await Collector(ledger, network, inline, Clock(now_ns)).pull(fake.identity, target)
+async def pull(ledger: Ledger, fake: FakeWorker) -> bool:
+    return await Pulled(ledger, fake, NOW_NS).pull()
 
 
-async def a_ledger_that_missed(
-    url: str | Path, *, after: int, until: int, fake: FakeWorker | None = None
-) -> tuple[Ledger, FakeWorker]:
+async def a_ledger_that_missed(url: str | Path, *, after: int, until: int) -> tuple[Ledger, FakeWorker]:
     """A ledger that has a worker's first `after` seconds; what came up to `until` was acknowledged to another."""
-    ledger, fake = open_ledger(url), fake or a_worker(after)
-    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
-    if fake.boot.links:
-        assert await pull(ledger, fake)
-    work(fake, until)
-    acknowledge_all(fake)
-    return ledger, fake
+    one = Pulled(url, a_worker(after), NOW_NS)
+    one.observe(started("c", START_NS))
+    if one.fake.boot.links:
+        assert await one.pull()
+    work(one.fake, until)
+    acknowledge_all(one.fake)
+    return one.ledger, one.fake
 
 
 def acknowledge_all(fake: FakeWorker) -> None:
@@ -173,10 +167,8 @@ async def test_another_record_under_a_key_that_the_ledger_has_is_a_fork_and_no_g
             status = await super().status(target)
             return replace(status, boots=tuple(replace(boot, acknowledged_hash="f" * 64) for boot in status.boots))
 
-    network = Forked()
-    target = network.add("10.0.0.1", fake)
     before = len(list(ledger.bodies("pod-uid-1")))
-    assert not await Collector(ledger, network, inline, Clock(NOW_NS)).pull(fake.identity, target)
+    assert not await Pulled(ledger, fake, NOW_NS, Forked()).pull()
     assert [alarm[0] for alarm in ledger.alarms()] == ["ChainForked"]
     assert gaps(ledger) == () and len(list(ledger.bodies("pod-uid-1"))) == before
 

@@ -18,7 +18,7 @@ from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.discover import NotAWorker, events_of, events_of_removed, worker_of
 from gpumeter_operator.flow.rounds import CollectRound
 from gpumeter_usage.page import MAX_PAGE_BYTES, JournalStatus, Page, encode_page
-from gpumeter_usage.period import MINUTE_NS, SECOND_NS
+from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
 from gpumeter_usage.record import Account
 from rigs.ledger import (
     START_NS,
@@ -247,6 +247,23 @@ async def test_a_pod_that_went_unseen_takes_nothing_back_from_the_final_periods_
     assert [(end, accounts.allocated) for end, accounts in rows] == [(START_NS + MINUTE_NS, MINUTE_NS)]
 
 
+async def test_of_two_lives_of_a_pod_that_went_unseen_the_first_ended_when_the_second_began(tmp_path: Path) -> None:
+    """An earlier version kept no end of the first; the upgrade found the pod gone."""
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
+    next_ns = START_NS + 20 * SECOND_NS
+    ledger.observe(fake.identity, [started("c1", START_NS), started("c2", next_ns)], NOW_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), NOW_NS)
+    ledger.settle(fake.identity.worker_uid, fake.frontier_ns)
+    later_ns = START_NS + 10 * MINUTE_NS
+    collector = Collector(ledger, Workers(), inline, Clock(later_ns))
+    await CollectRound(ledger, collector, inline, pods=dict, services=dict, lookup=nowhere).recover(later_ns)
+    [pod] = ledger.pods("team-a", "smollm2", 0)
+    assert (pod.gone, [span.ended_ns for span in pod.spans]) == (True, [next_ns, fake.frontier_ns])
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), later_ns)
+    [(_, accounts)] = ledger.pod_accounts(fake.identity.worker_uid)
+    assert accounts.allocated == 30 * SECOND_NS, "and not the ten seconds of both twice"
+
+
 class Asked(Workers):
     """Nobody answers; keeps who was sent a token."""
 
@@ -325,3 +342,102 @@ def test_a_restarted_container_is_two_spans_and_one_that_nobody_saw_end_has_vani
         ("gone", NOW_NS),
     ]
     assert gone(NOW_NS) in events_of(restarted, NOW_NS)
+
+
+def test_a_container_that_nobody_saw_end_was_over_when_the_next_one_of_its_pod_started() -> None:
+    """Its node came back: the runtime does not know when it died, the collector looks only later."""
+    next_ns = START_NS + 20 * SECOND_NS
+    pod = pod_manifest(worker(), "10.0.0.1", ("c1", START_NS, None), ("c2", next_ns, None))
+    [container] = pod["status"]["containerStatuses"]
+    container["lastState"] = {"terminated": {"containerID": "c1", "startedAt": rfc3339(START_NS), "finishedAt": None}}
+    assert [(event.container_id, event.event, event.at_ns) for event in events_of(pod, NOW_NS)] == [
+        ("c1", "started", START_NS),
+        ("c1", "vanished", next_ns),
+        ("c2", "started", next_ns),
+    ]
+
+
+RAN_ON = {"exitCode": 0, "reason": "Completed"}
+NO_TRACE = {"exitCode": 255, "reason": "Unknown"}
+"""containerd of a container that died with its node: as its end it writes the time at which it was started again."""
+
+
+@pytest.mark.parametrize("told", [RAN_ON, NO_TRACE], ids=["it ran on", "no trace of it"])
+async def test_a_node_that_comes_back_corrects_when_its_container_ended_only_if_it_knows(
+    tmp_path: Path, told: dict[str, object]
+) -> None:
+    """Heard last at 30 s, given up after minutes; ten minutes later the node is back."""
+    ledger, fake = open_ledger(tmp_path / "ledger.db"), a_worker(1)
+    of, services = fake.identity, {("team-a", "smollm2"): service_manifest(fake.identity)}
+    ledger.observe(of, [started("c", START_NS)], NOW_NS)
+    ledger.take(of, fake.page("boot-1", 0), NOW_NS)
+    ledger.settle(of.worker_uid, fake.frontier_ns)
+    pods = {("team-a", of.pod): pod_manifest(of, "", ("c", START_NS, None))}
+    pods["team-a", of.pod]["metadata"]["deletionTimestamp"] = rfc3339(START_NS + MINUTE_NS)
+    collector = Collector(ledger, Workers(), inline, Clock(NOW_NS))
+    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services, lookup=nowhere)
+    await round_.run(lambda _: TOKEN, START_NS + 5 * MINUTE_NS)
+    assert ledger.pods("team-a", "smollm2", 0)[0].spans[0].ended_ns == fake.frontier_ns
+    back_ns = START_NS + 10 * MINUTE_NS
+    pods["team-a", of.pod] = pod_manifest(of, "", ("c", START_NS, back_ns))
+    [container] = pods["team-a", of.pod]["status"]["containerStatuses"]
+    container["state"]["terminated"] |= told
+    await round_.run(lambda _: TOKEN, back_ns + SECOND_NS)
+    [span] = ledger.pods("team-a", "smollm2", 0)[0].spans
+    assert (span.ended_ns, span.end_known) == ((back_ns, True) if told is RAN_ON else (fake.frontier_ns, False))
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["while it could not look", "while it was away"])
+async def test_a_worker_that_dies_twice_unseen_is_not_allocated_twice(tmp_path: Path, *, restarted: bool) -> None:
+    """Its pod's status names the last two containers, and nobody ever says when the first one ended."""
+    ledger, of = open_ledger(tmp_path / "ledger.db"), worker(1)
+    services = {("team-a", "smollm2"): service_manifest(of)}
+    pods = {("team-a", of.pod): pod_manifest(of, "", ("c1", START_NS, None))}
+    collector = Collector(ledger, Workers(), inline, Clock(NOW_NS))
+
+    def rounds() -> CollectRound:
+        return CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services, lookup=nowhere)
+
+    round_ = rounds()
+    await round_.run(lambda _: TOKEN, NOW_NS)
+    lives = (("c2", START_NS + 20 * SECOND_NS, START_NS + 25 * SECOND_NS), ("c3", START_NS + 30 * SECOND_NS, None))
+    pods["team-a", of.pod] = pod_manifest(of, "", *lives)
+    if restarted:
+        round_ = rounds()
+        await round_.recover(NOW_NS)
+    for later_ns in (NOW_NS, NOW_NS + SECOND_NS):
+        await round_.run(lambda _: TOKEN, later_ns)
+    [pod] = ledger.pods("team-a", "smollm2", 0)
+    assert [(span.container_id, span.ended_ns, span.end_known) for span in pod.spans] == [
+        ("c1", START_NS + 20 * SECOND_NS, False),
+        ("c2", START_NS + 25 * SECOND_NS, True),
+        ("c3", None, False),
+    ]
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 2 * MINUTE_NS + SECOND_NS)
+    [(_, accounts)] = ledger.pod_accounts(of.worker_uid)
+    assert accounts.allocated == 55 * SECOND_NS, "the minute without the 5 s in which no container ran"
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["it failed", "it is removed"])
+async def test_a_pod_that_is_over_and_names_no_container_any_more_keeps_what_it_was_allocated(
+    tmp_path: Path, *, removed: bool
+) -> None:
+    """A node came back without its GPUs and the kubelet refused the pod: its status is Failed and tells of nothing."""
+    ledger, of = open_ledger(tmp_path / "ledger.db"), worker(1)
+    services = {("team-a", "smollm2"): service_manifest(of)}
+    pods = {("team-a", of.pod): pod_manifest(of, "", ("c1", START_NS, None))}
+    collector = Collector(ledger, Workers(), inline, Clock(NOW_NS))
+    round_ = CollectRound(ledger, collector, inline, pods=lambda: pods, services=lambda: services, lookup=nowhere)
+    await round_.run(lambda _: TOKEN, START_NS + 10 * SECOND_NS)
+    refused = pod_manifest(of, "")
+    if removed:
+        pods.clear()
+        round_.removed(refused, NOW_NS)
+    else:
+        pods["team-a", of.pod] = refused | {"status": {"phase": "Failed", "reason": "UnexpectedAdmissionError"}}
+    await round_.run(lambda _: TOKEN, NOW_NS)
+    [pod] = ledger.pods("team-a", "smollm2", 0)
+    assert (pod.gone, [span.ended_ns for span in pod.spans]) == (True, [NOW_NS])
+    Closer(ledger, MINUTE_NS).close_all(Pricing({}, {}), START_NS + 10 * MINUTE_NS)
+    [(_, accounts)] = ledger.pod_accounts(of.worker_uid)
+    assert (accounts.allocated, accounts.unaccounted) == (NOW_NS - START_NS, NOW_NS - START_NS)

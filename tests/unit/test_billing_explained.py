@@ -3,9 +3,11 @@ what the document itself states, its script is run on a real ledger, and the tes
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from hashlib import sha256
@@ -19,6 +21,7 @@ from gpumeter_operator.adapters.ledger.days import DAY_NS
 from gpumeter_operator.adapters.ledger.retention import remove_old
 from gpumeter_operator.billing.accounts import fold
 from gpumeter_operator.billing.close import Phase, Verdict
+from gpumeter_operator.billing.correct import Wanted
 from gpumeter_operator.billing.facts import PLATFORM, Line, Pod, Span, Worker
 from gpumeter_operator.billing.report import RECONCILED_PER_MILLE, PodPeriod, ServicePeriod, reports
 from gpumeter_operator.billing.tariff import (
@@ -33,6 +36,7 @@ from gpumeter_operator.billing.tariff import (
 )
 from gpumeter_operator.cli.accounts import accounts
 from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_operator.flow.correct import book
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, Granularity, from_rfc3339, period_of
 from gpumeter_usage.record import Account, Kind, Record
 from gpumeter_worker.metering.attribution import Load, Profile, Rule, split
@@ -40,6 +44,7 @@ from rigs.ledger import START_NS, FakeWorker, ended, gone, open_ledger, started,
 from rigs.pricing import PricedHour, plan, rate
 
 DOCUMENT = REPOSITORY / "docs/billing-explained.md"
+SCRIPT = REPOSITORY / "docs/verify.py"
 TEXT = DOCUMENT.read_text()
 PERIOD = period_of(from_rfc3339("2026-11-21T15:00:00Z"), Granularity.HOUR)
 STARTED_NS = from_rfc3339("2026-11-21T14:10:00Z")
@@ -160,6 +165,13 @@ def test_every_field_of_a_record_is_in_the_document_and_no_other() -> None:
     assert told == set(Record.__dataclass_fields__)
 
 
+def test_the_script_that_the_document_links_is_there_and_of_the_length_it_says() -> None:
+    told = re.search(r"\[verify\.py\]\((\S+)\), some (\d+) lines", " ".join(TEXT.split()))
+    assert told
+    assert DOCUMENT.parent / told[1] == SCRIPT
+    assert abs(len(SCRIPT.read_text().splitlines()) - int(told[2])) < 20
+
+
 def test_every_test_that_the_document_names_exists() -> None:
     named = set(re.findall(r"`(test_\w+)`", TEXT))
     there = "\n".join(path.read_text() for path in (REPOSITORY / "tests").glob("*/test_billing_rules*.py"))
@@ -220,8 +232,7 @@ def ledger(tmp_path: Path) -> Path:
 
 
 def verify(ledger: Path) -> subprocess.CompletedProcess[str]:
-    (script,) = blocks("python")
-    (ledger.parent / "verify.py").write_text(script)
+    shutil.copy(SCRIPT, ledger.parent / "verify.py")
     return subprocess.run(
         [sys.executable, "-I", "verify.py", ledger.name], cwd=ledger.parent, capture_output=True, text=True, check=False
     )
@@ -329,9 +340,16 @@ def test_the_auditors_script_agrees_with_every_way_of_charging(
     hour.pod(live, number=2, gpu_class="h100.1g.10gb")
     hour.collect(late, START_NS + 61 * MINUTE_NS)
     hour.close()
+    if terms.billing_mode is BillingMode.MEASURED:
+        wanted = Wanted("team-a", "smollm2-acme-20261121t1015", -(10**12) // 7, "Less.", "alice", gpu_class="h100")
+        for minute, gpu_ns in ((0, wanted.gpu_ns), (10, wanted.gpu_ns // 3)):  # that quarter's, and what came late
+            part = replace(wanted, gpu_ns=gpu_ns, part_start_ns=START_NS + minute * MINUTE_NS)
+            book(hour.ledger, part, START_NS + 66 * MINUTE_NS)
+    hour.run(80)
     hour.ledger.close()
     done = verify(tmp_path / "ledger.db")
-    assert (done.stdout.splitlines()[0], done.stderr) == ("all right: 2 chains, 4 closed periods", "")
+    closed = 5 if terms.billing_mode is BillingMode.MEASURED else 4
+    assert (done.stdout.splitlines()[0], done.stderr) == (f"all right: 2 chains, {closed} closed periods", "")
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,19 @@ def test_a_request_that_is_cancelled_while_it_waits_costs_nothing(folder: Path) 
     assert record.status is Status.CANCELLED
 
 
+def test_a_step_of_a_model_over_several_gpus_is_charged_for_each_of_them(folder: Path) -> None:
+    one = Billed(folder, devices=4)
+    for number, name in enumerate(("one", "two", "three")):
+        one.ask(name, "acme", prompt(20, number), 4)
+    one.run_out()
+    frontier_ns = one.books.seal(time.monotonic_ns())
+    accounts = one.books.accounts()
+    measured_ns = sum(step.report.gpu_ns for step in one.books.steps)
+    assert accounts[Account.ATTRIBUTED] == 4 * measured_ns > 0
+    assert sum(one.books.billed_ns(name) for name in ("one", "two", "three")) == 4 * measured_ns, "no remainder"
+    assert sum(accounts.values()) == 4 * (frontier_ns - (START_NS + 5)), "and so is all other time of the worker"
+
+
 class DeviceClock(HostClock):
     """A device that works for three quarters of the time that the host sees a step last."""
 

@@ -50,7 +50,8 @@ def test_a_record_survives_its_canonical_form():
 
 def test_the_canonical_form_is_sorted_compact_json_of_integers_and_strings():
     body = canonical(slice_of_a_session())
-    assert body == canonical_json(asdict(slice_of_a_session())), "the short way gives what the long one gives"
+    stated = {name: value for name, value in asdict(slice_of_a_session()).items() if value is not None}
+    assert body == canonical_json(stated), "the short way gives what the long one gives"
     assert body == json.dumps(json.loads(body), sort_keys=True, separators=(",", ":")).encode()
     assert {type(value) for value in json.loads(body).values()} == {int, str}
 

@@ -8,23 +8,11 @@ from pathlib import Path
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.cli.accounts import audit
 from gpumeter_operator.flow.close import Closer, Pricing
-from gpumeter_operator.flow.collect import Collector
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
 from rigs.databases import Database, Databases
-from rigs.ledger import (
-    START_NS,
-    Clock,
-    FakeNetwork,
-    FakeWorker,
-    ended,
-    finals,
-    gone,
-    inline,
-    open_ledger,
-    started,
-    worker,
-)
+from rigs.ledger import START_NS, FakeWorker, ended, finals, gone, open_ledger, started, worker
+from rigs.pulled import Pulled
 
 POD = worker()
 SERVICE = ("team-a", "smollm2")
@@ -65,26 +53,25 @@ def test_a_restored_ledger_goes_on_where_the_copy_was_made_and_doubles_nothing(
 async def test_what_a_restored_ledger_does_not_have_is_told_and_its_workers_go_on(
     database: Database, databases: tuple[str, Databases], tmp_path: Path
 ) -> None:
-    fake, network, clock = FakeWorker(POD, START_NS), FakeNetwork(), Clock(START_NS + 30 * SECOND_NS)
-    target = network.add("10.0.0.1", fake)
-    fake.spend(Account.IDLE, clock())
-    ledger = open_ledger(database.url)
-    ledger.observe(POD, [started("c", START_NS)], clock())
-    assert await Collector(ledger, network, inline, clock).pull(POD, target)
+    fake = FakeWorker(POD, START_NS)
+    one = Pulled(database.url, fake, START_NS + 30 * SECOND_NS)
+    fake.spend(Account.IDLE, one.clock())
+    one.observe(started("c", START_NS))
+    assert await one.pull()
     restored_url = copied(database, databases, tmp_path)
-    clock.now_ns = START_NS + 50 * SECOND_NS
-    fake.serve("s-1", "acme", clock())
-    assert await Collector(ledger, network, inline, clock).pull(POD, target)
-    ledger.close()  # and is lost with its machine; the worker has trimmed what it was told to
+    one.clock.now_ns = START_NS + 50 * SECOND_NS
+    fake.serve("s-1", "acme", one.clock())
+    assert await one.pull()
+    one.ledger.close()  # and is lost with its machine; the worker has trimmed what it was told to
 
-    again = Ledger(restored_url)
-    clock.now_ns = START_NS + 100 * SECOND_NS
-    fake.serve("s-2", "acme", clock())
+    again = one.ledger = Ledger(restored_url)
+    one.clock.now_ns = START_NS + 100 * SECOND_NS
+    fake.serve("s-2", "acme", one.clock())
     fake.seal()
-    assert await Collector(again, network, inline, clock).pull(POD, target)
+    assert await one.pull()
     assert fake.boot.acknowledged_seq == len(fake.boot.links)
-    again.observe(POD, [ended("c", clock()), gone(NOW_NS)], NOW_NS)
-    Closer(again, SECOND_NS).close_all(Pricing({}, {}), NOW_NS)
+    again.observe(POD, [ended("c", one.clock()), gone(NOW_NS)], NOW_NS)
+    one.close_periods(NOW_NS)
     first, second = (finals(again)[START_NS + minute * MINUTE_NS, "_platform"]["status"] for minute in (1, 2))
     assert first["completeness"]["missing"][0]["reason"] == "SequenceGap"
     assert first["accounts"]["unaccounted"] == str(20 * SECOND_NS), "what is gone is billed to nobody"

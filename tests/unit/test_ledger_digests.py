@@ -21,6 +21,7 @@ from gpumeter_operator.adapters.ledger import rollups
 from gpumeter_operator.adapters.ledger.days import DAY_NS
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.retention import remove_old
+from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.digest import entry_of
 from gpumeter_operator.billing.lineage import FinalReport, lineage
 from gpumeter_operator.billing.merkle import root_of
@@ -46,7 +47,7 @@ from rigs.audited import (
     run,
 )
 from rigs.databases import Database
-from rigs.ledger import START_NS, FakeWorker, inline, open_ledger, started, worker
+from rigs.ledger import START_NS, FakeWorker, ended, inline, open_ledger, started, worker
 
 DOC = Path(__file__).parents[2] / "docs" / "audit.md"
 
@@ -250,16 +251,76 @@ def test_whoever_signs_anew_with_a_key_of_his_own_is_found_by_the_pinned_one(pat
 def test_an_export_that_was_cut_short_is_mended_and_goes_on(path: Path) -> None:
     file = path.with_suffix(".jsonl")
     exported = file.read_bytes()
-    reader = Reader(f"sqlite:///{path}")
+    ledger = Ledger(f"sqlite:///{path}")
     file.write_bytes(exported[:-200])
-    assert digest_file.last_seq(file) == exported.count(b"\n") - 1
-    asyncio.run(Digester(reader, inline, None, file).run(DIGESTED_NS))
+    last = digest_file.last(file)
+    assert last is not None and entry_of(last.body).seq == exported.count(b"\n") - 1
+    asyncio.run(Digester(ledger, inline, None, file).run(DIGESTED_NS))
     assert file.read_bytes() == exported
     done = CliRunner().invoke(command, ["export", "--after", "2", "--ledger", f"sqlite:///{path}"])
     assert done.stdout_bytes == exported.split(b"\n", 2)[2]
     file.write_text("a shopping list\n")
     with pytest.raises(FileUnusable, match="does not end with a digest"):
-        digest_file.last_seq(file)
+        digest_file.last(file)
+
+
+def _goes_on(ledger: Ledger, file: Path, pod: int, minute: int) -> None:
+    """One more pod's period becomes Final and is digested."""
+    at_ns = DIGESTED_NS + minute * MINUTE_NS
+    fake = FakeWorker(worker(pod), at_ns)
+    fake.spend(Account.IDLE, at_ns + MINUTE_NS)
+    ledger.observe(fake.identity, [started(f"c-{pod}", at_ns), ended(f"c-{pod}", at_ns + MINUTE_NS)], at_ns + MINUTE_NS)
+    ledger.take(fake.identity, fake.page("boot-1", 0), at_ns + MINUTE_NS)
+    ledger.settle(fake.identity.worker_uid, at_ns + MINUTE_NS)
+    Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), at_ns + 80 * SECOND_NS)
+    digested(ledger, at_ns + 90 * SECOND_NS, file)
+
+
+def test_a_restored_copy_begins_a_new_file_of_digests_and_keeps_the_old_one(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, copy = path.with_suffix(".jsonl"), tmp_path / "copy.db"
+    copyfile(path, copy)
+    first = Ledger(f"sqlite:///{path}")
+    _goes_on(first, file, 7, 0)
+    first.close()
+    old = file.read_bytes()
+
+    restored = Ledger(f"sqlite:///{copy}")
+    assert digest_file.last(file) is not None
+    _goes_on(restored, file, 8, 10)
+    _goes_on(restored, file, 9, 20)
+    [aside] = file.parent.glob("*.until-*.jsonl")
+    assert aside.read_bytes() == old, "what was exported before is kept to the byte"
+    assert [reason for reason, _, _ in restored.alarms()].count("DigestsForked") == 1
+    assert f"The file is kept as {aside.name}, and {file.name} is begun anew." in caplog.text
+    restored.close()
+    assert found(copy, "--digests", str(file)) == [], "the new file is whole from its first line on"
+    assert {each["reason"] for each in found(copy, "--digests", str(aside))} == {"ExportDiffers"}
+
+
+def test_a_restored_copy_that_is_as_long_as_the_file_by_then_is_told_apart_too(path: Path, tmp_path: Path) -> None:
+    file, copy = path.with_suffix(".jsonl"), tmp_path / "copy.db"
+    copyfile(path, copy)
+    first, restored = Ledger(f"sqlite:///{path}"), Ledger(f"sqlite:///{copy}")
+    _goes_on(first, file, 7, 0)
+    _goes_on(restored, tmp_path / "elsewhere.jsonl", 8, 10)  # digests of the same numbers
+    asyncio.run(Digester(restored, inline, None, file).run(DIGESTED_NS + HOUR_NS))
+    assert len(list(file.parent.glob("*.until-*.jsonl"))) == 1
+    assert file.read_bytes() == (tmp_path / "elsewhere.jsonl").read_bytes()
+    for ledger in (first, restored):
+        ledger.close()
+
+
+def test_a_ledger_that_was_lost_whole_leaves_the_file_as_it_is_under_another_name(path: Path, tmp_path: Path) -> None:
+    file = path.with_suffix(".jsonl")
+    old = file.read_bytes()
+    empty = open_ledger(tmp_path / "empty.db")
+    for _ in range(2):
+        digested(empty, DIGESTED_NS, file)
+    empty.close()
+    [aside] = file.parent.glob("*.until-*.jsonl")
+    assert (aside.read_bytes(), file.exists() and old in file.read_bytes()) == (old, False)
 
 
 def test_a_ledger_that_lost_its_end_shows_beside_the_exported_file_only(path: Path, tmp_path: Path) -> None:

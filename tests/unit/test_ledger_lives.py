@@ -72,6 +72,9 @@ def test_pods_of_an_older_ledger_are_found_after_the_upgrade(database: Database)
             database.run(f"DROP FUNCTION {name}()")
     database.run("DROP TABLE lives")
     database.run("DROP TABLE gaps")
+    database.run("DROP TABLE corrections")
+    for column in ("kv_byte_s", "energy_mj"):
+        database.run(f"ALTER TABLE records DROP COLUMN {column}")
     database.run("UPDATE alembic_version SET version_num = '0008'")
     ledger = open_ledger(database.url)
     for since_ns in TIMES_NS:

@@ -1,20 +1,24 @@
 """Retention: what may go, what stays, what is told of it, and that nothing else can go; on both databases."""
 
+import json
 from collections.abc import Iterator
 from hashlib import sha256
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger.days import DAY_NS
 from gpumeter_operator.adapters.ledger.retention import Removed, remove_old
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.cli.accounts import audit
+from gpumeter_operator.cli.accounts import accounts, audit
+from gpumeter_operator.cli.verify import verify
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.removals import removed_of
 from gpumeter_usage.period import SECOND_NS, Granularity
 from gpumeter_usage.record import Account
+from rigs.audited import digested
 from rigs.databases import Database
 from rigs.ledger import START_NS, FakeWorker, ended, gone, open_ledger, started, worker
 
@@ -127,3 +131,41 @@ def test_nothing_else_than_what_a_fact_names_can_be_removed(ledger: Ledger, data
 def test_less_than_ninety_days_are_refused_in_words(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="for 90 days at least"):
         remove_old(ledger, 89, OLD_ENOUGH_NS)
+
+
+@pytest.mark.parametrize(("days", "recomputed", "compared"), [(0, 4, 0), (1, 2, 2), (2, 0, 4)])
+def test_accounts_and_verify_say_how_much_was_recomputed_and_how_much_only_compared(
+    database: Database, days: int, recomputed: int, compared: int
+) -> None:
+    """A thousand days ago: the commands ask the clock of the machine whether a removal can be true."""
+    midnight_ns = MIDNIGHT_NS - 1000 * DAY_NS
+    ledger, fake = open_ledger(database.url, Granularity.HOUR), FakeWorker(POD, midnight_ns - 2 * HOUR_NS)
+    until_ns = midnight_ns + 2 * HOUR_NS
+    ledger.observe(POD, [started("c", fake.frontier_ns)], until_ns)
+    fake.serve("s-1", "acme", until_ns)
+    fake.seal()
+    ledger.observe(POD, [ended("c", until_ns), gone(until_ns)], until_ns)
+    ledger.take(POD, fake.page("boot-1", 0), until_ns)
+    Closer(ledger, SECOND_NS).close_all(Pricing({}, {}), until_ns + 4 * HOUR_NS)
+    digested(ledger, until_ns + 5 * HOUR_NS)
+    assert len(remove_old(ledger, 90, midnight_ns + (90 + days - 1) * DAY_NS)) == days
+    records = len(kept(ledger))
+    ledger.close()
+
+    run = CliRunner().invoke
+    told = run(accounts, ["--check", "--ledger", database.url])
+    assert told.exit_code == 0, told.output
+    last = told.output.splitlines()[-1]
+    assert f"reports of {recomputed} closed periods recomputed from {records} raw records" in last
+    assert (f"those of {compared} closed periods only compared" in last) is (compared > 0)
+    data = json.loads(run(accounts, ["--check", "-o", "json", "--ledger", database.url]).stdout)
+    assert data["lookedAt"] == {"records": records, "periods": recomputed, "periodsOnlyCompared": compared}
+    assert data["checkedFromRawRecords"] is (compared == 0)
+
+    told = run(verify, ["--ledger", database.url])
+    assert f"{records:,} records, " in told.output
+    assert f"{recomputed} closed periods recomputed from raw records" in told.output
+    assert (f"{compared} closed periods only compared with" in told.output) is (compared > 0)
+    data = json.loads(run(verify, ["-o", "json", "--ledger", database.url]).stdout)
+    assert (data["lookedAt"]["periods"], data["lookedAt"]["periodsOnlyCompared"]) == (recomputed, compared)
+    assert data["findings"] == []

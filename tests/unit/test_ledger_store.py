@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from gpumeter_operator.adapters.ledger import digests, rollups
+from gpumeter_operator.adapters.ledger import corrections, digests, rollups
 from gpumeter_operator.adapters.ledger.digests import Due
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.gaps import keep_gap
@@ -19,7 +19,7 @@ from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.ledger.tables import FACTS, metadata
 from gpumeter_operator.billing.accept import PageRefused
-from gpumeter_operator.billing.facts import PLATFORM, Gap
+from gpumeter_operator.billing.facts import PLATFORM, Correction, Gap
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_usage.chain import Link, link
 from gpumeter_usage.page import Page
@@ -128,6 +128,10 @@ def fill(ledger: Ledger) -> None:
     assert rollups.keep_rollup(
         ledger.engine, SERVICE, replace(day, end_ns=START_NS), of_day, made_from=before, now_ns=NOW_NS
     )
+    end_ns, digest = START_NS + MINUTE_NS, "b" * 64
+    credit = Correction("c-1", *SERVICE, "acme", "a-report", digest, START_NS, end_ns, end_ns + MINUTE_NS, "h100", -1,
+                        "default", 1, digest, "Because.", "alice", NOW_NS, START_NS)  # fmt: skip
+    assert corrections.keep(ledger, credit, made_from=corrections.version(ledger, *SERVICE))
     digests.keep_key(ledger.engine, key(), NOW_NS)
     assert digests.make(ledger.engine, Due(), key(), NOW_NS, since_ns=-1)
 
@@ -191,6 +195,8 @@ def test_bytes_changed_on_the_way_are_a_broken_chain_and_no_fork(ledger: Ledger)
         ({"gpu_ns": 2**62, "prefill_ns": 2**62, "decode_ns": 0}, "CountTooLarge", "claims 4611686018427387904 ns"),
         ({"prompt_tokens": 2**60}, "CountTooLarge", "no step can reach"),
         ({"batch_ns": 2**60}, "CountTooLarge", "no step can reach"),
+        ({"prompt_tokens": 0, "cached_tokens": 10**9}, "CountTooLarge", "claims 1000000000 cached tokens of 0 of its"),
+        ({"completion_tokens": 10**12}, "CountTooLarge", "1000000000000 of answers, more than 11 steps hold"),
         ({"seq": 7}, "SequenceGap", "seq 2 is missing, 7 was sent"),
         ({"tenant": "Acme Inc."}, "TenantInvalid", "is not a tenant's name"),
         ({"tenant": "platform"}, "TenantInvalid", "reserved name"),

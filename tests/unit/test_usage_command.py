@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.tariff import BillingMode, Terms
+from gpumeter_operator.cli.accounts import accounts
 from gpumeter_operator.cli.usage import usage
 from gpumeter_operator.cli.verify import verify
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
@@ -130,6 +133,49 @@ def test_what_cannot_be_answered_is_told_in_words(url: str, arguments: tuple[str
 def test_without_a_ledger_it_ends_with_2_and_a_sentence(tmp_path: Path) -> None:
     done = run(f"sqlite:///{tmp_path}/absent.db")
     assert (done.exit_code, "There is no ledger at" in done.output) == (2, True)
+
+
+EARLIER = ("DROP TABLE corrections", "ALTER TABLE records DROP COLUMN kv_byte_s")
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ("0010", "The ledger has schema 0010, and this gpumeter reads schema"),
+        ("9999", "was written by a newer version of gpumeter (schema 9999"),
+        ("", "There is no ledger in this database; the collector or `gpumeter migrate` makes it."),
+    ],
+    ids=["earlier", "newer", "none"],
+)
+def test_a_ledger_of_another_schema_is_told_with_what_to_do(database: Database, schema: str, told: str) -> None:
+    ledger = open_ledger(database.url)
+    fill(ledger)
+    ledger.close()
+    database.disarm()
+    for statement in EARLIER if schema == "0010" else ():
+        database.run(statement)
+    changed = f"UPDATE alembic_version SET version_num = '{schema}'" if schema else "DROP TABLE alembic_version"
+    database.run(changed)
+    for command in (usage, verify, accounts):
+        done = CliRunner().invoke(command, ["--ledger", database.url])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert told in done.stderr
+        assert "Traceback" not in done.output
+        assert schema != "0010" or "run `gpumeter migrate` as the owner" in done.stderr
+
+
+def test_a_column_that_goes_while_it_is_read_is_told_and_no_traceback(database: Database) -> None:
+    """An auditor had the ledger open; nobody asks for its schema twice."""
+    ledger = open_ledger(database.url)
+    fill(ledger)
+    reader = Reader(database.url)
+    assert list(reader.kept_records("pod-uid-1"))
+    ledger.close()
+    database.disarm()
+    database.run("ALTER TABLE records DROP COLUMN kv_byte_s")
+    with pytest.raises(LedgerUnavailable, match="kv_byte_s"):
+        list(reader.kept_records("pod-uid-1"))
+    reader.close()
 
 
 TOKENS = {

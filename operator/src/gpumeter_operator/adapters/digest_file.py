@@ -1,11 +1,13 @@
 """The file to which digests are exported, one line each.
 
 Owns reading and appending it. A line that a crash cut short is cut off and written again; the file is never shortened
-otherwise, so that it can be anchored, shipped or mirrored while it grows.
+otherwise, so that it can be anchored, shipped or mirrored while it grows. One that is not this ledger's is put aside
+under another name, never overwritten.
 """
 
 import os
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 
 from gpumeter_operator.billing.digest import Digest, DigestInvalid, digest_of_line, entry_of, export_line
@@ -17,8 +19,8 @@ class FileUnusable(Exception):
     """The file cannot be read or written, or is not what was exported; the message is a sentence."""
 
 
-def last_seq(path: Path) -> int:
-    """The number of the last digest in the file, 0 where there is none; cuts off a line that does not end."""
+def last(path: Path) -> Digest | None:
+    """The last digest in the file, None where there is none; cuts off a line that does not end. Raises FileUnusable."""
     try:
         with path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
@@ -28,9 +30,12 @@ def last_seq(path: Path) -> int:
             if whole < len(tail):
                 file.truncate(start + whole)
             lines = tail[:whole].split(b"\n")[:-1]
-            return entry_of(digest_of_line(lines[-1]).body).seq if lines else 0
+            found = digest_of_line(lines[-1]) if lines else None
+            if found is not None:
+                entry_of(found.body)
+            return found
     except FileNotFoundError:
-        return 0
+        return None
     except OSError as error:
         raise FileUnusable(f"The file of digests {path} cannot be read: {error.strerror}.") from error
     except DigestInvalid as problem:
@@ -39,19 +44,34 @@ def last_seq(path: Path) -> int:
         ) from None
 
 
+def aside(path: Path, ends_with: Digest) -> Path:
+    """The name, free yet, for a file that ends with this digest and is put aside: `digests.until-6-ab12cd34.jsonl`."""
+    stem = f"{path.stem}.until-{entry_of(ends_with.body).seq}-{ends_with.digest[:8]}"
+    names = (f"{stem}{'' if number == 1 else f'-{number}'}{path.suffix}" for number in count(1))
+    return next(found for name in names if not (found := path.with_name(name)).exists())
+
+
+def put_aside(path: Path, to: Path) -> None:
+    """Give the file this other name, which `aside` found; its bytes stay. Raises FileUnusable."""
+    try:
+        path.rename(to)
+    except OSError as error:
+        raise FileUnusable(f"The file of digests {path} cannot be put aside as {to}: {error.strerror}.") from error
+
+
 def append(path: Path, digests: Iterable[Digest]) -> int:
     """Append these and have them on the disk; returns how many. Raises FileUnusable."""
-    count = 0
+    written = 0
     try:
         with path.open("ab") as file:
             for digest in digests:
                 file.write(export_line(digest) + b"\n")
-                count += 1
+                written += 1
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise FileUnusable(f"The file of digests {path} cannot be written: {error.strerror}.") from error
-    return count
+    return written
 
 
 def read(path: Path) -> Iterator[Digest]:

@@ -6,6 +6,7 @@ chained, and that no number or time is beyond what a worker can have measured. P
 
 from dataclasses import dataclass
 
+from gpumeter_operator.billing.counts import counts_of, impossible
 from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
 from gpumeter_operator.billing.reading import Row, reader
 from gpumeter_usage.chain import ChainBroken, verify
@@ -27,12 +28,6 @@ in 1970), and retention, which goes by days, would never come to what is booked 
 
 CLOCK_DRIFT_PER_MILLE = 1
 """How much faster than UTC a worker's monotonic clock may run; crystals are a tenth of that off at worst."""
-
-MAX_COUNT = 2**40
-"""The most tokens or steps in one record: more than any slice can hold."""
-
-MAX_BATCH = 65_536
-"""The largest mean batch that a record may claim (batch_ns / gpu_ns)."""
 
 
 class PageRefused(ValueError):
@@ -161,11 +156,5 @@ def _refuse_record(record: Record | Row, seq: int, page: Page, worker: Worker, n
             f"boot {page.boot_id:.64} seq {seq} claims {record.gpu_ns} ns on {worker.devices} device(s); a record is "
             f"a slice of at most a minute",
         )
-    if (
-        record.prompt_tokens > MAX_COUNT
-        or record.cached_tokens > MAX_COUNT
-        or record.completion_tokens > MAX_COUNT
-        or record.steps > MAX_COUNT
-        or record.batch_ns > record.gpu_ns * MAX_BATCH
-    ):
-        raise PageRefused("CountTooLarge", f"boot {page.boot_id:.64} seq {seq} claims counts that no step can reach")
+    if told := impossible(counts_of(record)):
+        raise PageRefused("CountTooLarge", f"boot {page.boot_id:.64} seq {seq} claims {told}")

@@ -7,28 +7,39 @@ difference becomes one sentence.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from hashlib import sha256
 from typing import Any
 
 from gpumeter_operator.billing.accounts import Accounts
-from gpumeter_operator.billing.audit_prices import Owed, RawMinute, allocated_in, bills_due, minute_end_ns
-from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Pod
+from gpumeter_operator.billing.audit_energy import energy_due
+from gpumeter_operator.billing.audit_prices import (
+    Owed,
+    RawMinute,
+    allocated_in,
+    bills_due,
+    corrections_that_differ,
+    minute_end_ns,
+)
+from gpumeter_operator.billing.counts import Counts, impossible
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Correction, Pod
 from gpumeter_operator.billing.removals import NOTHING, Chains, Removed
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import AMOUNT_STEP, PeriodPlan
 from gpumeter_usage.period import Period, rfc3339
-from gpumeter_usage.record import ENDED, Record
+from gpumeter_usage.record import ENDED, REQUIRED
 
 RawRow = tuple[str, int, str, bytes, int, Mapping[str, Any]]
 """(boot_id, seq, hash, body, end of the period in which it is booked, what the columns beside the body say), in the
 order of the keys."""
 
 _OF_RECORDS = ("init", "load", "warmup", "nonbillable", "host_gap")
-_FIELDS = frozenset(each.name for each in fields(Record))
+_LATER = "kv_byte_s"
+"""A column that rows of an earlier schema have not: it is NULL there, and the report is the sum without it."""
+
 _USED = ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
 
 
@@ -63,6 +74,7 @@ class Recount:
     minutes: dict[int, dict[int, dict[str, list[int]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: [0, 0, 0, 0])))
     )
+    energy: dict[int, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
     pod: Pod | None = None
     frozen_ns: dict[int, int] = field(default_factory=dict)  # what was allocated, by end of Final period
     cut: set[int] = field(default_factory=set)  # ends of periods in which a gap may have cut a flush in two
@@ -126,12 +138,14 @@ def recount(
         found.problems += [
             f"{where}: the column {name} is {value!r:.80}, its bytes say {record.get(name)!r:.80}"
             for name, value in columns.items()
-            if value != record.get(name)
+            if value != record.get(name) and not (name == _LATER and value is None)
         ]
+        if told := impossible(Counts(*(record[name] for name in Counts._fields))):
+            found.problems.append(f"{where}: claims {told}, and was taken by a version that did not look")
         of_end_ns = schedule.period_of(record["ended_at"]).end_ns
         if of_end_ns != booked_end_ns and (of_end_ns, booked_end_ns) not in moved:
             found.problems.append(f"{where}: is booked in the period until {rfc3339(booked_end_ns)} without a reason")
-        _count(found, record, booked_end_ns)
+        _count(found, record, booked_end_ns, held=columns.get(_LATER) is not None)
         of_owner = hashed[booked_end_ns][record["tenant"] or PLATFORM]
         of_owner.count += 1
         of_owner.running.update(given_hash.encode())
@@ -240,12 +254,14 @@ def check_reports(
     plan: PeriodPlan | None,
     pods: Iterable[Pod],
     adjustments: Iterable[Adjustment] = (),
+    corrections: Sequence[Correction] = (),
 ) -> list[str]:
     """Compare the Final reports of a service for a period with the raw records of all its pods and their hashes.
 
     `allocated_ns` is what was allocated to its pods, by class of GPU; the reports, with the platform's, must add up to
     it. `plan` is the price plan of the period, with all of its versions. `pods` are its pods as they were known when it
-    was closed: that a container had ended already, which became known later, is booked as an adjustment.
+    was closed: that a container had ended already, which became known later, is booked as an adjustment. `corrections`
+    are those that are booked in it.
     """
     found, end_ns = list(found), period.end_ns
     problems = []
@@ -269,7 +285,10 @@ def check_reports(
     except ValueError as told:
         problems.append(f"{when}: {told}")
         by_stretch = {}
-    due = bills_due(plan, period, (minute for each in found for minute in each.raw_minutes(end_ns)), by_stretch)
+    energy_mj = energy_due((each.energy[end_ns], each.tenants[end_ns]) for each in found)
+    minutes = (minute for each in found for minute in each.raw_minutes(end_ns))
+    due = bills_due(plan, period, minutes, by_stretch, corrections)
+    problems += [f"{when}: {told}" for told in corrections_that_differ(corrections, plan, period)]
     for tenant in sorted(raw.keys() | reports.keys() | hashed.keys() | due.keys()):
         report = reports.get(tenant)
         if report is None:
@@ -282,12 +301,15 @@ def check_reports(
             )
         if int(status.get("idleGpuNanoseconds", 0)) != expected.idle_ns:
             problems.append(f"{when}: {tenant} is billed another part of idle time than {expected.idle_ns} ns")
+        if int(status.get("adjustedGpuNanoseconds", 0)) != expected.adjusted_ns:
+            problems.append(f"{when}: {tenant} is corrected by another time than {expected.adjusted_ns} ns")
         own = hashed.get(tenant) or Hashed()
         if status["recordCount"] != own.count:
             problems.append(f"{when}: {tenant}'s report counts {status['recordCount']} records of {own.count}")
         if status.get("digest") != own.running.hexdigest():
             problems.append(f"{when}: the digest of {tenant}'s report is not that of its records")
-        problems += [f"{when}: {tenant}'s {problem}" for problem in _figures_that_differ(status, used[tenant])]
+        differ = _figures_that_differ(status, used[tenant], energy_mj.get(tenant))
+        problems += [f"{when}: {tenant}'s {problem}" for problem in differ]
         problems += [f"{when}: {tenant}'s {told}" for told in _prices_that_differ(report, plan, expected)]
     return problems
 
@@ -309,12 +331,15 @@ def check_kept(
     ]
 
 
-def _figures_that_differ(status: Mapping[str, Any], used: Mapping[str, int]) -> Iterable[str]:
+def _figures_that_differ(status: Mapping[str, Any], used: Mapping[str, int], energy_mj: int | None) -> Iterable[str]:
     tokens = status.get("tokens") or {}
+    joules = None if energy_mj is None else Decimal(energy_mj).scaleb(-3).normalize()
     stated = {
         "prefillGpuNanoseconds": (status.get("prefillGpuNanoseconds"), used["prefill_ns"]),
         "decodeGpuNanoseconds": (status.get("decodeGpuNanoseconds"), used["decode_ns"]),
         "sessions": (status.get("sessions"), used["sessions"]),
+        "kvByteSeconds": (status.get("kvByteSeconds"), used.get(_LATER)),
+        "energyJoules": (status.get("energyJoules"), joules if joules is None else f"{joules:f}"),
         "tokens.prompt": (tokens.get("prompt"), used["prompt_tokens"]),
         "tokens.cached": (tokens.get("cached"), used["cached_tokens"]),
         "tokens.completion": (tokens.get("completion"), used["completion_tokens"]),
@@ -349,18 +374,22 @@ def _record_of(body: bytes) -> dict[str, Any] | None:
         record = json.loads(body)
     except (ValueError, TypeError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.keys() >= _FIELDS else None
+    return record if isinstance(record, dict) and record.keys() >= REQUIRED else None
 
 
-def _count(found: Recount, record: Mapping[str, Any], booked_end_ns: int) -> None:
+def _count(found: Recount, record: Mapping[str, Any], booked_end_ns: int, *, held: bool) -> None:
     if record["kind"] == "account":
         found.accounts[booked_end_ns][record["account"]] += record["gpu_ns"]
+        if "energy_mj" in record:
+            found.energy[booked_end_ns][record["account"]] += record["energy_mj"]
     elif record["kind"] == "session" and record["account"] == "attributed":
         found.tenants[booked_end_ns][record["tenant"]] += record["gpu_ns"]
         used = found.used[booked_end_ns][record["tenant"]]
         for name in _USED:
             used[name] += record[name]
         used["sessions"] += record["status"] in ENDED
+        if held:
+            used[_LATER] += record[_LATER]
     minute = found.minutes[booked_end_ns][minute_end_ns(record["ended_at"])]
     if record["kind"] == "account" and record["account"] in ("idle", "host_gap"):
         minute[""][0] += record["gpu_ns"]

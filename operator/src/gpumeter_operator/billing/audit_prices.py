@@ -8,15 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import product
 
-from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Pod
-from gpumeter_operator.billing.stretches import Stretch, stretch_at, stretches
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Correction, Pod
+from gpumeter_operator.billing.stretches import Stretch, corrected_stretch, stretch_at, stretches
 from gpumeter_operator.billing.tariff import HOUR_NS, BillingMode, IdlePayer, PeriodPlan
 from gpumeter_usage.period import MINUTE_NS, Period
-
-MAX_SPANS = 6
-"""Lives of a container in one period of which it is tried whether each was known; three states each."""
 
 Used = tuple[int, int, int, int]
 """GPU-nanoseconds, and prompt, cached and completion tokens."""
@@ -39,6 +35,7 @@ class Owed:
 
     gpu_ns: int = 0
     idle_ns: int = 0
+    adjusted_ns: int = 0
     amount: Fraction | None = Fraction(0)
     currencies: set[str] = field(default_factory=set)
 
@@ -50,7 +47,11 @@ class Owed:
 
 
 def bills_due(
-    plan: PeriodPlan, period: Period, minutes: Iterable[RawMinute], allocated_ns: Mapping[tuple[int, str], int]
+    plan: PeriodPlan,
+    period: Period,
+    minutes: Iterable[RawMinute],
+    allocated_ns: Mapping[tuple[int, str], int],
+    corrections: Iterable[Correction] = (),
 ) -> dict[str, Owed]:
     """By tenant, what is due. `allocated_ns` is by the start of a stretch and the class of GPU."""
     due: dict[str, Owed] = defaultdict(Owed)
@@ -84,7 +85,22 @@ def bills_due(
         rest_ns = allocated_ns.get(key, 0) - sum(used[key].values()) - sum(shares.values())
         due[PLATFORM].gpu_ns += rest_ns
         due[PLATFORM].add(_of_time(stretch, gpu_class, rest_ns), stretch)
+    for each in corrections:
+        stretch = corrected_stretch(cut, each.priced_ns)
+        for owner, gpu_ns in ((each.tenant, each.gpu_ns), (PLATFORM, -each.gpu_ns)):
+            due[owner].gpu_ns += gpu_ns
+            due[owner].adjusted_ns += gpu_ns
+            due[owner].add(_of_time(stretch, each.gpu_class, gpu_ns), stretch)
     return due
+
+
+def corrections_that_differ(corrections: Iterable[Correction], plan: PeriodPlan, period: Period) -> Iterable[str]:
+    """A sentence for each correction that names another version of the price plan than the one that prices it."""
+    cut = stretches(plan, period)
+    for each in corrections:
+        known = corrected_stretch(cut, each.priced_ns).version.plan
+        if known is None or (known.name, known.hash) != (each.plan_name, each.plan_hash):
+            yield f"correction {each.id} names another price plan than that of the period that it corrects"
 
 
 def allocated_in(
@@ -92,8 +108,8 @@ def allocated_in(
 ) -> dict[tuple[int, str], int]:
     """GPU-nanoseconds allocated in a closed period, by the start of the stretch and the class of GPU.
 
-    `pods` come with what their frozen accounts say was allocated to them in it, which is the total. Raises ValueError
-    with a sentence where no history of a pod's containers comes to that.
+    `pods` are as they were known when it was closed, and come with what their frozen accounts say was allocated to them
+    in it, which is the total. Raises ValueError with a sentence where a pod's containers do not come to that.
     """
     cut = stretches(plan, period)
     found: dict[tuple[int, str], int] = defaultdict(int)
@@ -110,22 +126,19 @@ def allocated_in(
 
 
 def _as_it_was_known(pod: Pod, cut: tuple[Stretch, ...], period: Period, total_ns: int) -> list[tuple[Stretch, int]]:
-    """A pod's allocation by stretch, as far as its containers were known when the period was closed: that one ended in
-    it, or ran at all, may have become known later, and is an adjustment of another period then."""
-    if len(cut) == 1:
-        return [(cut[0], total_ns)]
-    touching = [(s.started_ns, s.ended_ns or period.end_ns) for s in pod.spans if s.started_ns < period.end_ns]
-    touching = [(start_ns, end_ns) for start_ns, end_ns in touching if end_ns > period.start_ns][:MAX_SPANS]
-    known = [((start_ns, end_ns), (start_ns, period.end_ns), (0, 0)) for start_ns, end_ns in touching]
-    for lives in product(*known):
-        by_stretch = []
-        for stretch in cut:
-            start_ns = max(stretch.start_ns, period.start_ns)
-            lived_ns = sum(max(0, min(stretch.end_ns, end) - max(start_ns, start)) for start, end in lives)
-            by_stretch.append((stretch, pod.worker.devices * lived_ns))
-        if sum(gpu_ns for _, gpu_ns in by_stretch) == total_ns:
-            return by_stretch
-    raise ValueError(f"{pod.worker.pod}: no history of its containers comes to the {total_ns} ns of its accounts")
+    """A pod's allocation by stretch, from its containers as they were known when the period was closed: that one ended
+    in it, or ran at all, may have become known later, and is an adjustment of another period then."""
+    own = [stretch for stretch in cut if stretch.end_ns > period.start_ns]  # others are of what is booked late
+    if len(own) == 1:
+        return [(own[0], total_ns)]
+    lives = [(span.started_ns, period.end_ns if span.ended_ns is None else span.ended_ns) for span in pod.spans]
+    by_stretch = []
+    for stretch in own:
+        lived_ns = sum(max(0, min(stretch.end_ns, end) - max(stretch.start_ns, start)) for start, end in lives)
+        by_stretch.append((stretch, pod.worker.devices * lived_ns))
+    if sum(gpu_ns for _, gpu_ns in by_stretch) != total_ns:
+        raise ValueError(f"{pod.worker.pod}: its containers do not come to the {total_ns} ns of its accounts")
+    return by_stretch
 
 
 def minute_end_ns(ended_ns: int) -> int:
@@ -151,7 +164,7 @@ def _of_tokens(stretch: Stretch, model: str, prompt: int, cached: int, completio
     if rate is None:
         return None if prompt or cached or completion else Fraction(0)
     prices = (Fraction(str(price)) for price in (rate.prompt, rate.cached, rate.completion))
-    counts = (prompt - cached, cached, completion)
+    counts = (max(0, prompt - cached), min(prompt, cached), completion)
     return sum((count * price / 1000 for count, price in zip(counts, prices, strict=True)), Fraction(0))
 
 

@@ -12,6 +12,9 @@ stretch's `idlePayer`: `platform`; `tenant` (split among the tenants that used t
 proportion to their time, by largest remainders; the platform's where nobody did); `owner` (the tenant that the service
 is dedicated to). Start, load, warm-up, drain, non-billable and unaccounted time stay the platform's under every plan.
 
+A correction moves time of a closed period between a tenant and the platform, at the price of the part of that period
+that it is of: the sum of all bills stays what was allocated.
+
 Under `standardRate` a tenant pays for tokens, and its measured cost less that amount is the platform's `Difference`: so
 the amounts of all reports still add up to the price of the allocated time.
 """
@@ -23,8 +26,8 @@ from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 
-from gpumeter_operator.billing.facts import PLATFORM, Line, Worker
-from gpumeter_operator.billing.stretches import Stretch, stretches
+from gpumeter_operator.billing.facts import PLATFORM, Correction, Line, Worker
+from gpumeter_operator.billing.stretches import Stretch, corrected_stretch, stretches
 from gpumeter_operator.billing.tariff import HourPrice, IdlePayer, PeriodPlan, StandardRate, rounded
 from gpumeter_usage.apportion import largest_remainder
 from gpumeter_usage.period import Period, rfc3339
@@ -51,6 +54,7 @@ class ChargeKind(StrEnum):
     PLATFORM = "Platform"  # what was allocated and is on no tenant's bill
     TOKENS = "Tokens"  # a model's tokens at standard rates, in the place of the price of usage
     DIFFERENCE = "Difference"  # the platform's: what tenants' usage cost, less what they pay for its tokens
+    CORRECTION = "Correction"  # booked by hand for a closed period; the platform has the other side of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ class Bill:
         """The part of it that is idle time."""
         return sum(charge.gpu_ns for charge in self.charges if charge.kind is ChargeKind.IDLE)
 
+    @property
+    def corrected_ns(self) -> int:
+        """The part of it that corrects closed periods; negative where they held too much."""
+        return sum(charge.gpu_ns for charge in self.charges if charge.kind is ChargeKind.CORRECTION)
+
 
 @dataclass(frozen=True, slots=True)
 class Priced:
@@ -111,8 +120,10 @@ class Priced:
     difference: Decimal | None = None
 
 
-def bills(parts: Iterable[PodStretch], plan: PeriodPlan, period: Period) -> dict[str, Bill]:
-    """The bill of everybody who used anything or pays for idle time, and the platform's."""
+def bills(
+    parts: Iterable[PodStretch], plan: PeriodPlan, period: Period, corrections: Iterable[Correction] = ()
+) -> dict[str, Bill]:
+    """The bill of everybody who used anything, pays for idle time or is corrected, and the platform's."""
     at: dict[int, Stretch] = {}
     left: dict[tuple[int, str], int] = defaultdict(int)  # by the stretch's start and the class of GPU
     idle: dict[tuple[int, str], int] = defaultdict(int)
@@ -148,6 +159,12 @@ def bills(parts: Iterable[PodStretch], plan: PeriodPlan, period: Period) -> dict
         for tenant, count in of_tenants.items():
             found.setdefault(tenant, []).append(_of_tokens(at[start_ns], model, count))
     found[PLATFORM] += _differences(at, [charge for tenant in found for charge in found[tenant]])
+    cut = stretches(plan, period)
+    for each in corrections:
+        stretch = corrected_stretch(cut, each.priced_ns)
+        for owner, gpu_ns in ((each.tenant, each.gpu_ns), (PLATFORM, -each.gpu_ns)):
+            charge = _of_time(ChargeKind.CORRECTION, stretch, each.gpu_class, gpu_ns)
+            found.setdefault(owner, []).append(charge)
     return {owner: Bill(tuple(sorted(charges, key=_in_order))) for owner, charges in found.items()}
 
 
@@ -175,13 +192,10 @@ def price(bill: Bill, plan: PeriodPlan, period: Period) -> Priced:
     in_use = [charge.stretch.version.plan for charge in counted if charge.exact]
     currencies = sorted({each.currency for each in in_use or plans[-1:] if each is not None})
     if len(currencies) > 1:
-        message = (
-            f"PricePlan {plan.name} changed its currency within the period ({' and '.join(currencies)}), and amounts "
-            f"of two currencies do not add up; make a new plan for another currency."
-        )
-        return Priced(None, "CurrencyChanged", message)
+        return Priced(None, "CurrencyChanged", _two_currencies(counted, currencies, plan.name))
     measured = difference = None
-    of_time = [charge.exact for charge in bill.charges if charge.kind in (ChargeKind.USAGE, ChargeKind.IDLE)]
+    for_time = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.CORRECTION)
+    of_time = [charge.exact for charge in bill.charges if charge.kind in for_time]
     if len(counted) < len(bill.charges):
         measured = _sum(of_time)
     if any(charge.kind is ChargeKind.DIFFERENCE for charge in counted):
@@ -225,9 +239,11 @@ def _of_tokens(stretch: Stretch, model: str, count: Tokens) -> Charge:
     rate = None if plan is None else plan.standard_rate(model, stretch.start_ns)
     exact = None if count != Tokens() else Fraction(0)
     if rate is not None:
+        # More found than sent cannot be, and is refused; where an older ledger has it, it is not paid for twice.
+        cached = min(count.cached, count.prompt)
         prices = (
-            (count.prompt - count.cached, rate.prompt),
-            (count.cached, rate.cached),
+            (count.prompt - cached, rate.prompt),
+            (cached, rate.cached),
             (count.completion, rate.completion),
         )
         exact = sum((number * Fraction(each) for number, each in prices), Fraction(0)) / 1000
@@ -278,6 +294,26 @@ def _no_price(charge: Charge, name: str) -> tuple[str, str]:
             f"platform carries of it cannot be told; add the rates that are missing."
         )
     return "NoRate", f"{of_plan} has no rate for gpuClass {charge.of} at {since}; add one."
+
+
+def _two_currencies(counted: Iterable[Charge], currencies: Iterable[str], name: str) -> str:
+    """Why a bill has charges in these currencies. A correction is refused where the service is billed in another one by
+    then, but the plan may be changed between that and the beginning of the period in which it is booked."""
+    by_hand: dict[bool, set[str]] = {True: set(), False: set()}
+    for charge in counted:
+        if charge.exact and charge.stretch.version.plan is not None:
+            by_hand[charge.kind is ChargeKind.CORRECTION].add(charge.stretch.version.plan.currency)
+    own, corrected = (" and ".join(sorted(by_hand[which])) for which in (False, True))
+    if len(by_hand[False]) > 1:
+        return (
+            f"PricePlan {name} changed its currency within the period ({' and '.join(currencies)}), and amounts "
+            f"of two currencies do not add up; make a new plan for another currency."
+        )
+    beside = f", and everything else in {own}" if own else ""
+    return (
+        f"What corrects earlier periods here is priced in {corrected}{beside}; amounts of two currencies do not add "
+        "up, so this bill has none, and its charges show what each part costs. Settle the corrections with an invoice."
+    )
 
 
 def _told(bill: Bill, plan: PeriodPlan, period: Period) -> str:

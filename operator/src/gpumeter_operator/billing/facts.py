@@ -148,6 +148,41 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """What somebody found wrong with a Final report, booked in a later period: the tenant's time of the report's period
+    is `gpu_ns` more (negative: less), and the platform's as much less.
+
+    `report` is the name of that report, `report_digest` the SHA-256 of its bytes. It is of the part of that period that
+    begins at `part_start_ns`, and has its price; the plan is the version of that part. None, as versions before booked
+    it: of the part with which the period begins. `reason` is the sentence of `actor`, who answers for it.
+    """
+
+    id: str
+    namespace: str
+    service: str
+    tenant: str
+    report: str
+    report_digest: str
+    closed_start_ns: int
+    closed_end_ns: int
+    booked_end_ns: int
+    gpu_class: str
+    gpu_ns: int
+    plan_name: str
+    plan_version: int
+    plan_hash: str
+    reason: str
+    actor: str
+    made_ns: int
+    part_start_ns: int | None = None
+
+    @property
+    def priced_ns(self) -> int:
+        """The start of the part of time whose price it has."""
+        return self.closed_start_ns if self.part_start_ns is None else self.part_start_ns
+
+
+@dataclass(frozen=True, slots=True)
 class Line:
     """The sum of records that share a boot, kind, account, tenant and clock. Order changes nothing."""
 
@@ -168,6 +203,8 @@ class Line:
     cached_tokens: int = 0
     completion_tokens: int = 0
     batch_ns: int = 0
+    kv_byte_s: int | None = None  # these two are None where no record states them
+    energy_mj: int | None = None
 
     @property
     def owner(self) -> str:
@@ -186,6 +223,7 @@ _SUMMED = (
     "completion_tokens",
     "batch_ns",
 )
+_STATED = ("kv_byte_s", "energy_mj")
 
 
 def line_of(record: Record) -> Line:
@@ -208,7 +246,15 @@ def line_of(record: Record) -> Line:
         cached_tokens=record.cached_tokens,
         completion_tokens=record.completion_tokens,
         batch_ns=record.batch_ns,
+        kv_byte_s=record.kv_byte_s,
+        energy_mj=record.energy_mj,
     )
+
+
+def sum_of_stated(figures: Iterable[int | None]) -> int | None:
+    """The sum of those that are stated; None where none is."""
+    stated = [figure for figure in figures if figure is not None]
+    return sum(stated) if stated else None
 
 
 def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
@@ -221,6 +267,7 @@ def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
             merged[key] = line
             continue
         sums = {name: getattr(known, name) + getattr(line, name) for name in _SUMMED}
+        sums |= {name: sum_of_stated((getattr(known, name), getattr(line, name))) for name in _STATED}
         merged[key] = replace(
             known,
             first_seq=min(known.first_seq, line.first_seq),

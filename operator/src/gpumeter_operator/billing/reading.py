@@ -27,9 +27,10 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 _Text = Annotated[str, msgspec.Meta(max_length=MAX_STRING_CHARS)]
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A record: the same fields as gpumeter_usage.record.Record, in the canonical form's order, in which they are
-    expected and found quickest."""
+    expected and found quickest. `energy_mj` is UNSET where a record does not state it: no other value is free for
+    that, for JSON's null is none that a record may hold."""
 
     account: _Text
     batch_ns: _Count
@@ -39,6 +40,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     completion_tokens: _Count
     decode_ns: _Count
     ended_at: _Count
+    energy_mj: _Count | msgspec.UnsetType = msgspec.UNSET
     gpu_class: _Text
     gpu_ns: _Count
     gpu_uuid: _Text
@@ -94,6 +96,8 @@ def _is_consistent(row: Row) -> bool:
     if row.seq < 1 or row.ended_at < row.started_at or not (row.worker_uid and row.boot_id and row.service):
         return False
     kind = row.kind
+    if kind is not Kind.ACCOUNT and row.energy_mj is not msgspec.UNSET:
+        return False
     if kind is Kind.SESSION:
         return (
             row.account in _OF_SESSIONS

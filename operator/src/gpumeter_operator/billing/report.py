@@ -17,7 +17,8 @@ from typing import Any
 from gpumeter_operator.billing.accounts import Accounts, PodAccounts
 from gpumeter_operator.billing.charges import Bill, PodStretch, Priced, bills, price, whole_parts
 from gpumeter_operator.billing.close import Phase, Verdict
-from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Line, Worker
+from gpumeter_operator.billing.energy import energy_mj
+from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Correction, Line, Worker, sum_of_stated
 from gpumeter_operator.billing.statement import statement
 from gpumeter_operator.billing.tariff import PeriodPlan, plain
 from gpumeter_operator.decide.names import (
@@ -61,8 +62,8 @@ class ServicePeriod:
     """All that the reports of a service for a period are made of.
 
     `digests` holds, by owner, the digest of its records (see `digest_of`); empty while the period runs. `adjustments`
-    are what of earlier, closed periods is booked here. `parts` are the pods by stretch of one price; None where the
-    whole period is one.
+    are what of earlier, closed periods is booked here, `corrections` what somebody found wrong with their reports.
+    `parts` are the pods by stretch of one price; None where the whole period is one.
     """
 
     namespace: str
@@ -74,17 +75,20 @@ class ServicePeriod:
     digests: Mapping[str, str]
     adjustments: tuple[Adjustment, ...] = ()
     parts: tuple[PodStretch, ...] | None = None
+    corrections: tuple[Correction, ...] = ()
 
 
 def reports(of: ServicePeriod) -> tuple[Manifest, ...]:
-    """One report a tenant that used anything or pays for idle time, and the platform's; ordered by tenant."""
+    """One report a tenant that used anything, pays for idle time or is corrected, and the platform's; ordered by
+    tenant."""
     parts = of.parts
     if parts is None:
         whole = ((pod.worker, pod.booked.accounts.allocated, pod.lines) for pod in of.pods)
         parts = whole_parts(whole, of.plan, of.period)
-    found = bills(parts, of.plan, of.period)
+    found = bills(parts, of.plan, of.period, of.corrections)
+    energy = energy_mj(pod.lines for pod in of.pods)
     tenants = {line.owner for pod in of.pods for line in pod.lines} | found.keys()
-    return tuple(_report(of, tenant, found.get(tenant, Bill())) for tenant in sorted(tenants))
+    return tuple(_report(of, tenant, found.get(tenant, Bill()), energy.get(tenant)) for tenant in sorted(tenants))
 
 
 def report_name(service: str, tenant: str, period: Period) -> str:
@@ -147,8 +151,16 @@ def mean_batch(batch_ns: int, used_ns: int) -> str:
     return plain((Decimal(batch_ns) / Decimal(used_ns)).quantize(Decimal("0.001"), ROUND_HALF_EVEN))
 
 
-def _report(of: ServicePeriod, tenant: str, bill: Bill) -> Manifest:
-    found = envelope((of.namespace, of.service), tenant, of.period, of.verdict.phase, _status(of, tenant, bill))
+def joules(energy_mj: int) -> str:
+    """Millijoules as a report says them."""
+    return plain(Decimal(energy_mj).scaleb(-3))
+
+
+def _report(of: ServicePeriod, tenant: str, bill: Bill, drawn_mj: int | None) -> Manifest:
+    status = _status(of, tenant, bill)
+    if drawn_mj is not None:
+        status["energyJoules"] = joules(drawn_mj)
+    found = envelope((of.namespace, of.service), tenant, of.period, of.verdict.phase, status)
     if (plan := of.plan.plan) is not None:
         found["spec"] |= {"pricePlanRef": {"name": plan.name, "version": plan.version}, "pricePlanHash": plan.hash}
     return found
@@ -185,8 +197,13 @@ def _status(of: ServicePeriod, tenant: str, bill: Bill) -> Manifest:
     used_ns = sum(line.gpu_ns for line in used)
     if used_ns:
         status["meanBatchSize"] = mean_batch(batch_ns, used_ns)
-    if of.adjustments:
-        status["adjustments"] = [_adjustment(each) for each in of.adjustments[:MAX_ADJUSTMENTS]]
+    kv_byte_s = sum_of_stated(line.kv_byte_s for line in used)
+    if kv_byte_s is not None:
+        status["kvByteSeconds"] = str(kv_byte_s)
+    # What became known late concerns whoever shares the service; of a correction only its two sides are told.
+    corrected = [_correction(each) for each in of.corrections if tenant in (each.tenant, PLATFORM)]
+    if booked := [*(_adjustment(each) for each in of.adjustments), *corrected]:
+        status["adjustments"] = booked[:MAX_ADJUSTMENTS]
     if tenant == PLATFORM:
         status["accounts"] = {field: str(getattr(total, name)) for name, field in ACCOUNT_FIELDS.items()}
     status |= statement(of.plan, bill, priced, prompt + completion)
@@ -297,6 +314,20 @@ def _adjustment(each: Adjustment) -> Manifest:
     if each.first_seq:
         entry |= {"bootId": each.boot_id, "first": each.first_seq, "last": each.last_seq}
     return entry
+
+
+def _correction(each: Correction) -> Manifest:
+    return {
+        "originalPeriodEnd": rfc3339(each.closed_end_ns),
+        "id": each.id,
+        "tenant": each.tenant,
+        "report": each.report,
+        "reason": "Correction",
+        "message": each.reason[:1024],
+        "actor": each.actor,
+        "gpuNanoseconds": str(each.gpu_ns),
+        "pricePlan": {"name": each.plan_name, "version": each.plan_version, "hash": each.plan_hash},
+    }
 
 
 def _measured(of: ServicePeriod, condition: Any) -> Any:

@@ -22,6 +22,7 @@ from gpumeter_operator.billing.report import (
     Manifest,
     digest_of,
     envelope,
+    joules,
     mean_batch,
     reconciled,
 )
@@ -31,7 +32,9 @@ from gpumeter_usage.period import SECOND_NS, Period, from_rfc3339, rfc3339
 MAX_PLANS = 64
 _COUNTS = ("gpuNanoseconds", "prefillGpuNanoseconds", "decodeGpuNanoseconds", "batchNanoseconds")
 _AMOUNTS = ("amount", "packageDeduction", "amountDue", "standardRateDifference")
+_ENERGY, _HELD = "energyJoules", "kvByteSeconds"
 _IDLE = "idleGpuNanoseconds"
+_ADJUSTED = "adjustedGpuNanoseconds"
 _MEASURED = "measuredAmount"
 
 Keyed = tuple[str, str, Manifest]
@@ -45,6 +48,7 @@ class Part:
     periods: int = 0
     complete: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
+    stated: Mapping[str, int] = field(default_factory=dict)  # millijoules and byte-seconds, where a period states them
     tokens: Mapping[str, int] = field(default_factory=dict)
     sessions: int = 0
     records: int = 0
@@ -105,7 +109,8 @@ def part_of(report: Manifest) -> Part:
     return Part(
         periods=periods,
         complete=completeness.get("completePeriods", int(conditions["Complete"]["status"] == "True")),
-        counts={name: int(status.get(name, "0")) for name in (*_COUNTS, _IDLE)},
+        counts={name: int(status.get(name, "0")) for name in (*_COUNTS, _IDLE, _ADJUSTED)},
+        stated=_stated(status),
         tokens=status["tokens"],
         sessions=status["sessions"],
         records=status["recordCount"],
@@ -131,6 +136,7 @@ def add(one: Part, other: Part) -> Part:
         periods=one.periods + other.periods,
         complete=one.complete + other.complete,
         counts=_added(one.counts, other.counts),
+        stated=_added(one.stated, other.stated),
         tokens=_added(one.tokens, other.tokens),
         sessions=one.sessions + other.sessions,
         records=one.records + other.records,
@@ -186,16 +192,23 @@ def rolled_up(
         "completeness": _completeness(whole, verdict, pods),
         "conditions": _conditions(of, whole, period, verdict, pods),
     }
-    if whole.adjustments:
-        status["adjustments"] = [each for *_, each in whole.adjustments]
+    if booked := _booked(tenant, of, whole):
+        status["adjustments"] = [each for *_, each in booked]
+    adjusted_ns = counts.get(_ADJUSTED, 0)
     # Of a tenant: the share of its time; of the platform: of what its own sessions used.
-    used_ns = gpu_ns if tenant != PLATFORM else sum(counts.get(name, 0) for name in _COUNTS[1:3])
+    used_ns = gpu_ns - adjusted_ns if tenant != PLATFORM else sum(counts.get(name, 0) for name in _COUNTS[1:3])
     if used_ns and counts.get("batchNanoseconds"):
         status["meanBatchSize"] = mean_batch(counts["batchNanoseconds"], used_ns)
     if tenant == PLATFORM:
         status["accounts"] = {name: str(of.accounts.get(name, 0)) for name in ACCOUNT_FIELDS.values()}
+    if _ENERGY in of.stated:
+        status[_ENERGY] = joules(of.stated[_ENERGY])
+    if _HELD in of.stated:
+        status[_HELD] = str(of.stated[_HELD])
     if idle_ns := counts.get(_IDLE, 0):
         status[_IDLE] = str(idle_ns)
+    if adjusted_ns:
+        status[_ADJUSTED] = str(adjusted_ns)
     if _priced(of)[0]:
         shown = {name: amount for name, amount in of.amounts.items() if of.standard or name != _MEASURED}
         status |= {name: plain(amount) for name, amount in shown.items()}
@@ -205,6 +218,19 @@ def rolled_up(
     if verdict.phase is Phase.FINAL:
         status["digest"] = digest_of(digest for _, digest in of.digests)
     return envelope(service, tenant, period, verdict.phase, status)
+
+
+def _booked(tenant: str, of: Part, whole: Part) -> tuple[Keyed, ...]:
+    """What of earlier periods is booked: late facts stand in every report, a correction in those of its two sides."""
+    if tenant == PLATFORM:
+        return whole.adjustments
+    late = [each for each in whole.adjustments if "tenant" not in each[2]]
+    return _least((*late, *(each for each in of.adjustments if "tenant" in each[2])), MAX_ADJUSTMENTS)
+
+
+def _stated(status: Manifest) -> dict[str, int]:
+    found = {_ENERGY: int(Decimal(status[_ENERGY]).scaleb(3))} if _ENERGY in status else {}
+    return found | ({_HELD: int(status[_HELD])} if _HELD in status else {})
 
 
 def _amounts(status: Manifest) -> dict[str, Decimal]:

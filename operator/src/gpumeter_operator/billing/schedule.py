@@ -4,6 +4,7 @@ Owns the rule that periods never overlap: another length takes effect at a full 
 Knows no clock.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpumeter_usage.period import LENGTH_NS, Granularity, Period, period_of
@@ -34,6 +35,18 @@ class Schedule:
             found.append(period)
             at_ns = period.end_ns + 1
         return found
+
+
+def next_open(schedule: Schedule, final_ns: int, open_from_ns: Iterable[int], now_ns: int) -> Period:
+    """The period in which something is booked that became known too late: the first of the service that is open, or the
+    one that runs now.
+
+    `final_ns` is the end of the last Final one, `open_from_ns` are times after which something of the service happened
+    that is in no Final period yet. Never one that is Final, whatever the clock says; and none before now in which
+    nothing is: a service that was asleep for a month gets no bill of that month for what is booked today.
+    """
+    starts_ns = [max(final_ns, from_ns) + 1 for from_ns in (*open_from_ns, now_ns - 1)]
+    return schedule.period_of(min(starts_ns))
 
 
 def effective_from_ns(now_ns: int) -> int:

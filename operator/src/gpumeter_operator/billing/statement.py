@@ -26,6 +26,8 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
     found: dict[str, Any] = {}
     if bill.idle_ns:
         found["idleGpuNanoseconds"] = str(bill.idle_ns)
+    if bill.corrected_ns:
+        found["adjustedGpuNanoseconds"] = str(bill.corrected_ns)
     by_tokens = _by_tokens(bill, plan)
     if by_tokens:
         found["billingMode"] = BillingMode.STANDARD_RATE.value
@@ -49,7 +51,7 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
     return found
 
 
-_OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM)
+_OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM, ChargeKind.CORRECTION)
 
 
 def _by_tokens(bill: Bill, plan: PeriodPlan) -> bool:

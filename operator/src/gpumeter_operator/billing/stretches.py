@@ -58,6 +58,11 @@ def stretch_at(cut: tuple[Stretch, ...], ended_ns: int) -> Stretch:
     return next((stretch for stretch in cut if ended_ns <= stretch.end_ns), cut[-1])
 
 
+def corrected_stretch(cut: tuple[Stretch, ...], part_start_ns: int) -> Stretch:
+    """The stretch whose price a correction of a closed period has: the one that begins with the part that it is of."""
+    return stretch_at(cut, part_start_ns + 1)
+
+
 def holds_from_ns(observed_ns: int) -> int:
     """From when a version holds that was seen at a time: the next whole minute, where records are cut."""
     return -(-observed_ns // MINUTE_NS) * MINUTE_NS

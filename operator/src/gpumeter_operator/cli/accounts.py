@@ -70,15 +70,16 @@ def accounts(
         reader = open_reader(ledger)
         services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
         rows, problems = [], []
+        checked = Tally() if check else None
         for each in services:
             rows += [row for row in rows_of(reader, each, time.time_ns()) if row.period.end_ns > since]
-            problems += audit(reader, each) if check else []
+            problems += audit(reader, each, tally=checked) if check else []
         problems += check_kept([], reader.kept_plans()) if check else []
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
         sys.exit(2)
     problems += [f"{row.namespace}/{row.pod}: the accounts do not add up" for row in rows if not row.adds_up]
-    click.echo(as_json(rows, problems, checked=check) if output == "json" else as_table(rows, problems, checked=check))
+    click.echo((as_json if output == "json" else as_table)(rows, problems, checked))
     sys.exit(1 if problems else 0)
 
 
@@ -98,15 +99,17 @@ def rows_of(reader: Reader, service: Service, now_ns: int) -> list[Row]:
     return sorted(rows, key=lambda row: (row.namespace, row.service, row.period, row.pod))
 
 
-def audit(reader: Reader, service: Service, now_ns: int | None = None) -> list[str]:
-    """Every difference between the raw records of a service, its pods' accounts and its reports."""
+def audit(reader: Reader, service: Service, now_ns: int | None = None, tally: Tally | None = None) -> list[str]:
+    """Every difference between the raw records of a service, its pods' accounts and its reports; `tally` is told how
+    much was looked at."""
     removed, unproved = removed_of(reader, service, None, time.time_ns() if now_ns is None else now_ns)
-    found = recount_service(reader, service, Whole, Tally(), lambda *_: None, removed=removed)
+    found = recount_service(reader, service, Whole, tally or Tally(), lambda *_: None, removed=removed)
     return [problem for _, problem in (*unproved, *found)]
 
 
-def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:
-    """One line a pod and period, in seconds, exact to the nanosecond; then the sums and the verdict."""
+def as_table(rows: list[Row], problems: list[str], checked: Tally | None) -> str:
+    """One line a pod and period, in seconds, exact to the nanosecond; then the sums, and the verdict with what was
+    `checked`."""
     header = ("NAMESPACE", "SERVICE", "POD", "PERIOD", "PHASE", *(name.upper() for name in COLUMNS), "CHECK")
     cells = [header]
     for row in rows:
@@ -135,16 +138,38 @@ def as_table(rows: list[Row], problems: list[str], *, checked: bool) -> str:
         "A step belongs to the period in which it ends: one that straddles an edge leaves a rest in one period that "
         "the next takes back.",
     ]
-    what = (
-        "chains, sums and reports recomputed from the raw records" if checked else "--check recomputes from raw records"
-    )
     lines += [*(f"DIFFERS {problem}" for problem in problems)]
-    lines.append(f"{'accounts = allocated: ' + ('NO' if problems else 'yes')} ({len(rows)} rows; {what})")
+    lines.append(f"{'accounts = allocated: ' + ('NO' if problems else 'yes')} ({len(rows)} rows; {_told(checked)})")
     return "\n".join(lines)
 
 
-def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
+def _told(checked: Tally | None) -> str:
+    if checked is None:
+        return "--check recomputes from raw records"
+    told = f"chains, sums and reports of {_periods(checked.periods)} recomputed from {checked.records} raw records"
+    if not checked.only_compared:
+        return told
+    return (
+        f"{told}; those of {_periods(checked.only_compared)} only compared with each other and with what was "
+        "allocated, because retention removed their records"
+    )
+
+
+def _periods(count: int) -> str:
+    return "1 closed period" if count == 1 else f"{count} closed periods"
+
+
+def as_json(rows: list[Row], problems: list[str], checked: Tally | None) -> str:
     """The same as data; nanoseconds."""
+    looked_at = (
+        {
+            "records": checked.records,
+            "periods": checked.periods,
+            "periodsOnlyCompared": checked.only_compared,
+        }
+        if checked is not None
+        else None
+    )
     return json.dumps(
         {
             "lines": [
@@ -166,7 +191,8 @@ def as_json(rows: list[Row], problems: list[str], *, checked: bool) -> str:
                 "absolute": sum(abs(row.accounts.unaccounted) for row in rows),
             },
             "problems": problems,
-            "checkedFromRawRecords": checked,
+            "checkedFromRawRecords": checked is not None and not checked.only_compared,
+            "lookedAt": looked_at,
             "addsUp": not problems,
         },
         indent=2,

@@ -13,7 +13,7 @@ from typing import TypeVar
 import click
 
 from gpumeter_operator.adapters.journals import journals_in
-from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, open_engine
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.cli.ledger import LEDGER, ledger_url
 from gpumeter_operator.flow.leftover import Leftover, take_journal
@@ -32,7 +32,11 @@ T = TypeVar("T")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def journal(*, ledger: str | None, over_gaps: bool, paths: tuple[Path, ...]) -> None:
     """Take the journals at PATHS (files, or folders that are searched) into the ledger; they are only read."""
-    files = [file for path in paths for file in journals_in(path)]
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            click.echo(f"Looking for journals below {path}.", err=True)
+        files += journals_in(path)
     if not files:
         click.echo("There is no journal.sqlite at or below these paths.", err=True)
         sys.exit(1)
@@ -47,6 +51,7 @@ def journal(*, ledger: str | None, over_gaps: bool, paths: tuple[Path, ...]) -> 
 
 
 async def _take(url: str, files: list[Path], *, over_gaps: bool) -> list[Leftover]:
+    open_engine(url, read_only=True).dispose()  # where there is no ledger, none is made: its collector does that
     ledger = Ledger(url)
     try:
         return [await take_journal(file, ledger, _at_once, time.time_ns, over_gaps=over_gaps) for file in files]

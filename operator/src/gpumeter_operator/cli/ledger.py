@@ -7,6 +7,7 @@ import os
 
 import click
 
+from gpumeter_operator.adapters.ledger.engine import refuse_other_schema
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.cli.collector_settings import DEFAULT_LEDGER, LEDGER_URL
 
@@ -19,5 +20,9 @@ def ledger_url(given: str | None) -> str:
 
 
 def open_reader(given: str | None) -> Reader:
-    """That ledger, for reading only. Raises LedgerUnavailable."""
-    return Reader(ledger_url(given))
+    """That ledger, for reading only, in one state from the command's first query to its end, which closes it. Raises
+    LedgerUnavailable, also where its tables are not those of this version."""
+    reader = Reader(ledger_url(given), one_state=True)
+    click.get_current_context().call_on_close(reader.close)
+    refuse_other_schema(reader.engine)
+    return reader

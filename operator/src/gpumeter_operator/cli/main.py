@@ -1,12 +1,15 @@
 """`gpumeter`: the group of commands.
 
-Owns the list of commands and where each lives. A command's module is imported when the command is called, so that the
-gateway does not carry kopf, nor the plugin a server. Knows no command's options.
+Owns the list of commands and where each lives, and what holds for the process of each. A command's module is imported
+when it is called, so that the gateway does not carry kopf, nor the plugin a server. Knows no command's options.
 """
 
+import sys
 from importlib import import_module
 
 import click
+
+LEVELS_MAX = 10_000  # of an object, as the API server takes it: sigs.k8s.io/json
 
 # name -> (module:attribute, what it does in one line)
 COMMANDS = {
@@ -17,6 +20,7 @@ COMMANDS = {
     "verify": ("gpumeter_operator.cli.verify:verify", "Recompute the whole ledger from its raw rows, and its digests."),
     "digests": ("gpumeter_operator.cli.digests:digests", "Export signed digests, and the keys that signed them."),
     "usage": ("gpumeter_operator.cli.usage:usage", "Print who used how much GPU time, and what it costs."),
+    "adjust": ("gpumeter_operator.cli.adjust:adjust", "Correct a Final report by an entry in the next open period."),
     "journal": ("gpumeter_operator.cli.journal:journal", "Take the journals of pods that are gone into the ledger."),
     "migrate": ("gpumeter_operator.cli.migrate:migrate", "Bring the ledger's tables up to date, as their owner."),
     "profile": ("gpumeter_operator.cli.profile:profile", "Print the parameters behind a profile_hash."),
@@ -54,3 +58,14 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="gpumeter-operator")
 def main() -> None:
     """Metered inference on Kubernetes: operator, collector, gateway and the tools around the bill."""
+    allow_deep_objects()
+
+
+def allow_deep_objects() -> None:
+    """Let this process read and copy every object that an API server may hold.
+
+    A field whose content no schema knows may have all of LEVELS_MAX levels. Python's own limit, 1,000, holds for what
+    decodes JSON too, here and in kopf: one such object of one user would end every list and watch of its kind. Twice
+    that, because what copies takes two frames a level.
+    """
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * LEVELS_MAX + 1_000))

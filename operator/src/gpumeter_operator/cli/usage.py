@@ -20,11 +20,14 @@ from gpumeter_operator.adapters.ledger import usage as sums
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked
+from gpumeter_operator.billing.report import joules
 from gpumeter_operator.billing.tariff import plain
 from gpumeter_operator.cli.ledger import LEDGER, open_reader
 from gpumeter_operator.cli.span import Moment, Month, asked_span
-from gpumeter_operator.flow.billed import Cost, Plans, bills_that_differ
-from gpumeter_operator.flow.usage import Slice, Total, is_billed, lines, notes, slices
+from gpumeter_operator.flow.billed import Plans, bills_that_differ
+from gpumeter_operator.flow.figures import Cost, Total
+from gpumeter_operator.flow.removed_usage import Days, before_session, before_session_note, dates, no_session_note
+from gpumeter_operator.flow.usage import Answer, Slice, answer, is_billed, slices
 from gpumeter_usage.period import SECOND_NS, rfc3339
 
 KEYS = ("tenant", "service", "model", "session")
@@ -80,28 +83,24 @@ def usage(
 ) -> None:
     """Print the GPU time that tenants used, and its price, by whole billing periods.
 
-    What the platform itself used, and what was lost, is in `gpumeter accounts`. Exit code 0; 1 where something that is
-    named is not in the ledger, 2 where the ledger cannot be read.
+    What the platform itself used, and what was lost, is in `gpumeter accounts`. By tenant and service it is what their
+    reports say. Exit code 0; 1 where something that is named is not in the ledger, or retention removed the records of
+    days of which reports cannot tell what is asked for (they are named), 2 where the ledger cannot be read.
     """
     asked = Asked(*asked_span(since, until, month), namespace, service, tenant, model)
     try:
         reader = open_reader(ledger)
         if session_id is not None:
-            plans = Plans(reader, Asked(*asked_span(None, None, None)))
-            of_session = list(slices(reader, session_id, plans))
-            told = list(bills_that_differ(plans.looked_at()))
-            _print(_of_session(of_session, session_id, output, told))
-            return
-        _refuse_unknown(reader, asked)
-        services = [each for each in reader.services() if namespace in (None, each[0]) and service in (None, each[1])]
-        plans, now_ns = Plans(reader, asked), time.time_ns()
-        told = notes(reader, services, asked)
-        told += [] if is_billed(by, asked) else bills_that_differ(plans.opened())
-        found = lines(reader, by, asked, plans, now_ns)
-        _print(_as_json(by, found, asked, told) if output == "json" else _as_table(by, found, asked, told))
+            left_out = _tell_session(reader, session_id, output)
+        else:
+            _refuse_unknown(reader, asked)
+            found = answer(reader, by, asked, time.time_ns())
+            left_out = found.left_out
+            _print(_as_json(by, found, asked) if output == "json" else _as_table(by, found, asked))
     except LedgerUnavailable as problem:
         click.echo(str(problem), err=True)
         sys.exit(2)
+    sys.exit(1 if left_out else 0)
 
 
 def _refuse_unknown(reader: Reader, asked: Asked) -> None:
@@ -128,12 +127,12 @@ def _those(known: list[str]) -> str:
     return f"it has {', '.join(known[:10])}{more}."
 
 
-def _as_table(by: tuple[str, ...], found: Iterator[Total], asked: Asked, told: list[str]) -> Iterator[str]:
+def _as_table(by: tuple[str, ...], found: Answer, asked: Asked) -> Iterator[str]:
     """Line by line; only the first thousand are held, for the widths."""
     total = Total(("total",))
 
     def cells() -> Iterator[tuple[str, ...]]:
-        for line in found:
+        for line in found.lines:
             total.add(line)
             yield (*line.key, *_figures(line))
 
@@ -143,15 +142,19 @@ def _as_table(by: tuple[str, ...], found: Iterator[Total], asked: Asked, told: l
         f"total: {_seconds(total.gpu_ns)} GPU-seconds ({total.gpu_ns} ns), {total.sessions} sessions ended, "
         f"{total.prompt_tokens + total.completion_tokens} tokens, amount {_figures(total)[-1]}"
     )
-    what = "as in the reports" if is_billed(by, asked) else "at the rate of each slice's time"
-    yield f"AMOUNT {what}, before the rounding of an invoice."
+    as_billed = is_billed(by, asked)
+    what = "All figures as in the reports" if as_billed else "AMOUNT at the rate of each slice's time"
+    yield f"{what}, before the rounding of an invoice."
     if total.cost.idle_ns:
         idle = f"{_seconds(total.cost.idle_ns)} GPU-seconds ({total.cost.idle_ns} ns)"
         yield f"{idle} of idle time are charged besides, and are in AMOUNT."
+    if total.cost.adjusted_ns:
+        adjusted = f"{_seconds(total.cost.adjusted_ns)} GPU-seconds ({total.cost.adjusted_ns} ns)"
+        yield f"{adjusted} of corrections are booked besides, and are in AMOUNT."
     if total.cost.unpriced_ns:
         unpriced = _seconds(total.cost.unpriced_ns)
         yield f"{unpriced} GPU-seconds have no price: no usable PricePlan, or no rate for the GPU."
-    yield from told
+    yield from found.notes
 
 
 def _columns(header: tuple[str, ...], cells: Iterator[tuple[str, ...]], left: int) -> Iterator[str]:
@@ -171,21 +174,23 @@ def _figures(line: Total) -> tuple[str, ...]:
     return (_seconds(line.gpu_ns), *map(str, counts), amount)
 
 
-def _as_json(by: tuple[str, ...], found: Iterator[Total], asked: Asked, told: list[str]) -> Iterator[str]:
+def _as_json(by: tuple[str, ...], found: Answer, asked: Asked) -> Iterator[str]:
     """One object, a line of usage on a line of its own, so that millions can be read as they come."""
     total = Total(())
     yield json.dumps({"since": _time(asked.since_ns), "until": _time(asked.until_ns), "by": by})[:-1] + ', "usage": ['
     before = ""
-    for line in found:
+    for line in found.lines:
         total.add(line)
         if before:
             yield before + ","
         before = json.dumps(dict(zip(by, line.key, strict=True)) | _data(line))
     yield from [before] if before else []
-    yield f'], "total": {json.dumps(_data(total))}, "notes": {json.dumps(told)}}}'
+    after = {"total": _data(total), "notes": found.notes, "leftOut": _days(found.left_out)}
+    yield "], " + json.dumps(after)[1:]
 
 
 def _data(line: Total) -> dict[str, Any]:
+    energy = {} if line.energy_mj is None else {"energyJoules": joules(line.energy_mj)}
     return {
         "gpuNanoseconds": str(line.gpu_ns),
         "gpuSeconds": plain(Decimal(line.gpu_ns) / SECOND_NS),
@@ -200,15 +205,33 @@ def _data(line: Total) -> dict[str, Any]:
         },
         "amounts": {currency: plain(amount) for currency, amount in sorted(line.cost.amounts.items())},
         "idleGpuNanoseconds": str(line.cost.idle_ns),
+        "adjustedGpuNanoseconds": str(line.cost.adjusted_ns),
         "unpricedGpuNanoseconds": str(line.cost.unpriced_ns),
+        **energy,
     }
 
 
-def _of_session(found: list[Slice], session_id: str, output: str, told: list[str]) -> Iterator[str]:
-    """The slices of one session, which are at most one each five seconds of its life."""
+def _days(left_out: Days) -> list[dict[str, Any]]:
+    return [{"service": service, "days": dates(ends_ns)} for service, ends_ns in sorted(left_out.items())]
+
+
+def _tell_session(reader: Reader, session_id: str, output: str) -> Days:
+    """Print the slices of one session, which are at most one each five seconds of its life; returns the removed day
+    that it may have slices in."""
+    plans = Plans(reader, Asked(*asked_span(None, None, None)))
+    found = list(slices(reader, session_id, plans))
     if not found:
         click.echo(f"The ledger has no slice of a session {session_id!r:.120}; ids are those of the answers.", err=True)
+        for note in no_session_note(reader):
+            click.echo(note, err=True)
         sys.exit(1)
+    left_out = before_session(reader, found[0].service, found[0].started_ns)
+    told = [*before_session_note(left_out), *bills_that_differ(plans.looked_at())]
+    _print(_of_session(found, session_id, output, told, left_out))
+    return left_out
+
+
+def _of_session(found: list[Slice], session_id: str, output: str, told: list[str], left_out: Days) -> Iterator[str]:
     total = Total(())
     for each in found:
         if each.account == "attributed":
@@ -230,6 +253,7 @@ def _of_session(found: list[Slice], session_id: str, output: str, told: list[str
     }
     if output == "json":
         data = {"slices": [_slice_data(each) for each in found], "total": _data(total), "notes": told}
+        data["leftOut"] = _days(left_out)
         yield json.dumps(about | data, indent=2)
         return
     yield "  ".join(f"{name}={value}" for name, value in about.items())
@@ -295,7 +319,8 @@ def _print(text: Iterable[str]) -> None:
 
 
 def _seconds(gpu_ns: int) -> str:
-    return f"{gpu_ns // SECOND_NS}.{gpu_ns % SECOND_NS:09d}"
+    sign, gpu_ns = ("-", -gpu_ns) if gpu_ns < 0 else ("", gpu_ns)
+    return f"{sign}{gpu_ns // SECOND_NS}.{gpu_ns % SECOND_NS:09d}"
 
 
 def _exact(at_ns: int) -> str:

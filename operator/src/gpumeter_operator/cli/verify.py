@@ -159,9 +159,14 @@ def _as_text(findings: list[Finding], tally: Tally, trust: str, *, offline: bool
         lines += [f"         {findings[0].advice}"] if findings else []
     else:
         lines.append(
-            f"{tally.records:,} records, {tally.facts:,} facts, {tally.periods:,} closed periods, {tally.refolded:,} "
-            "reports folded anew"
+            f"{tally.records:,} records, {tally.facts:,} facts, {tally.periods:,} closed periods recomputed from raw "
+            f"records, {tally.refolded:,} reports folded anew"
         )
+        if tally.only_compared:
+            lines.append(
+                f"{tally.only_compared:,} closed periods only compared with their digests, days, months and allocated "
+                "time: retention removed their records."
+            )
         if tally.pending:
             lines.append(f"{tally.pending:,} facts are newer than the last digest; the next one covers them.")
     if tally.digests:
@@ -179,6 +184,7 @@ def _as_json(findings: list[Finding], tally: Tally, trust: str) -> str:
         "facts": tally.facts,
         "factsAfterTheLastDigest": tally.pending,
         "periods": tally.periods,
+        "periodsOnlyCompared": tally.only_compared,
         "reportsFoldedAnew": tally.refolded,
         "digests": tally.digests,
     }

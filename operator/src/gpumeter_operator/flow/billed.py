@@ -1,18 +1,18 @@
 """What tenants are billed over a span of periods, and what measured time costs by itself.
 
-Owns the two ways to an amount: of a tenant and a service it is that of the reports, as they are kept, or as those of
-periods that are not Final would be made now; of anything finer, which no report knows, it is the price of each slice at
-the version and the rate of its stretch. Reads, changes nothing.
+Owns the two ways to an amount: of a tenant and a service all figures are those of the reports, as they are kept, or as
+those of periods that are not Final would be made now; of anything finer, which no report knows, the amount is the price
+of each slice at the version and the rate of its stretch. Reads, changes nothing.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
+from gpumeter_operator.adapters.ledger import corrections
 from gpumeter_operator.adapters.ledger import usage as kept
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked, Sum
@@ -21,31 +21,15 @@ from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.billing.report import Manifest, ServicePeriod, reports
 from gpumeter_operator.billing.stretches import Stretch, stretch_at, stretches
-from gpumeter_operator.billing.tariff import IdlePayer, PeriodPlan, rounded, sum_of_amounts
+from gpumeter_operator.billing.tariff import IdlePayer, PeriodPlan, rounded
 from gpumeter_operator.flow.close import DEFAULT_PLAN
+from gpumeter_operator.flow.figures import Cost, Total, figures_of
 from gpumeter_operator.flow.periods import facts_of, open_periods, pod_period
 from gpumeter_operator.flow.pricing import parts_of
 from gpumeter_usage.period import Period
 
 _NO_PLAN = PeriodPlan(DEFAULT_PLAN, None)
 _AS_FAR_AS_KNOWN = Verdict(Phase.OPEN, "PeriodRunning", "")
-
-
-@dataclass(slots=True)
-class Cost:
-    """What something costs: `amounts` by currency, `unpriced_ns` of GPU time without a price, and `idle_ns` of idle
-    time that is charged beside what was used."""
-
-    amounts: dict[str, Decimal] = field(default_factory=dict)
-    unpriced_ns: int = 0
-    idle_ns: int = 0
-
-    def add(self, other: "Cost") -> None:
-        """Both together, exactly."""
-        self.unpriced_ns += other.unpriced_ns
-        self.idle_ns += other.idle_ns
-        for currency, amount in other.amounts.items():
-            self.amounts[currency] = sum_of_amounts((self.amounts.get(currency, Decimal(0)), amount))
 
 
 class Plans:
@@ -96,10 +80,11 @@ class Plans:
         return cost
 
 
-def billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> dict[tuple[str, ...], Cost]:
-    """What the reports of tenants say together, by a key of tenant and service.
+def billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> dict[tuple[str, ...], Total]:
+    """What the reports of tenants say together, by a key of tenant and service: figures and amounts.
 
-    Final ones as they are kept. A period that becomes Final meanwhile is folded once more, and says the same.
+    Final ones as they are kept, whether their records are there or were removed by retention. A period that becomes
+    Final meanwhile is folded once more, and says the same.
     """
     schedule = reader.schedule()
     unclosed: dict[tuple[str, int], tuple[tuple[str, str], Period]] = {}
@@ -108,11 +93,12 @@ def billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> dict
             for period in open_periods(reader, service, schedule, now_ns):
                 if asked.since_ns < period.end_ns <= asked.until_ns:
                     unclosed["/".join(service), period.end_ns] = service, period
-    found: dict[tuple[str, ...], Cost] = {}
+    found: dict[tuple[str, ...], Total] = {}
 
-    def add(service: str, tenant: str, status: Mapping[str, str]) -> None:
+    def add(service: str, tenant: str, status: Mapping[str, Any]) -> None:
         names = {"tenant": tenant, "service": service}
-        found.setdefault(tuple(names[name] for name in by), Cost()).add(_cost_of(status))
+        key = tuple(names[name] for name in by)
+        found.setdefault(key, Total(key)).add(figures_of(key, status))
 
     for service_key, tenant, end_ns, body in kept.tenant_reports(reader.engine, asked):
         unclosed.pop((service_key, end_ns), None)
@@ -143,6 +129,7 @@ def unfinished(reader: Reader, service: tuple[str, str], period: Period, now_ns:
             digests={},
             adjustments=tuple(adjustments),
             parts=parts_of(reader, service, period, plan, facts=facts, pods=by_uid),
+            corrections=corrections.of_service(reader, *service, period.end_ns),
         )
     )
 
@@ -167,15 +154,6 @@ def bills_that_differ(periods: Iterable[tuple[str, PeriodPlan, tuple[Stretch, ..
             yield f"{service}: {count} of its periods billed by standard rates of tokens. {besides}"
         if count := idle.get(service):
             yield f"{service}: idle time of {count} of its periods charged to tenants. {besides}"
-
-
-def _cost_of(status: Mapping[str, str]) -> Cost:
-    cost = Cost(idle_ns=int(status.get("idleGpuNanoseconds", 0)))
-    if "amount" in status:
-        cost.amounts[status["currency"]] = Decimal(status["amount"])
-    else:
-        cost.unpriced_ns = int(status["gpuNanoseconds"])
-    return cost
 
 
 def _changes_ns(cut: Sequence[Stretch]) -> Iterator[int]:

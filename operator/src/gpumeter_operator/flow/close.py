@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gpumeter_operator.adapters.ledger import rollups
+from gpumeter_operator.adapters.ledger import corrections, rollups
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger, ServiceName
 from gpumeter_operator.billing.accounts import horizon_ns
@@ -84,6 +84,9 @@ class Closer:
             facts, verdict = self._judge(service, period, waiting, now_ns, self._folds.lines)
             if verdict.phase is Phase.FINAL:
                 made_from = self._ledger.facts_version(*service, period.end_ns)  # read before anything that it counts
+                if open_periods(self._ledger, service, schedule, now_ns)[:1] != [period]:
+                    break  # something was booked in a period before this one meanwhile, which has its turn first
+                plan = self._ledger.period_plan(*service, period.end_ns) or plan
                 facts, verdict = self._judge(service, period, waiting, now_ns, None)
             pods, _, adjustments = facts
             final = verdict.phase is Phase.FINAL
@@ -101,6 +104,7 @@ class Closer:
                     digests=self._ledger.digests(*service, period.end_ns) if final else {},
                     adjustments=tuple(adjustments),
                     parts=parts_of(self._ledger, service, period, plan, facts=facts, pods=by_uid),
+                    corrections=corrections.of_service(self._ledger, *service, period.end_ns),
                 )
             )
             if final:

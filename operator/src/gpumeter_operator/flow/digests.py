@@ -1,7 +1,8 @@
 """Makes the digests that are due and exports them.
 
-Owns when a digest is made (as soon as a period is Final), how far back facts are looked for, and that what is in the
-ledger is in the file. Decides nothing about what a digest says.
+Owns when a digest is made (as soon as a period is Final), how far back facts are looked for, that what is in the
+ledger is in the file, and what is done about a file that another state of the ledger wrote. Decides nothing about what
+a digest says.
 """
 
 import logging
@@ -12,13 +13,15 @@ from gpumeter_operator.adapters import digest_file
 from gpumeter_operator.adapters.digest_file import FileUnusable
 from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.digests import LATE_NS, Due
-from gpumeter_operator.adapters.ledger.read import Reader
-from gpumeter_operator.billing.digest import entry_of
+from gpumeter_operator.adapters.ledger.store import Ledger
+from gpumeter_operator.billing.digest import Digest, entry_of
 from gpumeter_operator.billing.signing import SigningKey
 from gpumeter_operator.flow.collect import Execute
 from gpumeter_usage.period import rfc3339
 
 log = logging.getLogger(__name__)
+
+DIGESTS_FORKED = "DigestsForked"
 
 DIGESTS_PER_ROUND = 30
 """A round must end while its liveness is watched; the next one goes on."""
@@ -27,7 +30,7 @@ DIGESTS_PER_ROUND = 30
 class Digester:
     """Makes digests, a bounded number a round. Without a key it makes none, and says so once."""
 
-    def __init__(self, ledger: Reader, execute: Execute, key: SigningKey | None, file: Path | None) -> None:
+    def __init__(self, ledger: Ledger, execute: Execute, key: SigningKey | None, file: Path | None) -> None:
         self._ledger = ledger
         self._execute = execute
         self._key = key
@@ -46,7 +49,7 @@ class Digester:
         if self._key is not None:
             await self._make(self._key, now_ns)
         if self._file is not None:
-            await self._export(self._file)
+            await self._export(self._file, now_ns)
 
     async def _make(self, key: SigningKey, now_ns: int) -> None:
         engine = self._ledger.engine
@@ -94,9 +97,9 @@ class Digester:
         last = await self._execute(partial(digests.last_made, self._ledger.engine))
         return entry_of(last.body).made_ns if last else 0
 
-    async def _export(self, file: Path) -> None:
+    async def _export(self, file: Path, now_ns: int) -> None:
         try:
-            await self._execute(partial(_catch_up, self._ledger, file))
+            await self._execute(partial(_catch_up, self._ledger, file, now_ns))
         except FileUnusable as problem:
             if str(problem) != self._file_problem:
                 log.error("%s", problem)
@@ -105,11 +108,33 @@ class Digester:
             self._file_problem = ""
 
 
-def _catch_up(ledger: Reader, file: Path) -> int:
-    newest = digests.last_made(ledger.engine)
-    if newest is None:
-        return 0
-    written = digest_file.last_seq(file)
-    if written >= entry_of(newest.body).seq:
-        return 0
-    return digest_file.append(file, (each.digest for each in digests.kept(ledger.engine, written)))
+def _catch_up(ledger: Ledger, file: Path, now_ns: int) -> None:
+    """Append what the file lacks. Where it ends with what this ledger never said (an older copy was put in its place,
+    or it was cut off), nothing may follow on that: it is put aside as it is, an alarm says so, and a new one begins."""
+    newest, last = digests.last_made(ledger.engine), digest_file.last(file)
+    written = 0 if last is None else entry_of(last.body).seq
+    if last is not None:
+        own = digests.of_seq(ledger.engine, written)
+        if own is None or own.digest != last.digest:
+            aside = digest_file.aside(file, last)
+            message = _forked(file, aside, last, own, newest)
+            ledger.raise_alarm(DIGESTS_FORKED, "digests", message, now_ns)  # first: a crash now raises it once more
+            log.error("%s: %s", DIGESTS_FORKED, message)
+            digest_file.put_aside(file, aside)
+            written = 0
+    if newest is not None and written < entry_of(newest.body).seq:
+        digest_file.append(file, (each.digest for each in digests.kept(ledger.engine, written)))
+
+
+def _forked(file: Path, aside: Path, last: Digest, own: Digest | None, newest: Digest | None) -> str:
+    number = entry_of(last.body).seq
+    if own is not None:
+        told = f"its digest {number} is {own.digest}"
+    else:
+        told = f"its last one is digest {entry_of(newest.body).seq}" if newest else "it has none"
+    return (
+        f"{file} ends with digest {number} {last.digest}, which this ledger did not make: {told}. An older copy of the "
+        f"ledger was put in its place, or it was cut off. The file is kept as {aside.name}, and {file.name} is begun "
+        f"anew. If nobody restored a copy, find out who changed the ledger; if somebody did, anchor the new file from "
+        f"its first line on and keep both."
+    )

@@ -88,7 +88,7 @@ def events_of(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
     """What a pod's status says of its worker container: starts and ends, of this life and the one before.
 
     A pod that has run to its end for good (Succeeded, Failed) is gone: none of its containers starts again. A container
-    that ended without anyone having seen when (a node that died) has vanished now.
+    that ended without anyone having seen when (a node that died) has vanished now, or when the next one started.
     """
     events: list[ContainerEvent] = []
     status = pod.get("status") or {}
@@ -97,12 +97,13 @@ def events_of(pod: Manifest, now_ns: int) -> tuple[ContainerEvent, ...]:
         if container.get("name") != MAIN_CONTAINER:
             continue
         current = container.get("state") or {}
-        for ended in ((container.get("lastState") or {}).get("terminated"), current.get("terminated")):
-            if ended:
-                events += _ended(ended, now_ns)
-        running = current.get("running")
+        running, over_now = current.get("running") or {}, current.get("terminated") or {}
+        # A pod runs one of them at a time: whatever was before is over when the next one starts.
+        next_ns = _time_ns((running or over_now).get("startedAt")) or now_ns
+        events += _ended((container.get("lastState") or {}).get("terminated") or {}, min(next_ns, now_ns))
+        events += _ended(over_now, now_ns)
         container_id = container.get("containerID") or ""
-        started_ns = _time_ns((running or {}).get("startedAt"))
+        started_ns = _time_ns(running.get("startedAt"))
         if container_id and started_ns:
             events.append(ContainerEvent(container_id, "started", started_ns))
             if over:
@@ -147,17 +148,43 @@ def last_sign_ns(pod: Pod, final_ns: int, now_ns: int) -> int:
 
 
 def at_last_sign(events: Iterable[ContainerEvent], pod: Pod, sign_ns: int) -> tuple[ContainerEvent, ...]:
-    """The same events, with whatever vanished having done so at the last sign of life, and not before its start."""
+    """The same events, with whatever vanished having done so at the last sign of life, and not before its start.
+
+    One that was over before that sign, which the next container gave, stays over.
+    """
     started_ns = {span.container_id: span.started_ns for span in pod.spans}
     return tuple(
-        replace(event, at_ns=max(sign_ns, started_ns.get(event.container_id, 0)))
+        replace(event, at_ns=max(min(sign_ns, event.at_ns), started_ns.get(event.container_id, 0)))
         if event.event == "vanished"
         else event
         for event in events
     )
 
 
-def _ended(terminated: Manifest, now_ns: int) -> list[ContainerEvent]:
+def with_missed_ends(events: Iterable[ContainerEvent], pod: Pod, now_ns: int) -> tuple[ContainerEvent, ...]:
+    """The same events, after the ends of containers that the ledger has running and the pod's status does not name.
+
+    A status names the present life and the one before. Where nobody looked between two restarts (a collector that was
+    away), or a node lost what it knew, nobody is ever told the end of an older life: it was over when the next one
+    started, because a pod runs one worker container at a time, or else when the pod itself was. Without this a dead
+    container would count as allocated beside the one that runs.
+    """
+    kept = tuple(events)
+    named = {event.container_id for event in kept}
+    gone_ns = [now_ns] if any(event.event == "gone" for event in kept) else []
+    starts_ns = {span.container_id: span.started_ns for span in pod.spans}
+    starts_ns |= {event.container_id: event.at_ns for event in kept if event.event == "started"}
+    ends = []
+    for span in pod.spans:
+        others_ns = [at_ns for container_id, at_ns in starts_ns.items() if container_id != span.container_id]
+        later_ns = [at_ns for at_ns in (*others_ns, *gone_ns) if at_ns >= span.started_ns]
+        if span.ended_ns is None and span.container_id not in named and later_ns:
+            ends.append(ContainerEvent(span.container_id, "vanished", min(later_ns)))
+    return (*ends, *kept)
+
+
+def _ended(terminated: Manifest, latest_ns: int) -> list[ContainerEvent]:
+    """What a container's last state says; one that ended without anyone having seen when did so at `latest_ns`."""
     container_id = terminated.get("containerID") or ""
     if not container_id:
         return []
@@ -166,9 +193,12 @@ def _ended(terminated: Manifest, now_ns: int) -> list[ContainerEvent]:
     if started_ns:
         events.append(ContainerEvent(container_id, "started", started_ns))
     if finished_ns:
-        events.append(ContainerEvent(container_id, "ended", max(started_ns, finished_ns)))
+        # containerd finds no trace of what died with its node, and writes its own restart as the end (loadContainer in
+        # its CRI server: code 255, reason Unknown). It counts where nothing better is known, and takes back nothing.
+        guessed = terminated.get("reason") == "Unknown" and terminated.get("exitCode") == 255
+        events.append(ContainerEvent(container_id, "vanished" if guessed else "ended", max(started_ns, finished_ns)))
     else:
-        events.append(ContainerEvent(container_id, "vanished", now_ns))
+        events.append(ContainerEvent(container_id, "vanished", max(started_ns, latest_ns)))
     return events
 
 

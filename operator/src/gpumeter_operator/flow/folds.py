@@ -19,12 +19,15 @@ _ATTRIBUTED = Account.ATTRIBUTED.value
 Key = tuple[str, str, str, str, str, str]
 """worker_uid, boot_id, kind, account, tenant, clock: what the records of one line share."""
 
+Figures = list[Any]
+"""The figures of a line, in the order of its fields; the last two are None where no record states them."""
+
 
 @dataclass(slots=True)
 class _Sums:
     since_ns: int  # records booked after this are in here
     cursors: dict[Chain, int] = field(default_factory=dict)
-    periods: dict[int, dict[Key, list[int]]] = field(default_factory=dict)  # by end, the figures of each line
+    periods: dict[int, dict[Key, Figures]] = field(default_factory=dict)  # by end, the figures of each line
 
 
 class Folds:
@@ -71,7 +74,7 @@ class Folds:
             sums.cursors[chain] = until
 
 
-def _add(periods: dict[int, dict[Key, list[int]]], row: Any) -> None:
+def _add(periods: dict[int, dict[Key, Figures]], row: Any) -> None:
     booked_end_ns, worker_uid, boot_id, kind, account, tenant, clock, seq, status, *figures = row
     key = (worker_uid, boot_id, kind, account, tenant, clock)
     sessions = int(status in _ENDED and account == _ATTRIBUTED)
@@ -85,9 +88,10 @@ def _add(periods: dict[int, dict[Key, list[int]]], row: Any) -> None:
     known[2] = max(known[2], seq)
     known[3] += sessions
     for index, figure in enumerate(figures, start=4):
-        known[index] += figure
+        if figure is not None:
+            known[index] = (known[index] or 0) + figure
 
 
-def _line(key: Key, figures: list[int]) -> Line:
+def _line(key: Key, figures: Figures) -> Line:
     worker_uid, boot_id, kind, account, tenant, clock = key
     return Line(worker_uid, boot_id, Kind(kind), account, tenant, clock, *figures)

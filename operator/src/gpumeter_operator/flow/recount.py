@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gpumeter_operator.adapters.ledger import audit as raw
+from gpumeter_operator.adapters.ledger import corrections
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.billing.audit import (
     HashedRecords,
@@ -21,6 +22,7 @@ from gpumeter_operator.billing.audit import (
     nothing_hashed,
     recount,
 )
+from gpumeter_operator.billing.audit_corrections import corrections_unproved
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import Pod
 from gpumeter_operator.billing.gaps import gaps_untold
@@ -57,6 +59,7 @@ class Counts(Protocol):
 
     records: int
     periods: int
+    only_compared: int
     refolded: int
 
 
@@ -102,6 +105,7 @@ def recount_service(
             of_class[pod.worker.gpu_class] = of_class.get(pod.worker.gpu_class, 0) + of_period.allocated
     counts.records += seen
     name = "/".join(service)
+    by_hand = corrections.of_service(reader, *service)  # before the reports: what was booked meanwhile is in neither
     kept = reader.kept_reports(*service)
     for problem in check_kept((each for each in kept if span.holds(each[0])), []):
         yield "ReportDiffers", f"{name}: {problem}"
@@ -109,6 +113,11 @@ def recount_service(
     for end_ns, told in chain.breaks:
         if span.holds(end_ns):
             yield "ReportChain", f"{name}: in the period that ended {rfc3339(end_ns)}, {told}"
+    finals = {(end, tenant): (body, digest) for end, tenant, phase, body, digest in kept if phase == Phase.FINAL.value}
+    inside = (each for each in by_hand if span.holds(each.booked_end_ns))
+    yield from corrections_unproved(
+        inside, finals, lambda end_ns: corrections.gpu_classes(reader, *service, end_ns), final_ns
+    )
     folded = (pods, recounts, hashed, allocated_ns, chain)
     yield from _reports(reader, service, span, counts, folded, removed=removed)
 
@@ -126,7 +135,10 @@ def _reports(
     schedule, adjustments = reader.schedule(), reader.adjustments(*service)
     known = known_of(reader, service, pods)
     ends = {end_ns: kept_ns for end_ns, kept_ns in raw.final_ends(reader.engine, *service) if span.holds(end_ns)}
-    for end_ns in sorted(each for each in ends.keys() | allocated_ns.keys() if not removed.holds(each)):
+    closed = ends.keys() | allocated_ns.keys()
+    there = sorted(each for each in closed if not removed.holds(each))
+    counts.only_compared += len(closed) - len(there)
+    for end_ns in there:
         counts.periods += 1
         period = schedule.period_of(end_ns)
         bodies = raw.reports_of_period(reader.engine, *service, end_ns)
@@ -140,6 +152,7 @@ def _reports(
             plan=reader.period_plan(*service, end_ns),
             adjustments=adjustments,
             pods=[as_known(pod, period, known) for pod in pods],
+            corrections=corrections.of_service(reader, *service, end_ns),
         )
         for problem in told:
             yield "ReportDiffers", f"{name}: {problem}"

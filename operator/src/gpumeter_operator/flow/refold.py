@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpumeter_operator.adapters.ledger import audit
+from gpumeter_operator.adapters.ledger import audit, corrections
 from gpumeter_operator.adapters.ledger.audit import Allocation, ContainerFact
 from gpumeter_operator.adapters.ledger.read import Reader, span_of
 from gpumeter_operator.billing.close import Missing, Phase, Verdict, lived_in
@@ -89,6 +89,7 @@ def refold(
             digests=digests,
             adjustments=tuple(adjustments),
             parts=parts_of(reader, service, period, plan, facts=facts, pods=by_uid),
+            corrections=corrections.of_service(reader, *service, period.end_ns),
         )
     )
     return {each["spec"]["tenant"]: canonical_report(each) for each in chain.chained(found, period.end_ns)}

@@ -29,6 +29,7 @@ from gpumeter_operator.flow.discover import (
     last_sign_ns,
     running_of,
     runs_a_notebook,
+    with_missed_ends,
     worker_of,
 )
 from gpumeter_operator.flow.plans import PlanTeller
@@ -182,7 +183,8 @@ class CollectRound:
                 await self._alarm(uid, NotAWorker("LabelRemoved", why), now_ns)
                 return
             # Kept even if it was never seen alive: its containers were allocated all the same.
-            events = await self._as_last_seen(uid, events_of_removed(pod, at_ns), at_ns)
+            events = await self._complete(uid, events_of_removed(pod, at_ns), at_ns)
+            events = await self._as_last_seen(uid, events, at_ns)
             if uid in self._workers or len(events) > 1:
                 # Its events have times of their own; what is written now is observed now, however long it had to wait.
                 await self._execute(partial(self._ledger.observe, worker, events, now_ns))
@@ -200,6 +202,11 @@ class CollectRound:
             f"as allocated until {rfc3339(lost[0].at_ns)}, when it was heard last."
         )
         await self._alarm(worker.worker_uid, NotAWorker("NodeLost", why), now_ns)
+
+    async def _complete(self, uid: str, events: tuple[ContainerEvent, ...], now_ns: int) -> tuple[ContainerEvent, ...]:
+        """The same, and the ends of earlier containers that nobody will ever tell."""
+        known = await self._execute(partial(self._ledger.pod, uid))
+        return events if known is None else with_missed_ends(events, known, now_ns)
 
     async def _as_last_seen(
         self, uid: str, events: tuple[ContainerEvent, ...], now_ns: int
@@ -225,6 +232,7 @@ class CollectRound:
     async def _keep(self, worker: Worker, events: tuple[ContainerEvent, ...], now_ns: int) -> None:
         keys = {(event.container_id, event.event) for event in events}
         if keys - self._seen.get(worker.worker_uid, set()):
+            events = await self._complete(worker.worker_uid, events, now_ns)
             await self._execute(partial(self._ledger.observe, worker, events, now_ns))
             self._workers[worker.worker_uid] = worker
             self._seen[worker.worker_uid] = keys | self._seen.get(worker.worker_uid, set())
@@ -302,11 +310,7 @@ def _runs(events: tuple[ContainerEvent, ...]) -> bool:
     return bool(running_of(events))
 
 
-def _went_unseen(pod: Pod, final_ns: int, now_ns: int) -> list[ContainerEvent]:
-    sign_ns = last_sign_ns(pod, final_ns, now_ns)
-    vanished = [
-        ContainerEvent(span.container_id, "vanished", max(span.started_ns, sign_ns))
-        for span in pod.spans
-        if span.ended_ns is None
-    ]
-    return [*vanished, ContainerEvent("", "gone", now_ns)]
+def _went_unseen(pod: Pod, final_ns: int, now_ns: int) -> tuple[ContainerEvent, ...]:
+    # A ledger of an earlier version may hold several lives of a pod without an end: only the last ran to its last sign.
+    ends = with_missed_ends([ContainerEvent("", "gone", now_ns)], pod, now_ns)
+    return at_last_sign(ends, pod, last_sign_ns(pod, final_ns, now_ns))

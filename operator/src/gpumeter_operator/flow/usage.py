@@ -2,59 +2,50 @@
 
 Owns how the sums of periods become lines, and what is told about periods that are open or incomplete.
 Reads the ledger and not the API, because the API holds reports of tenants only, and not for long: sessions, models and
-last month are in the ledger alone. What tenants and services cost is what their reports say.
+last month are in the ledger alone. What tenants and services used and owe is what their reports say, also where
+retention removed the records; of records it is what is asked by model or session.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
+from heapq import merge
 from itertools import groupby
 
+from gpumeter_operator.adapters.ledger import corrections
 from gpumeter_operator.adapters.ledger import usage as sums_of
 from gpumeter_operator.adapters.ledger.read import Reader
-from gpumeter_operator.adapters.ledger.usage import Asked, Sum
-from gpumeter_operator.flow.billed import Cost, Plans, billed, measured
+from gpumeter_operator.adapters.ledger.usage import Asked
+from gpumeter_operator.billing.facts import Correction
+from gpumeter_operator.flow.billed import Plans, billed, bills_that_differ, measured
+from gpumeter_operator.flow.figures import Total
+from gpumeter_operator.flow.removed_usage import Days, Removed, left_out_note, of_removed
 from gpumeter_usage.period import rfc3339
 
-_ADDED = (
-    "records",
-    "sessions",
-    "gpu_ns",
-    "prefill_ns",
-    "decode_ns",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-)
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The lines of usage, one a key, in the order of the keys (of finer keys than reports know as they come out of the
+    database); what must be known of them; and the removed days that they do not hold."""
+
+    lines: Iterator[Total]
+    notes: list[str]
+    left_out: Days
 
 
-@dataclass(slots=True)
-class Total:
-    """What one key used over the whole span, and what it costs."""
-
-    key: tuple[str, ...]
-    records: int = 0
-    sessions: int = 0
-    gpu_ns: int = 0
-    prefill_ns: int = 0
-    decode_ns: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    cost: Cost = field(default_factory=Cost)
-
-    def add(self, other: "Total | Sum") -> None:
-        """Add figures; what a line costs, too."""
-        for name in _ADDED:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        if isinstance(other, Total):
-            self.cost.add(other.cost)
-
-
-def lines(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, now_ns: int) -> Iterator[Total]:
-    """A line a key, in the order of the keys; of finer keys than reports know as they come out of the database."""
-    return _as_billed(reader, by, asked, now_ns) if is_billed(by, asked) else _as_measured(reader, by, asked, plans)
+def answer(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> Answer:
+    """Who used what in the span, and what it costs."""
+    services = [
+        each for each in reader.services() if asked.namespace in (None, each[0]) and asked.service in (None, each[1])
+    ]
+    told = notes(reader, services, asked)
+    if is_billed(by, asked):
+        return Answer(_as_billed(reader, by, asked, now_ns), told, {})
+    plans = Plans(reader, asked)
+    removed = of_removed(reader, by, asked, plans)
+    told += [*left_out_note(removed.left_out, by), *bills_that_differ(plans.opened())]
+    return Answer(_as_measured(reader, by, asked, plans, removed), told, removed.left_out)
 
 
 def is_billed(by: Sequence[str], asked: Asked) -> bool:
@@ -63,21 +54,26 @@ def is_billed(by: Sequence[str], asked: Asked) -> bool:
 
 
 def _as_billed(reader: Reader, by: Sequence[str], asked: Asked, now_ns: int) -> Iterator[Total]:
-    found: dict[tuple[str, ...], Total] = {}
-    for key, cost in billed(reader, by, asked, now_ns).items():  # first: who pays for idle time may have used nothing
-        found[key] = Total(key, cost=cost)
-    for each in sums_of.sums(reader.engine, by, asked):
-        found.setdefault(each.key, Total(each.key)).add(each)
+    found = billed(reader, by, asked, now_ns)
     # Who has a report and used nothing, as one whose only records were lost, is on no line.
-    shown = (line for line in found.values() if line.records or line.cost.idle_ns)
-    return iter(sorted(shown, key=lambda line: line.key))
+    return (found[key] for key in sorted(found) if not found[key].is_empty)
 
 
-def _as_measured(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans) -> Iterator[Total]:
+def _as_measured(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, removed: Removed) -> Iterator[Total]:
+    of_both = merge(_of_records(reader, by, asked, plans, removed), removed.lines, key=lambda line: line.key)
+    for key, group in groupby(of_both, key=lambda line: line.key):
+        total = Total(key)
+        for line in group:
+            total.add(line)
+        yield total
+
+
+def _of_records(reader: Reader, by: Sequence[str], asked: Asked, plans: Plans, removed: Removed) -> Iterator[Total]:
     # Rounded by tenant as reports are, so that where a service has one model its amounts are those of its reports.
     fine = tuple(by) if "tenant" in by or "session" in by else (*by, "tenant")
-    found = sums_of.sums(reader.engine, fine, asked, plans.edges_ns())
-    for key, group in groupby(found, key=lambda each: each.key[: len(by)]):
+    sums = sums_of.sums(reader.engine, fine, asked, plans.edges_ns())
+    there = (each for each in sums if not removed.holds(each.service, each.end_ns))
+    for key, group in groupby(there, key=lambda each: each.key[: len(by)]):
         line = Total(key)
         for (_, service, end_ns), of_period in groupby(group, key=lambda each: (each.key, each.service, each.end_ns)):
             of_one = list(of_period)
@@ -126,7 +122,10 @@ def slices(reader: Reader, session_id: str, plans: Plans) -> Iterator[Slice]:
         )
 
 
-_TOLD = ("service", "tenant", "model", "account", "status", "steps", "batch_ns", *_ADDED[2:])
+_TOLD = (
+    *("service", "tenant", "model", "account", "status", "steps", "batch_ns", "gpu_ns", "prefill_ns", "decode_ns"),
+    *("prompt_tokens", "cached_tokens", "completion_tokens"),
+)
 
 
 def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked) -> list[str]:
@@ -155,7 +154,16 @@ def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked) -> 
         if later:
             closed = f"closed until {rfc3339(final_ns)}" if final_ns else "none is closed yet"
             found.append(f"{service}: {_periods(len(later))} not Final yet, so the figures may grow; {closed}.")
+        for each in corrections.of_service(reader, namespace, name):
+            if asked.since_ns < each.booked_end_ns <= asked.until_ns and asked.tenant in (None, each.tenant):
+                found.append(f"{service}: {_told(each)}")
     return found
+
+
+def _told(each: Correction) -> str:
+    by = f"{each.gpu_ns:+d} ns of {each.tenant}'s report {each.report}"
+    booked = f"booked in the period until {rfc3339(each.booked_end_ns)}"
+    return f"correction {each.id} of {by}, {booked} by {each.actor}: {each.reason}"
 
 
 def _periods(count: int) -> str:

@@ -42,6 +42,9 @@ ADVICE = {
     "FactAhead": "No clock of a collector said this yet: a row was put in, or this machine's clock is behind.",
     "RemovalUnproved": "Retention did not write this row, so it excuses nothing. Restore the ledger from a backup.",
     "GapUnproved": "Reports name the gaps that were known: this row was put in. Restore the ledger from a backup.",
+    "CorrectionUnproved": "Nobody booked it with `gpumeter adjust`. Restore the ledger from a backup.",
+    "CorrectionUnbilled": "A collector of an older version closed its period: book it again with an --id of its own. "
+    "Where none did, the row was put in: restore the ledger from a backup.",
     "RecordsRoot": "Records of this period were changed, taken out or put in. Restore the ledger from a backup.",
     "PeriodWithoutDigest": "A collector with a signing key makes it within seconds: where one runs, it was taken out.",
     "RecordDiffers": "Compare with the worker's journal or a backup; nothing after this row of its chain is proved.",
@@ -75,13 +78,15 @@ class Finding:
 
 @dataclass(slots=True)
 class Tally:
-    """How much was looked at."""
+    """How much was looked at: `periods` were recomputed from raw records, those that `only_compared` counts were not,
+    because retention removed their records."""
 
     digests: int = 0
     facts: int = 0
     pending: int = 0
     records: int = 0
     periods: int = 0
+    only_compared: int = 0
     refolded: int = 0
     last_digest: str = ""
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import psycopg
+from msgspec import UNSET, UnsetType
 from psycopg import errors
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
@@ -40,8 +41,9 @@ _FIGURES = (
     "cached_tokens",
     "completion_tokens",
     "batch_ns",
+    "kv_byte_s",
 )
-COPIED = (*_SHARED, *_RECURRING, *_FIGURES, "hash", "body")
+COPIED = (*_SHARED, *_RECURRING, *_FIGURES, "energy_mj", "hash", "body")
 COPY = f"COPY records ({', '.join(COPIED)}) FROM STDIN (FORMAT BINARY)"
 
 # PostgreSQL's documentation, "COPY", File Formats, Binary Format: a signature, flags and the length of an extension;
@@ -51,7 +53,9 @@ _END = struct.pack(">h", -1)
 _FIELDS = struct.pack(">h", len(COPIED))
 _LENGTH = struct.Struct(">i").pack
 _FIGURE = struct.Struct(">iq").pack
-_FIXED = struct.Struct(">" + len(_FIGURES) * "iq" + "i64si").pack  # the figures, the hash and the length of the body
+_FIXED = struct.Struct(">" + len(_FIGURES) * "iq").pack
+_HASHED = struct.Struct(">i64si").pack  # the hash and the length of the body
+_NULL = struct.pack(">i", -1)
 
 # An enumeration's `value` is a call, and there are two a record.
 _KINDS = {kind: kind.value for kind in Kind}
@@ -130,6 +134,8 @@ def _values(runs: Iterable[Run]) -> list[Any]:
                 record.cached_tokens,
                 record.completion_tokens,
                 record.batch_ns,
+                record.kv_byte_s,
+                _stated(record.energy_mj),
             )
     return values
 
@@ -170,14 +176,19 @@ def _pieces(runs: Iterable[Run]) -> list[bytes]:
                     record.completion_tokens,
                     8,
                     record.batch_ns,
-                    64,
-                    digest.encode(),
-                    len(body),
+                    8,
+                    record.kv_byte_s,
                 ),
+                _NULL if (energy_mj := _stated(record.energy_mj)) is None else _FIGURE(8, energy_mj),
+                _HASHED(64, digest.encode(), len(body)),
                 body,
             )
     pieces.append(_END)
     return pieces
+
+
+def _stated(figure: int | UnsetType | None) -> int | None:
+    return None if figure is UNSET else figure
 
 
 @lru_cache(maxsize=16384)

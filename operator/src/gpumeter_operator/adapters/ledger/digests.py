@@ -49,6 +49,7 @@ CAME = {
     "adjustments": "made_ns",
     "alarms": "raised_ns",
     "containers": "observed_ns",
+    "corrections": "made_ns",
     "gaps": "made_ns",
     "granularities": "set_ns",
     "period_terms": "end_ns",
@@ -188,6 +189,11 @@ def last_made(engine: Engine) -> Digest | None:
     return next(
         (each.digest for each in _kept(engine, select(t.digests).order_by(t.digests.c.seq.desc()).limit(1))), None
     )
+
+
+def of_seq(engine: Engine, seq: int) -> Digest | None:
+    """The digest of a number; None where there is none yet."""
+    return next((each.digest for each in _kept(engine, select(t.digests).where(t.digests.c.seq == seq))), None)
 
 
 def kept(engine: Engine, after: int | None = None) -> Iterator[Kept]:

@@ -7,11 +7,14 @@ here is it decided which of them it is. Knows no table.
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psycopg
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import make_url
@@ -29,25 +32,31 @@ class LedgerUnavailable(Exception):
     """The database cannot be opened, read or written now; the message is a sentence."""
 
 
-def open_engine(url: str, *, read_only: bool) -> Engine:
-    """Connect to `sqlite:///PATH` or `postgresql://...`. Raises LedgerUnavailable; what it says names no password."""
+def open_engine(url: str, *, read_only: bool, one_state: bool = False) -> Engine:
+    """Connect to `sqlite:///PATH` or `postgresql://...`. Raises LedgerUnavailable; what it says names no password.
+
+    With `one_state` every read transaction sees what the first one saw, until the engine is disposed of.
+    """
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
         raise LedgerUnavailable(f"The ledger's URL cannot be read; write {WRITE_ONE}.") from None
     backend = parsed.get_backend_name()
     if backend in ("postgresql", "postgres"):
-        return postgres.open_engine(parsed, read_only=read_only)
+        return postgres.open_engine(parsed, read_only=read_only, one_state=one_state)
     if backend != "sqlite" or not parsed.database:
         raise LedgerUnavailable(
             f"The ledger is kept in SQLite or PostgreSQL; {backend} cannot be used. Write {WRITE_ONE}."
         )
     path = Path(parsed.database).absolute()
     if read_only and not path.exists():
-        raise LedgerUnavailable(f"There is no ledger at {path}.")
+        raise LedgerUnavailable(
+            f"There is no ledger at {path}. Run this where it is (kubectl -n gpumeter exec deploy/gpumeter-collector "
+            "-- gpumeter ...), or name another one with --ledger."
+        )
     if not read_only and not path.parent.is_dir():
         raise LedgerUnavailable(f"The folder of the ledger, {path.parent}, does not exist; mount a volume there.")
-    return sqlite.open_engine(path, read_only=read_only)
+    return sqlite.open_engine(path, read_only=read_only, one_state=one_state)
 
 
 def has_one_writer(engine: Engine) -> bool:
@@ -116,6 +125,35 @@ def upgrade(engine: Engine) -> None:
                 f"The ledger was written by a newer version of gpumeter ({error}); install that version, or restore a "
                 "backup made before it."
             ) from error
+
+
+def refuse_other_schema(engine: Engine) -> None:
+    """Raise LedgerUnavailable, with what to do, where the tables are not those that this version reads: an earlier one
+    left them, or a newer one made them."""
+    with reading(engine) as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    known = _schemas()
+    if found == known[-1]:
+        return
+    if found is None:
+        raise LedgerUnavailable("There is no ledger in this database; the collector or `gpumeter migrate` makes it.")
+    if found in known:
+        raise LedgerUnavailable(
+            f"The ledger has schema {found}, and this gpumeter reads schema {known[-1]}: start the collector of this "
+            "version, which brings it up to date, or run `gpumeter migrate` as the owner of its tables (with its "
+            "--grant- options where there are roles)."
+        )
+    raise LedgerUnavailable(
+        f"The ledger was written by a newer version of gpumeter (schema {found}; this one reads {known[-1]}); use that "
+        "version."
+    )
+
+
+@cache
+def _schemas() -> tuple[str, ...]:
+    """Every schema that there was, the newest last."""
+    script = ScriptDirectory(str(MIGRATIONS))
+    return tuple(str(each.revision) for each in script.walk_revisions())[::-1]
 
 
 def _sentence(error: BaseException | None) -> str:

@@ -33,9 +33,10 @@ def rows_between(
     r = t.records.c
     columns = (r.booked_end_ns, r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock, r.seq, r.status)
     sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
+    stated = (r.kv_byte_s, r.energy_mj)
     with reading(engine) as connection:
         for (worker_uid, boot_id), (after, until) in spans.items():
-            query = select(*columns, *sums).where(
+            query = select(*columns, *sums, *stated).where(
                 r.worker_uid == worker_uid,
                 r.boot_id == boot_id,
                 r.seq > after,

@@ -8,7 +8,18 @@ from typing import Any
 
 import psycopg
 from psycopg import errors
-from sqlalchemy import URL, BigInteger, Connection, Engine, bindparam, create_engine, event, func, select
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Connection,
+    Engine,
+    PoolProxiedConnection,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    select,
+)
 
 from gpumeter_operator.adapters.ledger.locks import Lock, in_order
 
@@ -31,8 +42,9 @@ SESSION = (
 )
 
 
-def open_engine(url: URL, *, read_only: bool) -> Engine:
-    """An engine for a database; nothing is connected yet."""
+def open_engine(url: URL, *, read_only: bool, one_state: bool = False) -> Engine:
+    """An engine for a database; nothing is connected yet. With `one_state`, which only readers may ask for, every
+    transaction sees what its first one saw."""
     given = {name: value for name, value in CONNECTION.items() if name not in url.query}
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
@@ -46,7 +58,50 @@ def open_engine(url: URL, *, read_only: bool) -> Engine:
         hide_parameters=True,
     )
     event.listen(engine, "connect", _prepare_read_only if read_only else _prepare)
+    if one_state:
+        state = _OneState()
+        event.listen(engine, "begin", state.join)
+        event.listen(engine, "engine_disposed", state.end)
     return engine
+
+
+class _OneState:
+    """The state that all transactions of an engine see.
+
+    One transaction is kept open and lends its snapshot to the others (PostgreSQL's documentation, "Snapshot
+    Synchronization Functions"): each of them fails by itself, where one for all would not survive a query that failed.
+    Nothing waits for the one that is kept, but VACUUM.
+    """
+
+    def __init__(self) -> None:
+        self._kept: PoolProxiedConnection | None = None
+        self._snapshot = ""
+
+    def join(self, connection: Connection) -> None:
+        """Let the transaction that this connection begins see the state; the first one fixes it."""
+        if self._kept is None:
+            self._kept = connection.engine.raw_connection()
+            self._snapshot = _lent(self._kept.driver_connection)
+        driver: Any = connection.connection.driver_connection
+        try:
+            driver.execute(f"SET TRANSACTION SNAPSHOT '{self._snapshot}'")
+        except (errors.InvalidParameterValue, errors.UndefinedObject):
+            raise psycopg.OperationalError(
+                "the server ended the transaction whose state is looked at; run it again"
+            ) from None
+
+    def end(self, _engine: Engine) -> None:
+        """Let the state go."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.invalidate()
+
+
+def _lent(driver: Any) -> str:
+    """The name of the snapshot of a transaction that begins here and stays open."""
+    driver.isolation_level, driver.read_only = psycopg.IsolationLevel.REPEATABLE_READ, True
+    driver.execute("SET LOCAL idle_in_transaction_session_timeout = 0")  # it holds no lock that anybody waits for
+    return str(driver.execute("SELECT pg_export_snapshot()").fetchone()[0])
 
 
 def take_locks(connection: Connection, locks: Sequence[Lock]) -> None:
@@ -74,6 +129,7 @@ def is_of_the_database(error: psycopg.Error) -> bool:
         | errors.ReadOnlySqlTransaction
         | errors.InsufficientPrivilege
         | errors.UndefinedTable
+        | errors.UndefinedColumn
         | errors.InvalidSchemaName,
     )
 
@@ -82,7 +138,7 @@ def sentence(error: psycopg.Error) -> str:
     """What happened, and what to do about it."""
     told = str(error).strip().splitlines()
     what = told[0].rstrip(".") if told else type(error).__name__
-    if isinstance(error, errors.UndefinedTable):
+    if isinstance(error, errors.UndefinedTable | errors.UndefinedColumn):
         return f"There is no ledger in this database, or none of this version ({what}); `gpumeter migrate` makes it."
     if isinstance(error, errors.InsufficientPrivilege):
         return (

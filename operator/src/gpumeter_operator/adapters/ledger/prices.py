@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, and_, exists, insert, literal, select
+from sqlalchemy import Connection, Engine, Row, and_, exists, func, insert, literal, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from gpumeter_operator.adapters.ledger import tables as t
@@ -80,9 +80,12 @@ def period_plan(connection: Connection, namespace: str, service: str, end_ns: in
     row = connection.execute(select(t.periods).where(of_service, p.end_ns == end_ns)).one_or_none()
     if row is None:
         return None
-    a = t.adjustments.c
+    a, c = t.adjustments.c, t.corrections.c
     late = select(a.closed_end_ns).where(a.namespace == namespace, a.service == service, a.booked_end_ns == end_ns)
-    closed = select(t.periods).where(of_service, p.end_ns < end_ns, p.end_ns.in_(late)).order_by(p.end_ns)
+    priced_ns = func.coalesce(c.part_start_ns, c.closed_start_ns)
+    by_hand = exists().where(c.namespace == namespace, c.service == service, c.booked_end_ns == end_ns)
+    belated = or_(p.end_ns.in_(late), by_hand.where(p.start_ns <= priced_ns, priced_ns < p.end_ns))
+    closed = select(t.periods).where(of_service, p.end_ns < end_ns, belated).order_by(p.end_ns)
     own, as_of_ns = _versions(connection, row)
     opened_with, _ = _read(connection, row.plan_name, {row.plan_hash}).get(row.plan_hash, (None, ""))
     earlier: list[Version] = []

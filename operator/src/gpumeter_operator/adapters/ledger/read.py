@@ -11,7 +11,6 @@ from sqlalchemy import (
     Connection,
     Row,
     and_,
-    bindparam,
     case,
     exists,
     func,
@@ -23,6 +22,7 @@ from sqlalchemy import (
 
 from gpumeter_operator.adapters.ledger import audit, prices
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.closed import FactsVersion, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.engine import open_engine, reading
 from gpumeter_operator.adapters.ledger.gaps import gaps_of
 from gpumeter_operator.adapters.ledger.sums import sums_of_period
@@ -36,15 +36,16 @@ from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_usage.period import Granularity
 from gpumeter_usage.record import Status
 
-FactsVersion = tuple[int, int, int]
-"""How many facts a fold was made from. Facts only grow, so an equal count is an equal set."""
-
 
 class Reader:
-    """The ledger, for reading. Raises LedgerUnavailable when it cannot be read."""
+    """The ledger, for reading. Raises LedgerUnavailable when it cannot be read.
 
-    def __init__(self, url: str, *, read_only: bool = True) -> None:
-        self.engine = open_engine(url, read_only=read_only)
+    With `one_state` whatever it reads is as its first query found it, until it is closed: what is compared with each
+    other must be of one moment, where a collector writes beside it.
+    """
+
+    def __init__(self, url: str, *, read_only: bool = True, one_state: bool = False) -> None:
+        self.engine = open_engine(url, read_only=read_only, one_state=one_state)
 
     def close(self) -> None:
         """Close all connections."""
@@ -117,7 +118,7 @@ class Reader:
             return connection.scalar(query.order_by(p.end_ns.desc()).limit(1))
 
     def booked_ends(self, namespace: str, service: str, after_ns: int) -> list[int]:
-        """The ends of periods after `after_ns` in which records or adjustments are booked, ascending."""
+        """The ends of periods after `after_ns` in which records, adjustments or corrections are booked, ascending."""
         found: set[int] = set()
         with reading(self.engine) as connection:
             at_ns: int | None = after_ns
@@ -128,12 +129,11 @@ class Reader:
                     )
                 )
                 found |= {at_ns} if at_ns is not None else set()
-            of_service = and_(t.adjustments.c.namespace == namespace, t.adjustments.c.service == service)
-            found |= set(
-                connection.scalars(
-                    select(t.adjustments.c.booked_end_ns).where(of_service, t.adjustments.c.booked_end_ns > after_ns)
+            for of in (t.adjustments.c, t.corrections.c):
+                of_service = and_(of.namespace == namespace, of.service == service)
+                found |= set(
+                    connection.scalars(select(of.booked_end_ns).where(of_service, of.booked_end_ns > after_ns))
                 )
-            )
         return sorted(found)
 
     def opened_ends(self, namespace: str, service: str, after_ns: int) -> list[int]:
@@ -272,43 +272,6 @@ def schedule(connection: Connection) -> Schedule:
     g = t.granularities.c
     rows = connection.execute(select(g.effective_from_ns, g.granularity).order_by(g.effective_from_ns))
     return Schedule(tuple((row[0], Granularity(row[1])) for row in rows))
-
-
-def last_final_ns(connection: Connection, namespace: str, service: str) -> int:
-    """The end of the last Final period of a service, inside a transaction.
-
-    A Final day or month counts: what comes late for an hour of it in which nobody was known to live is booked after it.
-    """
-    of_service = {"namespace": namespace, "service": service}
-    return max(int(connection.scalar(newest, of_service) or 0) for newest in (_LAST_FINAL, _LAST_FINAL_DAY))
-
-
-# Asked once a service and page: to build them each time would cost more than to ask them.
-_LAST_FINAL = select(func.max(t.reports.c.period_end_ns)).where(
-    t.reports.c.namespace == bindparam("namespace"),
-    t.reports.c.service == bindparam("service"),
-    t.reports.c.tenant == PLATFORM,
-    t.reports.c.phase == Phase.FINAL.value,
-)
-_LAST_FINAL_DAY = select(func.max(t.rollups.c.period_end_ns)).where(
-    t.rollups.c.namespace == bindparam("namespace"),
-    t.rollups.c.service == bindparam("service"),
-    t.rollups.c.granularity == Granularity.DAY.value,
-)
-
-
-def facts_version(connection: Connection, namespace: str, service: str, end_ns: int) -> FactsVersion:
-    """The counts of records, container events and adjustments, inside a transaction."""
-    uids = select(t.workers.c.worker_uid).where(t.workers.c.namespace == namespace, t.workers.c.service == service)
-    counts = (
-        select(func.count()).where(
-            t.records.c.service == f"{namespace}/{service}", t.records.c.booked_end_ns == end_ns
-        ),
-        select(func.count()).where(t.containers.c.worker_uid.in_(uids)),
-        select(func.count()).where(t.adjustments.c.namespace == namespace, t.adjustments.c.service == service),
-    )
-    first, second, third = (int(connection.scalar(count) or 0) for count in counts)
-    return first, second, third
 
 
 def spans(connection: Connection, worker_uids: Collection[str]) -> tuple[dict[str, list[Span]], set[str]]:

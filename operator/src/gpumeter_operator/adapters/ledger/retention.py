@@ -16,8 +16,9 @@ from sqlalchemy import Connection, func, insert, or_, select, text
 
 from gpumeter_operator.adapters.ledger import days, locks
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.closed import last_final_ns
 from gpumeter_operator.adapters.ledger.engine import reading
-from gpumeter_operator.adapters.ledger.read import Reader, last_final_ns
+from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.removals import LEAST_DAYS, Removal
 

@@ -10,8 +10,8 @@ from hashlib import sha256
 from sqlalchemy import Connection, Engine, bindparam, func, insert, select
 
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.closed import corrections_count, last_final_ns, last_sum_ns
 from gpumeter_operator.adapters.ledger.engine import reading, writing
-from gpumeter_operator.adapters.ledger.read import last_final_ns
 from gpumeter_operator.billing.accounts import NAMES, Accounts
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
@@ -26,7 +26,7 @@ Version = tuple[int, int, int, int, int]
 def last_rollup_ns(engine: Engine, service: Service, granularity: Granularity) -> int:
     """The end of the last Final day or month of a service; 0 where there is none."""
     with reading(engine) as connection:
-        return _last_rollup_ns(connection, service, granularity)
+        return last_sum_ns(connection, *service, granularity)
 
 
 def final_bodies(engine: Engine, service: Service, after_ns: int, until_ns: int) -> list[tuple[int, str, bytes]]:
@@ -166,7 +166,7 @@ def keep_rollup(
     with writing(engine) as connection:
         if _facts_before(connection, service, period.end_ns) != made_from:
             return False
-        last_ns = _last_rollup_ns(connection, service, period.granularity)
+        last_ns = last_sum_ns(connection, *service, period.granularity)
         if last_ns >= period.end_ns or _is_final_between(connection, service, period, last_ns):
             return False
         rows = []
@@ -187,14 +187,6 @@ def keep_rollup(
             )
         connection.execute(insert(t.rollups), rows)
         return True
-
-
-def _last_rollup_ns(connection: Connection, service: Service, granularity: Granularity) -> int:
-    d = t.rollups.c
-    newest = select(func.max(d.period_end_ns)).where(
-        d.namespace == service[0], d.service == service[1], d.granularity == granularity.value
-    )
-    return int(connection.scalar(newest) or 0)
 
 
 def _is_final_between(connection: Connection, service: Service, period: Period, last_ns: int) -> bool:
@@ -227,4 +219,4 @@ def _facts_before(connection: Connection, service: Service, end_ns: int) -> Vers
         select(func.count()).where(t.containers.c.worker_uid.in_(uids)),
     )
     first, second, third, fourth = (int(connection.scalar(count) or 0) for count in counts)
-    return final_ns, first, second, third, fourth
+    return final_ns, first, second, third + corrections_count(connection, namespace, name), fourth

@@ -15,8 +15,10 @@ from sqlalchemy import Connection, func, insert, select, update
 from gpumeter_operator.adapters.ledger import bulk, dialect
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.bulk import Run
+from gpumeter_operator.adapters.ledger.closed import last_final_ns
 from gpumeter_operator.adapters.ledger.days import Days
-from gpumeter_operator.adapters.ledger.read import last_final_ns, schedule, span_of
+from gpumeter_operator.adapters.ledger.late import next_open_end_ns
+from gpumeter_operator.adapters.ledger.read import schedule, span_of
 from gpumeter_operator.billing.accept import Accepted
 from gpumeter_operator.billing.accounts import overlap_ns
 from gpumeter_operator.billing.close import Phase
@@ -64,7 +66,7 @@ def insert_records(
     *,
     days: Days,
 ) -> None:
-    """Insert records, each booked in the period of its end, or in the first open one where that is Final already.
+    """Insert records, each booked in the period of its end, or in the next open one where that is Final already.
 
     Raises DayMissing, before anything is inserted, where the database has no place for a day yet.
     """
@@ -80,20 +82,21 @@ def insert_pages(
 ) -> None:
     """The same for the pages of many workers: what is asked of a service, or written at all, is so once."""
     periods = schedule(connection)
-    finals_ns: dict[str, int] = {}
+    of_services: dict[str, list[tuple[Worker, Run]]] = {}
+    for worker, records, links in pages:
+        of_services.setdefault(worker.service_key, []).extend((worker, run) for run in _runs(records, links, periods))
     booked: list[Run] = []
     belated = []
-    for worker, records, links in pages:
-        final_ns = finals_ns.get(worker.service_key)
-        if final_ns is None:
-            final_ns = finals_ns[worker.service_key] = last_final_ns(connection, worker.namespace, worker.service)
-        next_open_ns = periods.period_of(final_ns + 1).end_ns
-        for run in _runs(records, links, periods):
-            if run.end_ns <= final_ns:
-                belated.append((worker, run, next_open_ns))
-                booked.append(replace(run, end_ns=next_open_ns))
-            else:
-                booked.append(run)
+    for runs in of_services.values():
+        service = (runs[0][0].namespace, runs[0][0].service)
+        final_ns = last_final_ns(connection, *service)
+        late = [(worker, run) for worker, run in runs if run.end_ns <= final_ns]
+        booked += [run for _, run in runs if run.end_ns > final_ns]
+        if late:
+            ends_ns = {run.end_ns for _, run in runs}
+            next_open_ns = next_open_end_ns(connection, *service, final_ns, now_ns, with_ends_ns=ends_ns)
+            booked += [replace(run, end_ns=next_open_ns) for _, run in late]
+            belated += [(worker, run, next_open_ns) for worker, run in late]
     days.require({run.end_ns for run in booked})
     try:
         bulk.insert_records(connection, booked)
@@ -206,7 +209,7 @@ def observe(connection: Connection, worker: Worker, event: ContainerEvent, final
             first_seq=0,
             last_seq=0,
             closed_end_ns=final_ns,
-            booked_end_ns=schedule(connection).period_of(final_ns + 1).end_ns,
+            booked_end_ns=next_open_end_ns(connection, worker.namespace, worker.service, final_ns, now_ns),
             allocated_ns=after_ns - before_ns,
             reason=reason,
         )

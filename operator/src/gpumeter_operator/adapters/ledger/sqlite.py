@@ -3,21 +3,38 @@
 Owns what is SQLite's own about connections. Knows no table.
 """
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, event
 
 BUSY_TIMEOUT_MS = 30_000  # a reader's or another process's lock is waited for; a page takes a tenth of a second
 
 
-def open_engine(path: Path, *, read_only: bool) -> Engine:
-    """An engine for a file."""
+def open_engine(path: Path, *, read_only: bool, one_state: bool = False) -> Engine:
+    """An engine for a file. With `one_state`, which only readers may ask for, every transaction sees what its first one
+    saw; it is for one thread."""
     target = f"file:{path}?mode=ro&uri=true" if read_only else str(path)
-    engine = create_engine(f"sqlite:///{target}", connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    how: dict[str, Any] = {"timeout": BUSY_TIMEOUT_MS / 1000}
+    if one_state:
+        how["factory"] = _NeverEnding
+    pool = {"poolclass": StaticPool} if one_state else {}
+    engine = create_engine(f"sqlite:///{target}", connect_args=how, **pool)
     event.listen(engine, "connect", _prepare_read_only if read_only else _prepare)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+class _NeverEnding(sqlite3.Connection):
+    """A connection whose first transaction goes on until it is closed. The journal of changes (WAL) grows meanwhile by
+    what others write."""
+
+    def commit(self) -> None:
+        """Go on."""
+
+    def rollback(self) -> None:
+        """Go on: a query that failed changed nothing."""
 
 
 def _prepare(connection: Any, _record: Any) -> None:
@@ -35,6 +52,9 @@ def _prepare_read_only(connection: Any, _record: Any) -> None:
 
 
 def _begin(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if driver.in_transaction:  # of one state, and it has begun
+        return
     # A write transaction takes its lock at once: between reading a cursor and advancing it nobody else may write.
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -14,11 +14,12 @@ from sqlalchemy import Connection, func, insert, select
 
 from gpumeter_operator.adapters.ledger import dialect, locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
+from gpumeter_operator.adapters.ledger.closed import FactsVersion, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.days import DayMissing, Days
 from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, upgrade
 from gpumeter_operator.adapters.ledger.engine import writing as begin_writing
 from gpumeter_operator.adapters.ledger.locks import Lock
-from gpumeter_operator.adapters.ledger.read import FactsVersion, Reader, facts_version, last_final_ns
+from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
 from gpumeter_operator.billing.accept import PageRefused, accept, refuse_foreign
 from gpumeter_operator.billing.accounts import NAMES, Accounts

@@ -27,9 +27,10 @@ def sums_of_period(
     key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
     ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
     sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
+    stated = (r.kv_byte_s, r.energy_mj)  # NULL where no row states it
     # Each is summed in two halves: SQLite refuses a sum beyond 64 bits, and with it the whole query, and no worker may
     # have the means to do that to its service.
-    halves = [half for column in sums for half in (func.sum(column // HALF), func.sum(column % HALF))]
+    halves = [half for column in (*sums, *stated) for half in (func.sum(column // HALF), func.sum(column % HALF))]
     counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
     query = (
         select(*key, *counts, *halves)
@@ -41,9 +42,9 @@ def sums_of_period(
 
 
 def _line(row: tuple[Any, ...]) -> Line:
-    key, (records, first, last, sessions, *halves) = row[:6], (int(number) for number in row[6:])
-    sums = [high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)]
-    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion, batch_ns = sums
+    key, (records, first, last, sessions), halves = row[:6], (int(number) for number in row[6:10]), row[10:]
+    *sums, kv_byte_s, energy_mj = (_joined(high, low) for high, low in zip(halves[::2], halves[1::2], strict=True))
+    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion, batch_ns = (each or 0 for each in sums)
     return Line(
         worker_uid=key[0],
         boot_id=key[1],
@@ -62,4 +63,10 @@ def _line(row: tuple[Any, ...]) -> Line:
         cached_tokens=cached,
         completion_tokens=completion,
         batch_ns=batch_ns,
+        kv_byte_s=kv_byte_s,
+        energy_mj=energy_mj,
     )
+
+
+def _joined(high: Any, low: Any) -> int | None:
+    return None if high is None else int(high) * HALF + int(low)

@@ -4,7 +4,7 @@ Owns names, types and keys; the migrations create exactly these (a test compares
 
 Facts (never updated, never deleted; triggers in the database refuse it): records, workers, containers, periods,
 period_terms, price_plans, plan_observations, granularities, reports, rollups, pod_accounts, adjustments, alarms,
-profiles, digests, digest_facts, signing_keys, removals, gaps.
+profiles, digests, digest_facts, signing_keys, removals, gaps, corrections.
 State (follows from facts, may be rebuilt): boots (the cursor of each chain), progress (how far each worker is settled),
 lives (until when each pod may matter to a period; the database keeps it by triggers), collectors (who works on it now).
 """
@@ -54,6 +54,8 @@ records = Table(
     Column("cached_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
     Column("batch_ns", BigInteger, nullable=False),
+    Column("kv_byte_s", BigInteger),  # NULL in rows of an earlier schema
+    Column("energy_mj", BigInteger),  # NULL where the record states none
     PrimaryKeyConstraint("worker_uid", "boot_id", "seq"),
 )
 Index("records_by_period", records.c.service, records.c.booked_end_ns)
@@ -366,6 +368,30 @@ gaps = Table(
     PrimaryKeyConstraint("worker_uid", "boot_id", "first_seq"),
 )
 
+corrections = Table(
+    "corrections",
+    metadata,
+    Column("id", _UID, primary_key=True),  # given by whoever booked it, or derived from what it says
+    Column("namespace", _NAME, nullable=False),
+    Column("service", _NAME, nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("report", _NAME, nullable=False),  # the name of the Final report that it corrects
+    Column("report_digest", _HASH, nullable=False),  # SHA-256 of that report's bytes
+    Column("closed_start_ns", BigInteger, nullable=False),  # the period of that report
+    Column("closed_end_ns", BigInteger, nullable=False),
+    Column("booked_end_ns", BigInteger, nullable=False),  # the end of the period in which it is booked
+    Column("gpu_class", _NAME, nullable=False),
+    Column("gpu_ns", BigInteger, nullable=False),  # to the tenant's time; the platform's share moves the other way
+    Column("plan_name", _NAME, nullable=False),  # the version of the price plan that prices it
+    Column("plan_version", BigInteger, nullable=False),
+    Column("plan_hash", _HASH, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", _NAME, nullable=False),
+    Column("made_ns", BigInteger, nullable=False),
+    Column("part_start_ns", BigInteger),  # of the part whose price it has; NULL before 0013: the period's first
+)
+Index("corrections_by_period", corrections.c.namespace, corrections.c.service, corrections.c.booked_end_ns)
+
 FACTS = (
     records,
     workers,
@@ -386,4 +412,5 @@ FACTS = (
     signing_keys,
     removals,
     gaps,
+    corrections,
 )

@@ -14,6 +14,7 @@ from gpumeter_operator.adapters.ledger.engine import reading
 from gpumeter_operator.adapters.ledger.sums import HALF
 from gpumeter_operator.billing.close import Phase
 from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_usage.period import DAY_NS
 from gpumeter_usage.record import ENDED, Account, Kind
 
 _READ_AT_ONCE = 5_000
@@ -165,6 +166,27 @@ def opened(engine: Engine, asked: Asked) -> list[tuple[str, int]]:
     query = select(p.namespace, p.service, p.end_ns).where(*_of_span(asked, p.end_ns, p.namespace, p.service))
     with reading(engine) as connection:
         return [(f"{row[0]}/{row[1]}", row[2]) for row in connection.execute(query.order_by(*t.periods.primary_key))]
+
+
+def models(engine: Engine) -> dict[str, set[str]]:
+    """By service ("namespace/name"), every model that its workers ever served."""
+    w = t.workers.c
+    found: dict[str, set[str]] = {}
+    with reading(engine) as connection:
+        for namespace, service, model in connection.execute(select(w.namespace, w.service, w.model).distinct()):
+            found.setdefault(f"{namespace}/{service}", set()).add(model)
+    return found
+
+
+def removed_days(engine: Engine, asked: Asked | None = None) -> set[tuple[str, int]]:
+    """(service, end of the UTC day) of every day of which retention says that it removed records; with `asked`, of days
+    with periods in the span only."""
+    m = t.removals.c
+    query = select(m.service, m.day_end_ns).distinct()
+    if asked is not None:
+        query = query.where(m.day_end_ns > asked.since_ns, m.day_end_ns - DAY_NS < asked.until_ns)
+    with reading(engine) as connection:
+        return {(row[0], row[1]) for row in connection.execute(query)}
 
 
 def _of_span(
