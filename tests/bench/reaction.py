@@ -31,6 +31,7 @@ from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, Cluster
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.operation import Operation
+from gpumeter_operator.handled import HandledInMemory
 from gpumeter_operator.main import handlers
 from gpumeter_operator.settings import configure_kopf
 from operatorrun import MASTER_KEY, let_controllers_work, service
@@ -84,12 +85,17 @@ async def _measure(kubeconfig: Path, spikes: int, chance: random.Random) -> dict
         http=("127.0.0.1", 0),
         open_doors=open_doors,
     )
-    settings = kopf.OperatorSettings()
-    configure_kopf(settings)
+    settings, handled = kopf.OperatorSettings(), HandledInMemory()
+    configure_kopf(settings, handled)
     stop = asyncio.Event()
     operator = asyncio.create_task(
         kopf.operator(
-            registry=handlers(), settings=settings, memo=operation, standalone=True, clusterwide=True, stop_flag=stop
+            registry=handlers(handled),
+            settings=settings,
+            memo=operation,
+            standalone=True,
+            clusterwide=True,
+            stop_flag=stop,
         )
     )
     workers = StandInWorkers(BUSY, 8000), StandInWorkers(IDLE, 8000)

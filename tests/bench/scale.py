@@ -3,9 +3,9 @@
     python -m bench.scale [--services 100 1000 5000] [--rest-s 60]
 
 Owns the phases and the figures: created in parallel until all are Ready, at rest with decisions every two seconds, and
-a restart with all of them settled. The operator is the real process with the chart's own rights; API server, etcd,
-controller manager and scheduler are real; kubelets are kwok's, and one process answers for all workers. All of them
-share this machine's cores.
+a restart with all of them settled; with --floor also how long plain objects take where no operator is. The operator is
+the real process with the chart's own rights; API server, etcd, controller manager and scheduler are real; kubelets are
+kwok's, and one process answers for all workers. All of them share this machine's cores.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench.scale_floor import floors
+from bench.scale_processes import cpu_by_name, cpu_seconds, cpu_since, memory_mib
 from bench.scale_requests import counted, since
-from bench.scale_world import World, connected, create, enter_namespace, world
+from bench.scale_world import NAMESPACES, World, connected, create, enter_namespace, world
 from operatorrun import OperatorProcess, condition, service
 
 NAME = "scale"
@@ -52,12 +54,17 @@ def main() -> int:
     parser.add_argument("--services", type=int, nargs="+", default=[100, 1_000, 5_000])
     parser.add_argument("--rest-s", type=float, default=60, help="how long CPU at rest is measured (%(default)s)")
     parser.add_argument("--raw", type=Path, default=RAW, help="where the figures are kept (%(default)s)")
+    parser.add_argument("--floor", action="store_true", help="also what the control plane takes without an operator")
     asked = parser.parse_args()
     enter_namespace("bench.scale", sys.argv[1:])
     found = []
     for number in asked.services:
         with world(number) as one:
             found.append(measure(one, number, asked.rest_s))
+        if asked.floor:
+            found[-1]["floor"] = floors(services(number))
+            for name, floor in found[-1]["floor"].items():
+                told(f"without an operator, {name}: {number} Ready after {floor['ready_s']:.1f} s")
     return _report(found, asked.raw)
 
 
@@ -65,8 +72,9 @@ def measure(one: World, number: int, rest_s: float) -> dict[str, Any]:
     """All phases for one number of services."""
     operator = one.operator
     operator.start()
-    empty_mib, before = memory_mib(operator.pid), counted(one.server)
+    empty_mib, before, plane = memory_mib(operator.pid), counted(one.server), cpu_by_name()
     took_s, cpu_s = create_and_wait(one, number)
+    plane_cpu_s = cpu_since(plane)
     told(f"{number} services Ready after {took_s:.1f} s, {cpu_s:.1f} s of the operator's CPU")
     settle(operator)
     made = since(before, counted(one.server))
@@ -79,6 +87,7 @@ def measure(one: World, number: int, rest_s: float) -> dict[str, Any]:
         "services": number,
         "ready_s": took_s,
         "ready_cpu_s": cpu_s,
+        "plane_cpu_s": plane_cpu_s,
         "requests": made,
         "requests_per_service": sum(made.values()) / number,
         "writes_per_service": sum(value for name, value in made.items() if name.startswith("write")) / number,
@@ -95,17 +104,7 @@ def measure(one: World, number: int, rest_s: float) -> dict[str, Any]:
 
 def create_and_wait(one: World, number: int) -> tuple[float, float]:
     """Seconds from the first creation until all are Ready in the API, and the operator's CPU seconds."""
-    scaling = {"minReplicas": 1, "maxReplicas": 4}
-    manifests = [
-        service(
-            one.namespace(each),
-            f"service-{each}",
-            model={"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
-            resources={"gpu": {"count": 1}},
-            scaling=scaling,
-        )
-        for each in range(number)
-    ]
+    manifests = services(number)
     begun_s, begun_cpu_s = time.monotonic(), cpu_seconds(one.operator.pid)
     asyncio.run(create(one, manifests))
     told(f"{number} services created in {time.monotonic() - begun_s:.1f} s")
@@ -113,10 +112,26 @@ def create_and_wait(one: World, number: int) -> tuple[float, float]:
     return time.monotonic() - begun_s, cpu_seconds(one.operator.pid) - begun_cpu_s
 
 
+def services(number: int) -> list[dict[str, Any]]:
+    """So many InferenceServices, each with one GPU and the autoscaler, over all namespaces of the world."""
+    return [
+        service(
+            f"team-{each % NAMESPACES}",
+            f"service-{each}",
+            model={"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
+            resources={"gpu": {"count": 1}},
+            scaling={"minReplicas": 1, "maxReplicas": 4},
+        )
+        for each in range(number)
+    ]
+
+
 def wait_ready(one: World, number: int, begun_s: float, limit_s: float) -> None:
     """Until the operator says that all are Ready, and the API says so too."""
     last_s = begun_s
     while True:
+        if not one.operator.runs:
+            raise RuntimeError(f"The operator ended: {one.operator.said.splitlines()[-1]}")
         ready = one.operator.metric('gpumeter_operator_services{ready="True"}')
         if ready >= number and asyncio.run(_ready_in_api(one)) >= number:
             return
@@ -195,18 +210,6 @@ async def _versions(one: World) -> dict[str, str]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_mib(pid: int, which: str = "VmRSS") -> float:
-    """Resident memory now, or the most so far (VmHWM)."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{which}:"))
-
-
 def told(text: str) -> None:
     print(text, flush=True)
 
@@ -226,15 +229,21 @@ ROWS = (
     ("restart_writes", "  writes", 0),
     ("rewritten", "  objects rewritten", 0),
 )
+FLOORS = {"bare": "floor: Deployments and Services, s", "owned": "floor: all that services own, s"}
+API_SERVER = "kube-apiserver"
+WIDTH = 36
 
 
 def _report(found: list[dict[str, Any]], raw: Path) -> int:
     raw.parent.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.processor(), "cores": os.cpu_count(), "python": platform.python_version()}
     raw.write_text(json.dumps({"machine": machine, "results": found}, indent=1))
-    print(f"\n{'InferenceServices':<32}" + "".join(f"{one['services']:>10}" for one in found))
+    print(f"\n{'InferenceServices':<{WIDTH}}" + "".join(f"{one['services']:>10}" for one in found))
     for key, name, digits in ROWS:
-        print(f"{name:<32}" + "".join(f"{one[key]:>10.{digits}f}" for one in found))
+        print(f"{name:<{WIDTH}}" + "".join(f"{one[key]:>10.{digits}f}" for one in found))
+        if key == "ready_cpu_s":
+            _plane([one["plane_cpu_s"] for one in found])
+            _floors(found)
     for one in found:
         each = ", ".join(f"{name} {value / one['services']:.2f}" for name, value in sorted(one["requests"].items()))
         print(f"requests a service at {one['services']}: {each}")
@@ -250,6 +259,18 @@ def _report(found: list[dict[str, Any]], raw: Path) -> int:
     for smaller, larger in pairwise(found):
         met &= _growth(smaller, larger)
     return 0 if met else 1
+
+
+def _floors(found: list[dict[str, Any]]) -> None:
+    for name, label in FLOORS.items():
+        floor = [one["floor"][name] for one in found if "floor" in one]
+        if floor:
+            print(f"{label:<{WIDTH}}" + "".join(f"{one['ready_s']:>10.1f}" for one in floor))
+            _plane([one["cpu_s"] for one in floor])
+
+
+def _plane(cpu_s: list[dict[str, float]]) -> None:
+    print(f"{'  CPU of the API server, s':<{WIDTH}}" + "".join(f"{one.get(API_SERVER, 0.0):>10.1f}" for one in cpu_s))
 
 
 def _growth(smaller: dict[str, Any], larger: dict[str, Any]) -> bool:

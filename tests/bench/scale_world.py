@@ -28,6 +28,7 @@ from devcluster.controlplane import ControlPlane
 from devcluster.layout import cache_root
 from devcluster.processes import Process, kill, start, wait_until
 from devcluster.progress import Progress
+from gpumeter_operator.settings import HOLD_MS
 from operatorrun import NAMESPACE, OperatorProcess, identity_of_the_chart, let_controllers_work
 
 INSIDE = "GPUMETER_BENCH_INSIDE"
@@ -87,8 +88,8 @@ def world(services: int) -> Iterator[World]:
                 _must(server.call("POST", "/api/v1/namespaces", {"metadata": {"name": f"team-{number}"}}))
             identity = identity_of_the_chart(kubectl, helm, kubeconfig, folder)
             sort_requests_of(server, NAMESPACE, "gpumeter-operator")
-            interval = {"GPUMETER_STATUS_INTERVAL_MS": str(STATUS_INTERVAL_MS)}
-            operator = OperatorProcess(identity, folder, **interval)
+            pace = {"GPUMETER_STATUS_INTERVAL_MS": str(STATUS_INTERVAL_MS), "GPUMETER_STATUS_HOLD_MS": str(HOLD_MS)}
+            operator = OperatorProcess(identity, folder, **pace)
             try:
                 yield World(server, operator, kubeconfig, folder)
             finally:

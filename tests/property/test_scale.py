@@ -10,6 +10,7 @@ from gpumeter_operator.decide.crew import Door, Load
 from gpumeter_operator.decide.hpa import asked_for
 from gpumeter_operator.decide.scaling import Scaling, read_scaling
 from gpumeter_operator.decide.spec import Problem
+from rigs.thoroughness import examples
 
 POLICY = st.fixed_dictionaries(
     {"type": st.sampled_from(["Pods", "Percent"]), "value": st.integers(1, 200), "periodSeconds": st.integers(1, 600)}
@@ -47,7 +48,7 @@ BLOCKS = st.none() | st.just(Problem("QuotaExceeded", "Exceeded quota."))
 
 
 @given(scalings(), st.data(), st.integers(0, 25))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_the_number_never_leaves_its_bounds_and_the_reason_is_never_empty(
     scaling: Scaling, data: st.DataObject, replicas: int
 ) -> None:
@@ -68,7 +69,7 @@ def test_the_number_never_leaves_its_bounds_and_the_reason_is_never_empty(
 
 
 @given(scalings(), st.lists(st.integers(0, 300), max_size=8), st.integers(0, 5), st.integers(0, 5), st.integers(1, 20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_a_longer_queue_never_asks_for_fewer_workers(
     scaling: Scaling, measured: list[int], silent: int, starting: int, current: int
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_longer_queue_never_asks_for_fewer_workers(
 
 
 @given(scalings(), st.lists(st.integers(0, 60), min_size=2, max_size=60), st.integers(1, 20))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_windows_are_honoured_in_both_directions(scaling: Scaling, queues: list[int], replicas: int) -> None:
     """Down never below the highest recommendation of the window, up never above the lowest of its own."""
     memory, asked, now_ms = Memory(), [], 0

@@ -45,6 +45,7 @@ class Way:
         self.cut = False
         self.lossy = 0.0  # share of requests that are lost, half of them on the way back
         self.delay_s = 0.01
+        self.slow_s = 0.0  # that the server takes for each request
         self.hold: asyncio.Event | None = None  # the process is frozen while this is not set
 
     async def read(self) -> Lease | None:
@@ -55,7 +56,7 @@ class Way:
 
     async def _exchange(self, act: Callable[[], Lease | None]) -> Lease | None:
         await self.thaw()
-        await asyncio.sleep(self.delay_s * self._chance.random())
+        await asyncio.sleep(self.delay_s * self._chance.random() + self.slow_s)
         if self.cut or self._server.away:
             await asyncio.sleep(0.2 if self._chance.random() < 0.5 else 60)
             raise Unreachable("connection refused")

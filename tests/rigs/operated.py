@@ -1,7 +1,7 @@
 """An operator that is killed before or after any of its requests, and the cluster that it leaves behind.
 
 Owns the kills, one incarnation of the operator (the real flows on a cluster in memory, in the order in which kopf calls
-them: the finalizer, the look, kopf's own note; at the end the release, then the finalizer's removal), and what
+them: the finalizer, the look; at the end the release, then the finalizer's removal), and what
 controllers and kubelets do meanwhile. Time is made up.
 """
 
@@ -18,6 +18,7 @@ from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.crew import Load
 from gpumeter_operator.decide.names import DRAINING_LABEL, FINALIZER, SERVICE_LABEL
+from gpumeter_operator.decide.spec import Problem
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.fleet import Fleet
 from gpumeter_operator.flow.reconcile import Reconciler, tell_event
@@ -31,7 +32,6 @@ BEGUN = datetime(2026, 11, 21, 10, 0, 0, tzinfo=UTC)
 INSTALLATION = Installation("worker:1", "IfNotPresent", "http://gateway")
 KEY = b"k" * 32
 NAMESPACE, NAME = "team-a", "smollm2"
-NOTE = "operator.gpumeter.io/last-handled-configuration"
 READY_AFTER_S, DRAIN_S = 3.0, 4.0
 
 T = TypeVar("T")
@@ -79,9 +79,12 @@ class Doomed:
             self._die()
             yield change
 
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+    async def apply(
+        self, manifest: Manifest, *, field_manager: str, subresource: str | None = None, only_new: bool = False
+    ) -> Manifest:
         return await self._call(
-            f"apply {manifest['kind']}", lambda: self._api.apply(manifest, field_manager=field_manager)
+            f"apply {manifest['kind']}",
+            lambda: self._api.apply(manifest, field_manager=field_manager, only_new=only_new),
         )
 
     async def patch(
@@ -210,6 +213,7 @@ class Operator:
             self.api,
             reconcile=self._reconcile,
             tell=partial(tell_event, self.api),
+            problem=self._problem,
             clock=world.clock,
             clock_ms=lambda: int(now_s() * 1_000),
         )
@@ -243,6 +247,9 @@ class Operator:
     async def _reconcile(self, service: Manifest) -> None:
         await self._reconciler.reconcile(service)
 
+    def _problem(self, service: Manifest) -> Problem | None:
+        return self._reconciler.problem(service)
+
     async def _bring(self, service: Manifest) -> None:
         metadata = service["metadata"]
         finalizers = metadata.get("finalizers") or []
@@ -255,9 +262,6 @@ class Operator:
             await self.api.patch(INFERENCE_SERVICES, NAME, NAMESPACE, {"metadata": {"finalizers": [FINALIZER]}})
         else:
             await self._reconciler.reconcile(service)
-            note = {NOTE: str(service["spec"])}
-            if (metadata.get("annotations") or {}).get(NOTE) != note[NOTE]:
-                await self.api.patch(INFERENCE_SERVICES, NAME, NAMESPACE, {"metadata": {"annotations": note}})
 
 
 async def settled(world: World, operator: Operator, rounds_max: int = 100) -> None:

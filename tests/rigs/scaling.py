@@ -15,7 +15,8 @@ from typing import Any
 from gpumeter_operator.adapters.kubernetes import Manifest, Refused, Resource, Unreachable
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.crew import Load
-from gpumeter_operator.decide.spec import Problem, read
+from gpumeter_operator.decide.replicas import Replicas, hindered
+from gpumeter_operator.decide.spec import Problem, is_stopped, read
 from gpumeter_operator.flow.scale import Scaler
 
 BEGUN = datetime(2026, 11, 21, 10, 0, 0, tzinfo=UTC)
@@ -58,7 +59,7 @@ class Pod:
 
 
 class ScalingWorld:
-    """One service. `spec` is its spec.scaling, `gpus` what the cluster has, `start_s` how long a worker loads."""
+    """One that scales: `spec` is its spec.scaling, `gpus` what the cluster has, `start_s` how long a worker loads."""
 
     def __init__(self, seed: int = 0, *, gpus: int = 20, start_s: float = 20, batch: int = 4, **spec: Any) -> None:
         self.random = random.Random(seed)
@@ -66,7 +67,14 @@ class ScalingWorld:
         self.gpus, self.start_s, self.batch, self.quota = gpus, start_s, batch, 1_000
         self.pods: list[Pod] = []
         self.at_door: list[float] = []
+        self.others: dict[tuple[str, str], Manifest] = {}  # services beside it, which come first
         self.away = False  # the API server
+        self.failure: Exception | None = None  # that nobody thought of, in the reconciler
+        self.failures = 0
+        self.problem: Problem | None = None  # why the reconciler does not write the Deployment
+        self.problem_is_told = True
+        self.answers: asyncio.Event | None = None  # until it is set, workers that are asked say nothing
+        self.written: asyncio.Event | None = None  # until it is set, the reconciler's write takes
         self.gateway_silent = False
         self.events: list[tuple[str, str]] = []
         self.told_s: list[float] = []
@@ -88,7 +96,7 @@ class ScalingWorld:
 
     @property
     def objects(self) -> Mapping[tuple[str, str], Manifest]:
-        return {("team-a", "m"): self.service}
+        return {**self.others, ("team-a", "m"): self.service}
 
     def pods_of(self, namespace: str, name: str) -> list[Manifest]:
         return [pod.manifest for pod in self.pods]
@@ -99,6 +107,8 @@ class ScalingWorld:
         return {"spec": {"replicas": self.replicas}, "status": {"conditions": [made] if short else []}}
 
     async def ask(self, workers: Mapping[str, str], within_s: float) -> None:
+        if self.answers is not None:
+            await self.answers.wait()
         self._asked = {pod.manifest["metadata"]["uid"]: pod for pod in self.pods}
 
     def load(self, uid: str) -> Load | None:
@@ -129,9 +139,18 @@ class ScalingWorld:
 
     async def reconcile(self, service: Manifest) -> None:
         self._reach()
+        if self.written is not None:
+            await self.written.wait()
+        if self.failure is not None:
+            raise self.failure
         decided = self.scaler.replicas(service, read(service)[0])
-        assert decided is not None
-        self.replicas = decided.wanted
+        if decided is None:
+            fixed = (service["spec"].get("replicas", 1), True, "FixedReplicas", "spec.replicas says it.")
+            decided = Replicas(*((0, False, "Stopped", "It is stopped.") if is_stopped(service) else fixed))
+        if self.problem is None:
+            self.replicas = decided.wanted
+        elif self.problem_is_told:
+            decided = hindered(decided, self.problem)
         figures = self.scaler.figures(service)
         ready = {
             "type": "ScalingReady",
@@ -140,6 +159,8 @@ class ScalingWorld:
             "message": decided.message,
         }
         service["status"] = {"conditions": [ready], "scalingHistory": list(figures.history) if figures else []}
+        if figures is not None and figures.queue_length is not None:
+            service["status"]["queueLength"] = figures.queue_length
 
     async def tell(self, service: Manifest, told: Problem, normal: bool, now: datetime) -> None:
         self.events.append((told.reason, told.message))
@@ -178,6 +199,10 @@ class ScalingWorld:
     def ready(self) -> list[Pod]:
         return [pod for pod in self.pods if pod.ready]
 
+    def mark_by_hand(self, pod: Pod) -> None:
+        pod.manifest["metadata"]["labels"]["gpumeter.io/draining"] = "true"
+        self._touch(pod)
+
     def flap(self, pod: Pod, ready: bool) -> None:
         self._set_ready(pod, ready)
 
@@ -190,10 +215,15 @@ class ScalingWorld:
             self,
             reconcile=self.reconcile,
             tell=self.tell,
+            problem=lambda service: self.problem if self.problem_is_told else None,
             count=self.counted.append,
+            on_failure=self._count_failure,
             clock=lambda: BEGUN + timedelta(seconds=self.now_s),
             clock_ms=lambda: int(self.now_s * 1_000),
         )
+
+    def _count_failure(self) -> None:
+        self.failures += 1
 
     def _reach(self) -> None:
         if self.away:

@@ -64,9 +64,13 @@ class SharedApi:
             async with self._news:
                 await self._news.wait_for(lambda: self._version > seen)  # noqa: B023
 
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+    async def apply(
+        self, manifest: Manifest, *, field_manager: str, subresource: str | None = None, only_new: bool = False
+    ) -> Manifest:
         key = _key(manifest)
         before = self.objects.get(key)
+        if only_new and before is not None:
+            raise Refused(409, "Conflict", "the object has been modified")
         mine = set(_leaves(_without_bookkeeping(manifest)))
         former = self._owned.setdefault(key, {}).get(field_manager, set())
         after = copy.deepcopy(before) if before else {"metadata": {}}

@@ -1,6 +1,7 @@
 """Several operators and one Lease, on made-up time: never two that write, and always soon one that does."""
 
 import asyncio
+import logging
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -55,6 +56,18 @@ async def test_after_a_crash_the_other_one_takes_over_within_eight_seconds() -> 
         assert (server.lease.holder, server.lease.transitions) == ("b", 1)
 
 
+def test_who_stands_by_names_the_holder_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        async with two() as (_, first, second):
+            await first.kill()
+            await until(lambda: second.may_write, 8)
+
+    with caplog.at_level(logging.INFO):
+        run_virtually(story())
+    told = [one.getMessage() for one in caplog.records if "LeaseAwaited: b " in one.getMessage()]
+    assert [line.partition(";")[2] for line in told if ";" in line] == [" a holds gpumeter-system/gpumeter-operator."]
+
+
 @virtually
 async def test_after_a_clean_stop_the_other_one_takes_over_within_a_second() -> None:
     async with two() as (_, first, second):
@@ -104,6 +117,19 @@ async def test_an_api_server_that_is_away_for_a_minute_ends_the_holder_once_and_
         await until(lambda: second.may_write or again.may_write, 3)
         assert second.election.blind() is None
         await again.kill()
+
+
+@virtually
+async def test_a_server_that_takes_seconds_for_each_answer_takes_the_lease_from_nobody() -> None:
+    async with two() as (server, first, second):
+        first.way.slow_s = second.way.slow_s = 2.0
+        before = len(server.writes)
+        await asyncio.sleep(120)
+        assert first.may_write and not second.may_write
+        assert len(server.writes) > before + 20, "it was renewed all the time"
+        first.way.slow_s = 0.0
+        await asyncio.sleep(10)
+        assert first.may_write and first.election.overdue() is None
 
 
 @virtually

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gpumeter_operator.decide.spec import Problem
 from rigs.scaling import ScalingWorld
 
 
@@ -116,6 +117,45 @@ async def test_a_quota_stops_growth_and_growth_goes_on_when_it_is_lifted() -> No
     for _ in range(20):
         await burst(world, 6, 30)
     assert len(world.pods) == 8
+
+
+REFUSED = Problem("GpuClassUnknown", "There is no class h900.")
+TO_ZERO = {"minReplicas": 0, "scaleToZeroAfter": "30s", "behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}}}
+
+
+async def some_workers() -> ScalingWorld:
+    """More than two, all of them at work."""
+    world = ScalingWorld(start_s=2, **TO_ZERO)
+    await world.run(10)
+    await burst(world, 40, 20)
+    await world.run(6)
+    assert len(world.ready()) == world.replicas > 2
+    return world
+
+
+async def test_while_the_deployment_cannot_be_written_nobody_is_drained_and_when_it_can_again_it_goes_on() -> None:
+    world = await some_workers()
+    count = world.replicas
+    world.mark_by_hand(world.pods[0])  # or a drain had begun
+    world.problem = REFUSED
+    await world.run(300)
+    assert len(world.ready()) == count and not any(pod.drains for pod in world.pods)
+    world.arrive([1.0])
+    assert not world.at_door, "they answer"
+    world.problem = None
+    await world.run(300)
+    assert (world.replicas, world.cut) == (0, [])
+
+
+async def test_a_deployment_that_was_not_lowered_though_nobody_said_so_loses_no_more_workers_than_are_wanted() -> None:
+    world = await some_workers()
+    count = world.replicas
+    world.problem, world.problem_is_told = REFUSED, False
+    await world.run(300)
+    assert world.replicas == count and all(pod.drains for pod in world.pods)
+    world.arrive([30.0])
+    await world.run(4)
+    assert [pod.drains for pod in world.pods].count(False) == 1 and not world.at_door
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -24,6 +24,20 @@ def test_help_lists_every_command_without_importing_any() -> None:
         assert f"\n  {name} " in done.stdout
 
 
+def test_a_command_lets_its_process_read_the_deepest_object_and_an_import_changes_nothing() -> None:
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "import gpumeter_operator.adapters.kubernetes, gpumeter_operator.main\n"
+        "from gpumeter_operator.cli.main import LEVELS_MAX, main\n"
+        "assert sys.getrecursionlimit() == 1000, sys.getrecursionlimit()\n"
+        "CliRunner().invoke(main, ['gateway', '--help'])\n"
+        "assert sys.getrecursionlimit() > 2 * LEVELS_MAX, sys.getrecursionlimit()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_unknown_command_is_said_to_be_unknown() -> None:
     done = CliRunner().invoke(main, ["opreator"])
     assert done.exit_code == 2

@@ -86,6 +86,15 @@ def test_the_notebook_has_the_workers_gpu_models_and_locks() -> None:
     assert (notebook["image"], main(built(engine={"image": "mine:1"}))["image"]) == ("development:1", "mine:1")
 
 
+def test_a_notebook_without_a_gpu_sees_none_of_its_node() -> None:
+    def seen(workload: Workload) -> list[Any]:
+        return [one["value"] for one in main(workload)["env"] if one["name"] == "NVIDIA_VISIBLE_DEVICES"]
+
+    none = {"resources": {"gpu": {"count": 0}}}
+    assert seen(built(**none)) == seen(built(jupyter=False, **none)) == ["void"]
+    assert seen(built()) == [], "the device plugin says which"
+
+
 def test_its_pod_is_allocated_time_of_its_class_and_gets_no_request() -> None:
     metadata = pod(built())["metadata"]
     assert metadata["annotations"]["gpumeter.io/service-uid"] == "u-1"

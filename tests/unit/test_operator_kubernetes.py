@@ -1,7 +1,8 @@
 """The Kubernetes adapter against a server that says what a real one rarely says."""
 
 import json
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -9,6 +10,7 @@ from aiohttp import web
 
 from gpumeter_operator.adapters.access import Access
 from gpumeter_operator.adapters.kubernetes import CONFIG_MAPS, PAGE_SIZE, Cluster, Refused, Unreachable
+from gpumeter_operator.cli.main import LEVELS_MAX, allow_deep_objects
 
 
 @asynccontextmanager
@@ -57,6 +59,37 @@ async def test_a_list_is_read_page_by_page_and_loses_its_managed_fields() -> Non
     assert found[0]["kind"] == "ConfigMap"
     assert asked[0] == {"limit": str(PAGE_SIZE), "labelSelector": "a=b,c"}
     assert asked[1]["continue"] == "more"
+
+
+@pytest.fixture
+def as_a_command_is_run() -> Iterator[None]:
+    """With the limit of recursion that each command gives its process, whatever ran in this one before."""
+    here = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    allow_deep_objects()
+    yield
+    sys.setrecursionlimit(here)
+
+
+@pytest.mark.usefixtures("as_a_command_is_run")
+async def test_an_object_as_deep_as_the_api_server_takes_it_ends_neither_a_list_nor_a_watch() -> None:
+    levels = LEVELS_MAX - 10
+    deep = json.dumps(item("deep", "8", data="deep")).replace('"deep"}', f"{'[' * levels}{']' * levels}}}")
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if "watch" not in request.query:
+            return web.Response(text=f'{{"metadata": {{"resourceVersion": "7"}}, "items": [{deep}]}}')
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(f'{{"type": "ADDED", "object": {deep}}}\n'.encode())
+        return response
+
+    async with served(answer) as cluster:
+        [listed], _ = await cluster.list_at(CONFIG_MAPS, "n")
+        async with aclosing(cluster.watch(CONFIG_MAPS, "n", None, "7")) as changes:
+            _, watched = await anext(changes)
+    assert listed["metadata"]["name"] == watched["metadata"]["name"] == "deep"
+    assert isinstance(listed["data"][0], list)
 
 
 async def test_a_watch_goes_on_from_what_it_was_told_last() -> None:

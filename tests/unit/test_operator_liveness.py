@@ -72,6 +72,20 @@ def test_a_service_that_is_gone_and_comes_again_is_waited_for_again() -> None:
     assert "a/x" in (world.late(62) or "")
 
 
+def test_an_edit_of_a_service_that_is_being_deleted_is_not_waited_for_but_one_of_others_is() -> None:
+    world = Brought()
+    world.services = [service("x"), service("y")]
+    world.bring("x", 1)
+    world.bring("y", 1)
+    world.services[0] = service("x", 2)
+    world.services[0]["metadata"]["deletionTimestamp"] = "2026-11-21T10:00:00Z"
+    assert world.late(0) is None
+    assert world.late(100) is None
+    world.services[1] = service("y", 2)
+    assert world.late(101) is None
+    assert "a/y" in (world.late(162) or "")
+
+
 class Absent:
     """A Lease that cannot be read."""
 

@@ -12,6 +12,7 @@ from gpumeter_operator.decide.workload import Installation, build
 H100 = NodeChoice({"nvidia.com/gpu.product": "H100"}, ({"key": "reserved", "value": "ml", "effect": "NoExecute"},))
 SLICE = NodeChoice({"nvidia.com/gpu.product": "H100-MIG-1g.10gb"})
 CLASSES = {"h100": H100, "a100": NodeChoice({"pool": "a100"})}
+LOST = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
 NOT_SHARED = [
     {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]},
     {"key": "cloud.google.com/gke-gpu-sharing-strategy", "operator": "NotIn", "values": ["mps", "time-sharing"]},
@@ -33,6 +34,11 @@ def pod(
     return spec
 
 
+def tolerated(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without what every pod tolerates: a node that is lost, for a while."""
+    return [one for one in spec["tolerations"] if one["key"] not in LOST]
+
+
 def terms(spec: dict[str, Any]) -> Any:
     required = (
         spec.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
@@ -43,7 +49,7 @@ def terms(spec: dict[str, Any]) -> Any:
 def test_a_class_of_gpu_brings_its_nodes_and_their_taints() -> None:
     spec = pod({"class": "h100"})
     assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
-    assert spec["tolerations"] == [
+    assert tolerated(spec) == [
         {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
         {"key": "reserved", "value": "ml", "effect": "NoExecute"},
     ]
@@ -53,13 +59,37 @@ def test_a_slice_is_placed_by_its_own_class_or_by_that_of_its_gpu() -> None:
     gpu = {"class": "h100", "resourceName": "nvidia.com/mig-1g.10gb"}
     spec = pod(gpu)
     assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
-    assert [one["key"] for one in spec["tolerations"]] == ["nvidia.com/mig-1g.10gb", "nvidia.com/gpu", "reserved"]
+    assert [one["key"] for one in tolerated(spec)] == ["nvidia.com/mig-1g.10gb", "nvidia.com/gpu", "reserved"]
     assert pod(gpu, classes={"h100": H100, "h100.1g.10gb": SLICE})["nodeSelector"] == SLICE.selector
 
 
 def test_a_service_on_the_cpu_is_placed_anywhere() -> None:
     spec = pod({"count": 0})
-    assert not {"nodeSelector", "tolerations", "affinity"} & set(spec)
+    assert not {"nodeSelector", "affinity"} & set(spec)
+    assert tolerated(spec) == []
+
+
+def test_a_lost_nodes_worker_is_replaced_after_half_a_minute() -> None:
+    lost = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}
+    assert pod({"count": 0})["tolerations"] == [{"key": key, **lost} for key in LOST]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"key": LOST[0], "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 600}, [LOST[1]]),
+        ({"key": LOST[1], "operator": "Exists"}, [LOST[0]]),
+        ({"operator": "Exists"}, []),
+        ({"key": LOST[0], "operator": "Exists", "effect": "NoSchedule"}, list(LOST)),
+        ({"key": "reserved", "operator": "Exists"}, list(LOST)),
+    ],
+)
+def test_what_a_template_says_of_lost_nodes_holds_because_the_shortest_of_several_times_would(
+    theirs: dict[str, Any], ours: list[str]
+) -> None:
+    tolerations = pod({"count": 0}, {"tolerations": [theirs]})["tolerations"]
+    assert tolerations[0] == theirs
+    assert [one["key"] for one in tolerations[1:]] == ours
 
 
 def test_a_gpu_without_a_class_is_placed_on_any_gpu() -> None:
@@ -85,7 +115,7 @@ def test_no_template_moves_a_worker_to_a_gpu_of_another_class_than_it_is_billed_
     assert placement_problems(service({"class": "h100"}, narrowed), CLASSES) == ()
     spec = pod({"class": "h100"}, narrowed)
     assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "H100", "zone": "a"}
-    assert [one["key"] for one in spec["tolerations"]] == ["nvidia.com/gpu", "reserved", "mine"]
+    assert [one["key"] for one in tolerated(spec)] == ["nvidia.com/gpu", "reserved", "mine"]
 
 
 @pytest.mark.parametrize("own", [[], [{"matchExpressions": [{"key": "pool", "operator": "In", "values": ["a"]}]}]])

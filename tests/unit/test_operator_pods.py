@@ -75,6 +75,11 @@ def described(one: dict[str, Any]) -> PodState:
             ["raise spec.resources.memory"],
         ),
         (
+            ended(exitCode=255, reason="Unknown", message="ready: smollm2", finishedAt="2026-11-21T10:00:00Z"),
+            "ContainerLost",
+            ["lost with its node", "restarts: 2", "the worker did not fail"],
+        ),
+        (
             ended(exitCode=1, reason="Error", message="Traceback\nValueError: boom", finishedAt="2026-11-21T10:00:00Z"),
             "WorkerCrashed",
             ["exit code 1", "restarts: 2", "ValueError: boom.", "kubectl logs -n team-a smollm2-1 --previous"],
@@ -200,3 +205,10 @@ def test_a_worker_whose_node_says_nothing_is_not_said_to_load_its_model():
 
 def test_a_readiness_gate_that_is_closed_is_no_lost_node():
     assert described(unheard(reason="ReadinessGatesNotReady")).problem is None
+
+
+def test_a_pod_that_is_marked_as_draining_is_told_from_one_that_serves() -> None:
+    one = pod(phase="Running")
+    assert not described(one).draining
+    one["metadata"]["labels"] = {"gpumeter.io/draining": "true"}
+    assert described(one).draining

@@ -10,6 +10,8 @@ from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.credentials import credentials_of, derive
 from gpumeter_operator.decide.placement import NodeChoice
 from gpumeter_operator.environment import SettingsInvalid
+from gpumeter_operator.flow.operation import OVERDUE_MIN_S
+from gpumeter_operator.handled import HandledInMemory, OnlyRetries
 from gpumeter_operator.settings import configure_kopf, read_settings
 
 
@@ -26,7 +28,8 @@ def test_only_image_key_and_namespace_are_needed(key: str) -> None:
     )
     assert settings.installation.worker_image == "worker:1"
     assert settings.installation.worker_image_pull_policy == "IfNotPresent"
-    assert (settings.status_interval_ms, settings.deletion_margin_ms) == (3_000, 60_000)
+    assert (settings.status_interval_ms, settings.status_hold_ms) == (3_000, 5_000)
+    assert settings.deletion_margin_ms == 60_000
     assert settings.http_port == 8080
     assert (settings.namespace, settings.lease) == ("gpumeter-system", "gpumeter-operator")
     assert settings.master_key == b"k" * 32
@@ -99,16 +102,42 @@ def test_a_missing_key_file_is_named() -> None:
         read_settings({"GPUMETER_WORKER_IMAGE": "x", "GPUMETER_MASTER_KEY_FILE": "/no/such/key"})
 
 
-def test_kopf_gets_our_finalizer_and_hides_none_of_a_users_annotations() -> None:
+def test_kopf_gets_our_finalizer_and_limits() -> None:
     settings = kopf.OperatorSettings()
-    configure_kopf(settings)
+    configure_kopf(settings, HandledInMemory())
     assert settings.persistence.finalizer == "gpumeter.io/usage"
     assert settings.networking.request_timeout == 10
-    body = kopf.Body(
-        {"metadata": {"annotations": {"gpumeter.io/stop": "true", "operator.gpumeter.io/kopf-managed": "yes"}}}
-    )
-    essence = settings.persistence.diffbase_storage.build(body=body)
-    assert essence["metadata"]["annotations"] == {"gpumeter.io/stop": "true"}, "an edit of it is an update"
+    assert max(settings.queueing.error_delays) < OVERDUE_MIN_S / 2, "what kopf leaves alone is no frozen watch"
+
+
+def test_what_kopf_has_dealt_with_is_known_without_a_write_until_the_service_is_edited_stopped_or_gone() -> None:
+    handled, patch = HandledInMemory(), kopf.Patch()
+
+    def body(generation: int = 1, uid: str = "u-1", **annotations: str) -> kopf.Body:
+        whole = {"operator.gpumeter.io/release": "a retry of kopf's", **annotations}
+        return kopf.Body({"metadata": {"uid": uid, "generation": generation, "annotations": whole}})
+
+    def is_news(one: kopf.Body) -> bool:
+        return bool(handled.fetch(body=one) != handled.build(body=one))
+
+    assert handled.fetch(body=body()) is None, "a process that begins has dealt with nothing"
+    handled.store(body=body(), patch=patch, essence=handled.build(body=body()))
+    assert not patch, "nothing is written"
+    assert not is_news(body(**{"somebody.example/else": "x"}))
+    assert is_news(body(generation=2))
+    assert is_news(body(**{"gpumeter.io/stop": "true"}))
+    assert handled.fetch(body=body(uid="u-2")) is None, "a namesake is another one"
+    handled.forget("u-1")
+    assert handled.fetch(body=body()) is None
+
+
+def test_kopf_notes_what_it_is_to_try_again_and_nothing_of_what_is_done() -> None:
+    storage, patch = OnlyRetries(prefix="operator.gpumeter.io", v1=False), kopf.Patch()
+    body = kopf.Body({"metadata": {"uid": "u-1"}})
+    storage.store(key="reconcile", record={"success": True, "retries": 1}, body=body, patch=patch)
+    assert not patch, "neither a note nor kopf's mark"
+    storage.store(key="release", record={"success": False, "retries": 1}, body=body, patch=patch)
+    assert "operator.gpumeter.io/release" in patch["metadata"]["annotations"]
 
 
 def test_credentials_are_derived_per_purpose_and_per_service() -> None:

@@ -53,8 +53,19 @@ def test_only_true_stops(value: str, stopped: bool) -> None:
     [
         ({"engine": {"type": "vllm"}}, "spec.engine.type is vllm, but this version has only the engine transformers"),
         (
-            {"parallelism": {"tensor": 2}, "resources": {"gpu": {"count": 2}}},
-            "spec.resources.gpu.count is 2, but in this version a worker runs on one GPU",
+            {"parallelism": {"tensor": 2}, "resources": {"gpu": {"count": 4}}},
+            "spec.parallelism.tensor is 2 and spec.resources.gpu.count is 4, but a worker splits its model over all",
+        ),
+        (
+            {"parallelism": {"tensor": 2}, "resources": {"gpu": {"count": 0}}},
+            "make them equal (tensor is 1 on the CPU)",
+        ),
+        (
+            {
+                "parallelism": {"tensor": 2},
+                "resources": {"gpu": {"count": 2, "resourceName": "nvidia.com/mig-1g.10gb"}},
+            },
+            "MIG instances cannot exchange what a split model needs",
         ),
         ({"resources": {"gpu": {"resourceName": "nvidia.com/gpu.shared"}}}, "the time of its steps cannot be measured"),
     ],
@@ -64,6 +75,12 @@ def test_what_this_version_cannot_do_is_said_with_what_to_do(spec: dict[str, Any
     assert problem.reason == "NotSupported"
     assert sentence in problem.message
     assert problem.message.endswith(".")
+
+
+def test_a_model_may_be_split_over_all_gpus_of_a_worker() -> None:
+    spec, problems = read(service({"parallelism": {"tensor": 4}, "resources": {"gpu": {"count": 4, "class": "h100"}}}))
+    assert (spec.tensor, spec.gpu_count, problems) == (4, 4, ())
+    assert read(service())[0].tensor == 1
 
 
 @pytest.mark.parametrize("uri", ["hf://o/n", "pvc://claim/a", "file:///a", "s3://models/a", "oci://registry/a:1"])

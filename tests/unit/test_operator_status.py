@@ -8,7 +8,14 @@ import pytest
 from gpumeter_operator.decide.pods import Failure, PodState
 from gpumeter_operator.decide.replicas import decide_replicas
 from gpumeter_operator.decide.spec import Problem, read
-from gpumeter_operator.decide.status import Seen, changes, decide_leaving, decide_status
+from gpumeter_operator.decide.status import (
+    Seen,
+    changes,
+    decide_leaving,
+    decide_status,
+    is_only_progress,
+    plan_missing,
+)
 
 NOW = datetime(2026, 11, 21, 10, 0, 30, tzinfo=UTC)
 LATER = datetime(2026, 11, 21, 11, 0, 0, tzinfo=UTC)
@@ -36,12 +43,14 @@ def status(
     former: dict[str, Any] | None = None,
     stopped: bool = False,
     now: datetime = NOW,
+    has_plan: bool | None = None,
 ) -> dict[str, Any]:
     metadata: dict[str, Any] = {"namespace": "team-a", "name": "smollm2", "uid": "u", "generation": 4}
     if stopped:
         metadata["annotations"] = {"gpumeter.io/stop": "true"}
     read_spec, _ = read({"metadata": metadata, "spec": {"model": {"uri": "hf://o/n"}, **(spec or {})}})
-    seen = Seen(read_spec, decide_replicas(read_spec), problems, "" if problems else "now", deployment, pods)
+    hash_ = "" if problems else "now"
+    seen = Seen(read_spec, decide_replicas(read_spec), problems, hash_, deployment, pods, has_plan=has_plan)
     return decide_status(seen, former or {}, now)
 
 
@@ -202,6 +211,56 @@ def test_a_calibration_that_failed_is_told_and_takes_neither_metering_nor_readin
     assert told(one)[:2] == ("True", "Serving")
 
 
+GOLD = {"pricing": {"planRef": {"name": "gold"}}}
+
+
+def test_a_price_plan_that_is_not_there_is_told_with_what_to_do_and_takes_nothing_from_serving() -> None:
+    one = status(ready(), spec=GOLD, has_plan=False)
+    assert told(one, "PricePlanFound")[:2] == ("False", "NoPricePlan")
+    assert (
+        "no PricePlan called gold, so usage is metered and reported without amounts" in told(one, "PricePlanFound")[2]
+    )
+    assert "Create it, or name another one in spec.pricing.planRef" in told(one, "PricePlanFound")[2]
+    assert told(one)[:2] == ("True", "Serving")
+    found = status(ready(), spec=GOLD, has_plan=True)
+    assert told(found, "PricePlanFound") == ("True", "PlanFound", "There is a PricePlan called gold.")
+    assert told(status(has_plan=False), "PricePlanFound")[2].startswith("There is no PricePlan called default,")
+
+
+def test_where_nobody_can_tell_whether_there_is_a_plan_what_was_told_stays() -> None:
+    for known in (True, False):
+        former = status(spec=GOLD, has_plan=known)
+        assert changes(former, status(spec=GOLD, former=former, now=LATER)) == {}
+    assert "PricePlanFound" not in {one["type"] for one in status(spec=GOLD)["conditions"]}
+
+
+def test_that_a_plan_is_missing_is_news_once_and_only_of_a_plan_that_the_service_names_itself() -> None:
+    def news(former: dict[str, Any], now: dict[str, Any], spec: dict[str, Any]) -> Problem | None:
+        metadata = {"namespace": "team-a", "name": "smollm2", "uid": "u"}
+        return plan_missing(read({"metadata": metadata, "spec": spec})[0], former, now)
+
+    missing, there = status(spec=GOLD, has_plan=False), status(spec=GOLD, has_plan=True)
+    told_now = news({}, missing, GOLD)
+    assert told_now is not None
+    assert (told_now.reason, told_now.message) == told(missing, "PricePlanFound")[1:]
+    assert news(there, missing, GOLD) is not None
+    assert news(missing, missing, GOLD) is None
+    assert news(missing, there, GOLD) is None
+    assert news({}, status(has_plan=False), {}) is None, "who sets no prices need not be warned"
+
+
+def test_only_the_progress_of_a_start_may_wait() -> None:
+    starting, loading = status(), status(worker(started=True))
+    assert is_only_progress({}, starting)
+    assert is_only_progress({"usage": {}}, loading), "what the collector wrote is no state of ours"
+    assert is_only_progress(starting, loading)
+    assert not is_only_progress(starting, status(ready()))
+    assert not is_only_progress(starting, status(worker(problem=CAPACITY)))
+    assert not is_only_progress(status(worker(problem=CAPACITY)), starting), "nor that an error is over"
+    assert not is_only_progress(status(ready()), starting), "nor that nobody serves any more"
+    assert not is_only_progress({**starting, "observedGeneration": 3}, starting), "nor what has become of an edit"
+
+
 def test_terminating_pods_do_not_count() -> None:
     one = status(worker("w-0", terminating=True), ready())
     assert (one["replicas"], one["readyReplicas"]) == (1, 1)
@@ -260,3 +319,12 @@ def test_how_far_a_model_is_stands_in_model_status_and_condition_until_it_is_loa
     assert told(one)[2] == f"0 of 1 worker ready; 1 loading the model: {far}."
     assert status(ready(), worker("w-2", started=True, loading=far))["modelStatus"]["progress"] is None
     assert status(worker(started=True))["modelStatus"]["progress"] is None
+
+
+def test_a_worker_that_drains_does_not_answer_and_a_service_with_no_other_is_not_ready() -> None:
+    found = status(ready(draining=True), ready("w-2"), spec={"replicas": 2})
+    assert (found["replicas"], found["readyReplicas"], told(found)) == (2, 1, ("True", "Serving", "1 worker ready."))
+    found = status(ready(draining=True))
+    assert (found["readyReplicas"], told(found)[:2]) == (0, ("False", "WorkersDraining"))
+    broken = status(ready(draining=True), problems=(Problem("TemplateInvalid", "No."),))
+    assert told(broken)[0] == "False", "no former worker serves"

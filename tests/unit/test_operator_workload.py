@@ -107,6 +107,7 @@ def test_the_worker_is_told_its_settings_by_environment() -> None:
         "GPUMETER_MODEL_CACHE": "/var/cache/gpumeter",
         "GPUMETER_GATEWAY_URL": "http://gateway.ns.svc",
         "HOME": "/tmp",
+        "NVIDIA_VISIBLE_DEVICES": "void",
     }
 
 
@@ -115,6 +116,21 @@ def test_gpus_are_asked_for_under_the_resources_own_name_and_a_cpu_service_asks_
     assert resources["limits"] == {"memory": "4Gi", "nvidia.com/mig-1g.10gb": "1"}
     resources = main(built({"resources": {"gpu": {"count": 0}, "cpu": "2"}}))["resources"]
     assert resources == {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"memory": "4Gi"}}
+
+
+def test_a_split_model_is_told_to_the_worker_and_its_devices_to_the_collector() -> None:
+    split = built({"resources": {"gpu": {"count": 4}}, "parallelism": {"tensor": 4}})
+    assert main(split)["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert (environment(split)["GPUMETER_GPU_COUNT"], environment(split)["GPUMETER_TENSOR_PARALLEL"]) == ("4", "4")
+    assert pod(split)["metadata"]["annotations"]["gpumeter.io/devices"] == "4"
+    assert "GPUMETER_TENSOR_PARALLEL" not in environment(built()), "a worker that runs now would be replaced"
+
+
+def test_a_cpu_service_gets_no_gpu_by_the_image_that_it_runs_either() -> None:
+    """An image built on CUDA says that it sees all GPUs, and NVIDIA's runtime believes it."""
+    none = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
+    assert none in main(built({"resources": {"gpu": {"count": 0}}}))["env"]
+    assert "NVIDIA_VISIBLE_DEVICES" not in {one["name"] for one in main(built())["env"]}
 
 
 def test_a_model_on_a_claim_is_mounted_read_only_and_any_other_is_not_mounted() -> None:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.crew import COST_DRAINING, COST_LEAVING, Load, Replica, is_marked, replica_of
 from gpumeter_operator.decide.drain import SETTLE_MS, Plan, plan
@@ -59,6 +61,19 @@ def test_until_every_gateway_knows_an_empty_worker_stays() -> None:
 def test_after_the_drain_timeout_it_goes_whatever_runs_and_a_silent_one_no_earlier() -> None:
     assert planned(1, 2, worker("a"), worker("b", marked_s=119), a=load(0)) == Plan(2)
     assert planned(1, 2, worker("a"), worker("b", marked_s=120), a=load(0), b=load(7)) == Plan(1, leave=("b",))
+
+
+@pytest.mark.parametrize("since", ["x", "3000-01-01T00:00:00Z"])
+def test_a_mark_by_hand_whose_time_says_nothing_is_marked_again_with_a_time_and_cuts_nobody_off(since: str) -> None:
+    by_hand = replace(worker("b"), draining_since=since)
+    assert planned(1, 2, worker("a"), by_hand, a=load(3), b=load(1)) == Plan(2, mark=("b",))
+    assert planned(2, 2, worker("a"), by_hand, a=load(3), b=load(1)) == Plan(2, unmark=("b",))
+
+
+def test_a_mark_whose_time_has_no_zone_is_of_that_time_in_utc() -> None:
+    by_hand = replace(worker("b"), draining_since="2026-11-21T09:59:50")
+    assert planned(1, 2, worker("a"), by_hand, a=load(3), b=load(1)) == Plan(2)
+    assert planned(1, 2, worker("a"), by_hand, a=load(3), b=load(0)) == Plan(1, leave=("b",))
 
 
 def test_load_that_returns_takes_drained_workers_back_before_new_ones_are_made() -> None:

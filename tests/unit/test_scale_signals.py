@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
 
-from gpumeter_operator.adapters.signals import TOO_OLD_MS, Signals, read_load
+from gpumeter_operator.adapters.signals import PARALLEL, TIMEOUT_S, TOO_OLD_MS, Signals, read_load
 from gpumeter_operator.decide.crew import Load
 
 TEXT = b"""# HELP vllm:num_requests_waiting Requests that no step has held yet
@@ -48,10 +48,15 @@ class StandIn:
     """A worker's HTTP side whose answer the test sets."""
 
     answer: bytes | None = TEXT
-    asked: int = 0
+    asked_s: list[float] = field(default_factory=list)
     hangs: asyncio.Event | None = None
+    hung: int | None = None  # with `hangs`: only so many of the first do; None: all
     runner: web.AppRunner | None = field(default=None, repr=False)
     port: int = 0
+
+    @property
+    def asked(self) -> int:
+        return len(self.asked_s)
 
     async def start(self) -> None:
         app = web.Application()
@@ -63,8 +68,8 @@ class StandIn:
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        self.asked += 1
-        if self.hangs is not None:
+        self.asked_s.append(time.monotonic())
+        if self.hangs is not None and (self.hung is None or self.asked <= self.hung):
             await self.hangs.wait()
         return web.Response(body=self.answer) if self.answer is not None else web.Response(status=503)
 
@@ -120,6 +125,54 @@ async def test_a_worker_that_hangs_holds_up_neither_the_others_nor_the_round(wor
     assert worker.asked == 1, "not asked again while it is being asked"
     assert signals.load("u") is None
     await signals.close()
+
+
+async def test_so_many_are_asked_at_a_time_and_who_hangs_makes_room_for_the_next(worker: StandIn) -> None:
+    worker.hangs = asyncio.Event()
+    signals = Signals(worker.port)
+    await signals.ask({f"u{number}": "127.0.0.1" for number in range(PARALLEL + 1)}, 0.05)
+    await eventually(lambda: worker.asked > PARALLEL)
+    assert worker.asked_s[PARALLEL] - worker.asked_s[0] > 0.9 * TIMEOUT_S
+    await signals.close()
+
+
+async def test_a_round_is_over_when_its_own_workers_have_answered_though_one_of_an_earlier_one_hangs(
+    worker: StandIn,
+) -> None:
+    worker.hangs = asyncio.Event()
+    worker.hung = 1
+    signals = Signals(worker.port)
+    begun_s = time.monotonic()
+    await signals.ask({"u0": "127.0.0.1"}, 0.05)
+    await signals.ask({"u0": "127.0.0.1", "u1": "127.0.0.1"}, 60)
+    assert time.monotonic() - begun_s < 0.9 * TIMEOUT_S
+    assert (signals.load("u0") is None, signals.load("u1") is None) == (True, False)
+    await signals.close()
+
+
+async def test_closing_ends_a_round_at_once_though_some_wait_for_their_turn(worker: StandIn) -> None:
+    worker.hangs = asyncio.Event()
+    signals = Signals(worker.port)
+    asking = asyncio.create_task(signals.ask({f"u{number}": "127.0.0.1" for number in range(2 * PARALLEL)}, 60))
+    await eventually(lambda: worker.asked > 0)
+    async with asyncio.timeout(10):
+        await signals.close()
+        await asking
+
+
+async def test_a_round_that_begins_as_the_one_before_it_ends_is_asked(worker: StandIn) -> None:
+    signals = Signals(worker.port)
+    for number in range(5):
+        uids = {f"u{number}-{each}": "127.0.0.1" for each in range(PARALLEL)}
+        await signals.ask(uids, 10)
+        assert all(signals.load(uid) for uid in uids), number
+    await signals.close()
+
+
+async def eventually(seen: Callable[[], bool], timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not seen():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def test_workers_that_are_gone_are_forgotten(worker: StandIn) -> None:

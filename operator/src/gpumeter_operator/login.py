@@ -13,6 +13,9 @@ import kopf
 from gpumeter_operator.flow.tenure import Tenure
 
 _READS = ("GET", "HEAD")
+CONNECTIONS = 64
+"""Of kopf to the API server: one for each object that it writes at a time, and a few watches. Without a limit five
+thousand services that come together are five thousand handshakes, and each answer waits for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ def session_of(info: kopf.ConnectionInfo, tenure: Tenure) -> Session:
             return await send(request)
 
     http = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+        connector=aiohttp.TCPConnector(limit=CONNECTIONS, ssl=info.as_ssl_context()),
         headers=info.as_http_headers(),
         proxy=info.proxy_url,
         trust_env=info.trust_env,

@@ -5,7 +5,6 @@ Owns the order of that, what a signal does, and which event of an InferenceServi
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import uuid
@@ -16,17 +15,18 @@ import kopf
 
 from gpumeter_operator.adapters.kubernetes import Cluster
 from gpumeter_operator.adapters.lease import Leases
+from gpumeter_operator.candidate import Candidate
 from gpumeter_operator.decide.credentials import internal_token
 from gpumeter_operator.flow.doors import doors_of
 from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.operation import Operation
 from gpumeter_operator.flow.scale_ports import NoDoors, OpenDoors
 from gpumeter_operator.flow.tenure import InTenure, Tenure
+from gpumeter_operator.handled import HandledInMemory
 from gpumeter_operator.login import login
 from gpumeter_operator.settings import HANDLER_BACKOFF_S, Settings, configure_kopf
 
 SERVICES = ("gpumeter.io", "v1alpha1", "inferenceservices")
-LEASE_LOST = 1
 WRITES_END_WITHIN_S = 1.0  # of a clean stop; who waits longer gives the next one no lease, which then expires by itself
 KOPF_ENDS_WITHIN_S = 5.0
 STOP_WITHIN_S = 20  # of the pod's grace period of 30 s
@@ -43,47 +43,45 @@ def run(settings: Settings) -> None:
 async def _run(settings: Settings) -> None:
     cluster, leases = Cluster.connect(), Leases(Cluster.connect(), settings.namespace, settings.lease)
     tenure = Tenure()
-    election = Election(leases, tenure, f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}")
-    operation = _operation(settings, InTenure(cluster, tenure), election)
+    candidate = Candidate(leases, tenure, f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}")
+    operation = _operation(settings, InTenure(cluster, tenure), candidate.election)
     try:
-        await _Process(settings, operation, tenure, election).live()
+        await _Process(settings, operation, tenure, candidate).live()
     finally:
         await operation.stop()
-        await leases.close()
+        await candidate.close()
 
 
 class _Process:
     """From standing by to the end. All that it waits for are tasks older than kopf's, because kopf spares those."""
 
-    def __init__(self, settings: Settings, operation: Operation, tenure: Tenure, election: Election) -> None:
+    def __init__(self, settings: Settings, operation: Operation, tenure: Tenure, candidate: Candidate) -> None:
         self._settings = settings
         self._operation = operation
         self._tenure = tenure
-        self._election = election
+        self._candidate = candidate
         self._told = asyncio.Event()
         self._listen()
         self._stop = asyncio.create_task(self._told.wait(), name="signals")
-        self._lease = asyncio.create_task(election.run(), name="lease")
+        candidate.stand()
 
     async def live(self) -> None:
         """Return when a signal has come, or when kopf has ended; where the Lease is lost, the process ends inside."""
         await self._operation.serve()
-        won = asyncio.create_task(self._election.won.wait(), name="won")
-        await asyncio.wait({won, self._stop, self._lease}, return_when=asyncio.FIRST_COMPLETED)
+        won = asyncio.create_task(self._candidate.won.wait(), name="won")
+        await asyncio.wait({won, self._stop}, return_when=asyncio.FIRST_COMPLETED)
         won.cancel()
-        if self._lease.done():
-            self._end()
         if self._told.is_set():
             await self._give_back()
         else:
             await self._act()
 
     async def _act(self) -> None:
-        settings, stop = kopf.OperatorSettings(), asyncio.Event()
-        configure_kopf(settings)
+        settings, handled, stop = kopf.OperatorSettings(), HandledInMemory(), asyncio.Event()
+        configure_kopf(settings, handled)
         others = asyncio.all_tasks()  # kopf cancels every task that was not there before it
         tasks = await kopf.spawn_tasks(
-            registry=handlers(self._tenure),
+            registry=handlers(handled, self._tenure),
             settings=settings,
             memo=self._operation,
             standalone=True,
@@ -92,9 +90,7 @@ class _Process:
         )
         self._listen()  # kopf has put its own answer to signals in their place
         running = asyncio.create_task(kopf.run_tasks(tasks, ignored=others), name="kopf")
-        await asyncio.wait({running, self._stop, self._lease}, return_when=asyncio.FIRST_COMPLETED)
-        if self._lease.done():
-            self._end()
+        await asyncio.wait({running, self._stop}, return_when=asyncio.FIRST_COMPLETED)
         await self._give_back()
         stop.set()
         await asyncio.wait({running}, timeout=KOPF_ENDS_WITHIN_S)
@@ -106,26 +102,14 @@ class _Process:
     async def _give_back(self) -> None:
         """Write nothing any more, and then let the next one begin: nobody has to wait until kopf has ended."""
         signal.alarm(STOP_WITHIN_S)  # ends the process where something hangs
+        await self._candidate.stand_down()  # first: who holds the Lease in a tenure that is closed has lost it
         self._tenure.close()
-        self._lease.cancel()
-        await asyncio.gather(self._lease, return_exceptions=True)
         if not await self._tenure.idle(WRITES_END_WITHIN_S):
             log.warning(
                 "A write takes longer than %.0f s, so the lease is not given back but expires.", WRITES_END_WITHIN_S
             )
-        elif await self._election.release():
+        elif await self._candidate.release():
             log.info("LeaseReleased: the next operator may begin.")
-
-    def _end(self) -> None:
-        """The Lease is lost: no write may follow, so nothing is tidied up. The kernel closes what is open."""
-        failure = self._lease.exception()
-        if failure is not None:
-            log.error("LeaseNotRenewed: the loop that renews the lease has failed.", exc_info=failure)
-        else:
-            lost = self._lease.result()
-            log.error("%s: %s", lost.reason, lost.message)
-        logging.shutdown()
-        os._exit(LEASE_LOST)
 
     def _listen(self) -> None:
         for one in (signal.SIGTERM, signal.SIGINT):
@@ -141,6 +125,7 @@ def _operation(settings: Settings, cluster: InTenure, election: Election) -> Ope
         settings.installation,
         settings.master_key,
         interval_s=settings.status_interval_ms / 1_000,
+        hold_s=settings.status_hold_ms / 1_000,
         deletion_margin=timedelta(milliseconds=settings.deletion_margin_ms),
         http=(settings.http_host, settings.http_port),
         open_doors=doors,
@@ -148,10 +133,11 @@ def _operation(settings: Settings, cluster: InTenure, election: Election) -> Ope
     )
 
 
-def handlers(tenure: Tenure | None = None) -> kopf.OperatorRegistry:
+def handlers(handled: HandledInMemory, tenure: Tenure | None = None) -> kopf.OperatorRegistry:
     """All handlers, in a registry of their own.
 
-    kopf's own writes happen in `tenure`; without one (a bench that has no Lease) they always may.
+    `handled` is what kopf's settings name too. kopf's own writes happen in `tenure`; without one (a bench that has no
+    Lease) they always may.
     """
     registry = kopf.OperatorRegistry()
 
@@ -172,6 +158,8 @@ def handlers(tenure: Tenure | None = None) -> kopf.OperatorRegistry:
     @kopf.on.event(*SERVICES, id="heard", registry=registry)
     async def heard(event: Any, body: Any, memo: Operation, **_: Any) -> None:
         memo.hear(body["metadata"], gone=event["type"] == "DELETED")
+        if event["type"] == "DELETED":
+            handled.forget(body["metadata"]["uid"])
 
     # One function for all three: with create and resume alone, edits would be swallowed. A failure is not raised: kopf
     # would note every retry in the object, and the next round looks again in seconds anyway.

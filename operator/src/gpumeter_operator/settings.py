@@ -9,18 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import kopf
-
 from gpumeter_operator.decide.access import Monitoring, Peers
 from gpumeter_operator.decide.names import FINALIZER
 from gpumeter_operator.decide.placement import NodeChoice
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.environment import Environment
+from gpumeter_operator.handled import HandledInMemory, OnlyRetries
 
 # Not gpumeter.io itself: kopf hides every annotation under its own prefix from the comparison that notices edits, and
 # gpumeter.io/stop is one that a user edits.
 KOPF_PREFIX = "operator.gpumeter.io"
 HANDLER_BACKOFF_S = 5.0
+# How long a status waits that only tells how far a start is. Of a thousand services that start together most go through
+# three such states within seconds, each of them a write and some an event, of which nobody reads any; a worker that
+# loads for minutes tells all of them. At the longest it is this and one round of looks.
+HOLD_MS = 5_000
 GPU_CLASSES = "GPUMETER_GPU_CLASSES"
 PEERS = "GPUMETER_WORKER_PEERS"
 MONITORING = "GPUMETER_WORKER_MONITORING"
@@ -36,6 +39,7 @@ class Settings:
     """NAMESPACE/NAME of the gateways' Service; "" where there is none, and nothing scales to zero or from it."""
     master_key: bytes
     status_interval_ms: int
+    status_hold_ms: int
     deletion_margin_ms: int
     http_host: str
     http_port: int
@@ -60,6 +64,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         gateway_service=_gateway_service(read),
         master_key=read.master_key(),
         status_interval_ms=read.number("GPUMETER_STATUS_INTERVAL_MS", 3_000, 200, 60_000),
+        status_hold_ms=read.number("GPUMETER_STATUS_HOLD_MS", HOLD_MS, 0, 60_000),
         deletion_margin_ms=read.number("GPUMETER_DELETION_MARGIN_MS", 60_000, 0, 3_600_000),
         http_host=read.text("GPUMETER_HTTP_HOST", "0.0.0.0"),  # noqa: S104 - probes come from the node
         http_port=read.number("GPUMETER_HTTP_PORT", 8080, 1, 65_535),
@@ -112,13 +117,14 @@ def _monitoring(read: Environment) -> Monitoring | None:
     return Monitoring(found.get("labels") or {}, str(found.get("interval", "15s"))) if found else None
 
 
-def configure_kopf(settings: Any) -> None:
+def configure_kopf(settings: Any, handled: HandledInMemory) -> None:
     """Every setting of kopf that differs from its default, and why. `settings` is kopf.OperatorSettings."""
     # Our own name in the finalizer: it tells an administrator who waits, and for what.
     settings.persistence.finalizer = FINALIZER
-    # State lives in annotations: status is ours and its schema prunes unknown fields.
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=KOPF_PREFIX, v1=False)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=KOPF_PREFIX, v1=False)
+    # A deletion that is tried again is noted in annotations: status is ours and its schema prunes unknown fields.
+    settings.persistence.progress_storage = OnlyRetries(prefix=KOPF_PREFIX, v1=False)
+    # What was dealt with is kept in memory: an annotation of it would be a write for each service and each edit.
+    settings.persistence.diffbase_storage = handled
     # One operator by the Lease (flow.election); kopf's peering freezes everyone when priorities are equal.
     settings.peering.standalone = True
     # A request that takes 10 s is lost; the default of 5 minutes would look like a freeze.
@@ -133,6 +139,9 @@ def configure_kopf(settings: Any) -> None:
     # The reconciler writes events itself, once each; what the framework logs is not for users.
     settings.posting.enabled = False
     settings.posting.level = logging.ERROR
+    # After an error of its own kopf leaves an object alone, up to 610 s by default. What it does not bring for a minute
+    # counts as a watch that is frozen (flow.liveness).
+    settings.queueing.error_delays = (1, 2, 3, 5, 8, 13, 20)
     # No limit on workers: a limit below the number of services stalls all of them while one waits.
     settings.queueing.worker_limit = None
     # The deletion of a service waits inside its handler; an operator that stops must not wait with it.

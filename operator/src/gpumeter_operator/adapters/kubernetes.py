@@ -3,7 +3,7 @@
 Owns the connections, the names of resources, request timeouts and the translation of every failure into two
 exceptions, `Refused` (the API server said no, with its sentence) and `Unreachable` (it did not answer).
 Does not know what any of the objects mean. metadata.managedFields are left out of lists and watches: nobody here reads
-them, and they are half of an object.
+them, and they are half of an object. How deep an object may be is said where processes start (cli.main).
 """
 
 import os
@@ -77,6 +77,11 @@ RESOURCES: Mapping[tuple[str, str], Resource] = {
 
 
 _APPLY, _MERGE, _JSON = "application/apply-patch+yaml", "application/merge-patch+json", "application/json"
+# A version that no object has: the first write into an empty etcd makes revision 2. In an apply it is a condition on
+# an object that exists (409 where it has another), and none on one that does not: k8s.io/apiserver,
+# registry/generic/registry/store.go, Update. A POST would refuse as well, but its fields would be owned by an update
+# and not by our applies, which could then never take one back.
+_NEVER = "1"
 _REFUSAL_MAX = 300  # characters of an answer that is not in the API server's form
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -191,8 +196,15 @@ class Cluster:
         resource = RESOURCES[manifest["apiVersion"], manifest["kind"]]
         return await self._object("POST", _path(resource, manifest["metadata"].get("namespace")), None, manifest, _JSON)
 
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
-        """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are."""
+    async def apply(
+        self, manifest: Manifest, *, field_manager: str, subresource: str | None = None, only_new: bool = False
+    ) -> Manifest:
+        """Server-side apply with force: fields in the manifest become ours, fields of others stay as they are.
+
+        With `only_new` nothing that exists is changed: Refused 409 where there is an object of this name, whoever's.
+        """
+        if only_new:
+            manifest = {**manifest, "metadata": {**manifest["metadata"], "resourceVersion": _NEVER}}
         metadata = manifest["metadata"]
         path = _path(
             RESOURCES[manifest["apiVersion"], manifest["kind"]],

@@ -128,22 +128,27 @@ class Mirror:
         Nothing is taken that the API server has told of already: the copy may be past it, and the object deleted.
         """
         held = self.objects.get(_key(item))
-        version = _version(item)
-        known = [one for one in (self._version, _version(held) if held else None) if one is not None]
+        version = version_of(item)
+        known = [one for one in (self._version, version_of(held) if held else None) if one is not None]
         if version is not None and known and version <= max(known):
             return
         self._put(item)
         self._tell_changed()
 
     async def _list_then_watch(self) -> None:
-        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
-        self._replace_all({_key(item): self._kept(item) for item in listed})
-        self._version = _number(version)
+        version = await self._list()
         async with aclosing(  # type: ignore[type-var]  # an async generator, which the protocol need not say
             self._cluster.watch(self._resource, self._namespace, self._labels, version)
         ) as changes:
             async for change, item in changes:
                 self._take(change, item)
+
+    async def _list(self) -> str:
+        # By itself, so that nothing holds the list any more while the watch goes on: unpacked it is most of the memory.
+        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
+        self._replace_all({_key(item): self._kept(item) for item in listed})
+        self._version = _number(version)
+        return version
 
     def _replace_all(self, listed: dict[tuple[str, str], Manifest]) -> None:
         self.last_heard_ns = time.monotonic_ns()
@@ -164,7 +169,7 @@ class Mirror:
 
     def _take(self, change: str, item: Manifest) -> None:
         self.last_heard_ns = time.monotonic_ns()
-        self._version = _version(item) or self._version
+        self._version = version_of(item) or self._version
         if change == "BOOKMARK":
             return
         if change == "DELETED":
@@ -216,7 +221,8 @@ def _slim(item: Manifest) -> Manifest:
     return {**item, "metadata": metadata}
 
 
-def _version(item: Manifest) -> int | None:
+def version_of(item: Manifest) -> int | None:
+    """By which of two copies of an object the newer is known; None where versions are no numbers."""
     return _number(item["metadata"].get("resourceVersion", ""))
 
 

@@ -29,6 +29,11 @@ class OperatorMetrics:
             ["reason"],
             registry=self.registry,
         )
+        self.scaling_failures = Counter(
+            "gpumeter_operator_scaling_failures",
+            "Looks of the autoscaler at one service that failed for a reason that nobody thought of; the log tells it.",
+            registry=self.registry,
+        )
         self.writes = Counter(
             "gpumeter_operator_api_writes",
             "Writes to the API server, by kind.",

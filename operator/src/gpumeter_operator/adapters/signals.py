@@ -9,10 +9,12 @@ import asyncio
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
 
-import aiohttp
-
+from gpumeter_operator.adapters.scraping import Scraper, Unanswered
 from gpumeter_operator.decide.crew import Load
 from gpumeter_operator.decide.names import HTTP_PORT
 
@@ -32,18 +34,26 @@ _WANTED = re.compile(
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Round:
+    """Those who are asked together: how many are still to be heard, and what is set when none is."""
+
+    left: int
+    over: asyncio.Future[None]
+
+
 class Signals:
     """The last load of every worker. `clock_ms` never goes back."""
 
     def __init__(
         self, port: int = HTTP_PORT, clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
     ) -> None:
-        self._port = port
         self._clock_ms = clock_ms
-        self._session: aiohttp.ClientSession | None = None
-        self._slots = asyncio.Semaphore(PARALLEL)
+        self._scraper = Scraper(port, "/metrics", BODY_BYTES_MAX)
         self._loads: dict[str, Load] = {}
-        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._asking: set[str] = set()  # uids, of `_questions` too
+        self._questions: deque[tuple[str, str, _Round]] = deque()
+        self._askers: set[asyncio.Task[None]] = set()
         self._failures: dict[str, int] = {}
         self._again_ms: dict[str, int] = {}
 
@@ -55,13 +65,17 @@ class Signals:
         """
         now_ms = self._clock_ms()
         self._forget(workers)
+        self._scraper.keep(workers.values())
         due = [uid for uid in workers if uid not in self._asking and self._again_ms.get(uid, 0) <= now_ms]
-        tasks = []
-        for uid in due:
-            self._asking[uid] = asyncio.create_task(self._ask(uid, workers[uid]))
-            tasks.append(self._asking[uid])
-        if tasks:
-            await asyncio.wait(tasks, timeout=within_s)
+        together = _Round(len(due), asyncio.get_running_loop().create_future())
+        self._asking.update(due)
+        self._questions.extend((uid, workers[uid], together) for uid in due)
+        # A task each would cost as much as a tenth of the question.
+        for _ in range(min(PARALLEL - len(self._askers), len(self._questions))):
+            self._askers.add(asyncio.create_task(self._ask_on()))
+        if not due:
+            return
+        await asyncio.wait((together.over,), timeout=within_s)
 
     def load(self, uid: str) -> Load | None:
         """What the worker last told; None when that is too old, or nothing."""
@@ -70,20 +84,41 @@ class Signals:
 
     async def close(self) -> None:
         """End what is being asked, and the connections."""
-        tasks = list(self._asking.values())
+        for *_, together in self._questions:
+            together.over.cancel()
+        self._questions.clear()
+        tasks = list(self._askers)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        self._asking.clear()
+        self._scraper.close()
+
+    async def _ask_on(self) -> None:
+        """One of those who ask, until nobody is left to be asked; who leaves is none of them from that moment on."""
+        try:
+            while self._questions:
+                uid, address, together = self._questions.popleft()
+                try:
+                    await self._ask(uid, address)
+                except Exception:  # one that nobody thought of keeps no other from being asked
+                    log.exception("The worker at %s cannot be asked for its load.", address)
+                finally:
+                    together.left -= 1
+                    if not together.left and not together.over.done():
+                        together.over.set_result(None)
+        finally:
+            self._askers.discard(cast(asyncio.Task[None], asyncio.current_task()))
 
     async def _ask(self, uid: str, address: str) -> None:
+        body = b""
         try:
-            body = await self._metrics_of(address)
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            body = b""
+            async with asyncio.timeout(TIMEOUT_S):
+                body = await self._scraper.get(address)
+        except (Unanswered, OSError, TimeoutError):
+            pass
         finally:
-            self._asking.pop(uid, None)
+            self._asking.discard(uid)
         now_ms = self._clock_ms()
         if (load := read_load(body, now_ms)) is not None:
             self._loads[uid] = load
@@ -93,36 +128,11 @@ class Signals:
         failures = self._failures[uid] = self._failures.get(uid, 0) + 1
         self._again_ms[uid] = now_ms + min(EVERY_MS * 2 ** (failures - 1), BACKOFF_MAX_MS) - EVERY_MS // 2
 
-    async def _metrics_of(self, address: str) -> bytes:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
-                connector=aiohttp.TCPConnector(limit=0),  # the slots are the limit
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("Accept-Encoding",),
-            )
-        host = f"[{address}]" if ":" in address else address
-        async with (
-            self._slots,
-            self._session.get(f"http://{host}:{self._port}/metrics", allow_redirects=False) as response,
-        ):
-            return await _read(response) if response.status == 200 else b""
-
     def _forget(self, workers: Iterable[str]) -> None:
         named = set(workers)
         for uid in [uid for uid in self._loads.keys() | self._failures.keys() if uid not in named]:
             for known in (self._loads, self._failures, self._again_ms):
                 known.pop(uid, None)
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            return b""
-    return bytes(body)
 
 
 def read_load(body: bytes, now_ms: int) -> Load | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpumeter_operator.decide.names import (
     DELETION_COST_ANNOTATION,
+    DEVELOPMENT_ANNOTATION,
     DRAINING_LABEL,
     DRAINING_SINCE_ANNOTATION,
     TEMPLATE_ANNOTATION,
@@ -77,6 +78,11 @@ def is_former(replica: Replica, template: str) -> bool:
 def is_marked(pod: Mapping[str, Any]) -> bool:
     """Whether a pod says of itself if it drains; those that a former version made do not."""
     return DRAINING_LABEL in (pod["metadata"].get("labels") or {})
+
+
+def is_notebook(pod: Mapping[str, Any]) -> bool:
+    """Whether a notebook runs in it in place of a worker: nobody may be led to it, so its mark stays."""
+    return (pod["metadata"].get("annotations") or {}).get(DEVELOPMENT_ANNOTATION) == "true"
 
 
 def replica_of(pod: Mapping[str, Any]) -> Replica | None:

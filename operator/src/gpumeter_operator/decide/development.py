@@ -12,12 +12,16 @@ from gpumeter_operator.decide.credentials import Credentials
 from gpumeter_operator.decide.names import MAIN_CONTAINER
 from gpumeter_operator.decide.owned import Manifest, owned
 from gpumeter_operator.decide.spec import Problem, ServiceSpec
+from gpumeter_operator.decide.template import GPUS_VARIABLE
 
 PORT = 8888
 WORKSPACE = "/workspace"
 _TOKEN_FOLDER = "/etc/gpumeter/jupyter"  # noqa: S105 - where it is, not what it is
 _NEEDED_MOUNTS = ("tmp", "cache", "shared-memory", "model")  # of the worker's; not its journal, nor its credentials
-_TOLD = ("HOME", "GPUMETER_MODEL_URI", "GPUMETER_MODEL_REVISION", "GPUMETER_MODEL_CACHE", "GPUMETER_DTYPE")
+_TOLD = (
+    *("HOME", "GPUMETER_MODEL_URI", "GPUMETER_MODEL_REVISION", "GPUMETER_MODEL_CACHE", "GPUMETER_DTYPE"),
+    GPUS_VARIABLE,  # without it the image of CUDA takes every GPU of the node for a service that asked for none
+)
 # Kubernetes' own HTTP probes come to the pod's address, and the notebook listens to the pod itself alone.
 _ALIVE = f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{PORT}/api', timeout=4)"
 

@@ -8,12 +8,13 @@ Pure; does not know how pods are marked.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from gpumeter_operator.decide.crew import Load, Replica, is_former
 
 # Until the endpoint has gone from the last gateway and node, requests may still come; marks are kept to the second.
 SETTLE_MS = 3_000
+AHEAD_MAX = timedelta(minutes=1)  # of a mark's time: clocks of two operators differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +65,18 @@ def plan(
     # Not ready and not yet marked: whatever it is doing, no request is in it.
     idle = [one for one in chosen if not one.draining and not one.ready and _in_flight(one, loads) == 0]
     gone = [*finished, *idle]
+    undated = [one for one in chosen if one.draining and one not in gone and _marked_at(one, now) is None]
     return Plan(
         wanted + surplus - len(gone),
-        mark=_names(one for one in chosen if not one.draining and one not in idle),
+        mark=_names(one for one in chosen if one in undated or not (one.draining or one in idle)),
         unmark=_names(one for one in draining if one not in chosen),
-        leave=_names(gone),
+        leave=_names(one for one in gone if not one.leaving),
     )
 
 
 def _may_leave(replica: Replica, loads: Mapping[str, Load], timeout_ms: int, now: datetime, now_ms: int) -> bool:
-    marked_ms = int((now - datetime.fromisoformat(replica.draining_since)).total_seconds() * 1_000)
+    marked_at = _marked_at(replica, now)
+    marked_ms = 0 if marked_at is None else int((now - marked_at).total_seconds() * 1_000)
     if marked_ms >= timeout_ms:
         return True  # what still runs gets the pod's own grace period after this
     load = loads.get(replica.uid)
@@ -81,6 +84,19 @@ def _may_leave(replica: Replica, loads: Mapping[str, Load], timeout_ms: int, now
         return not replica.ready  # a silent worker may be at work
     told_after_ms = marked_ms - (now_ms - load.at_ms)
     return load.waiting + load.running == 0 and told_after_ms >= SETTLE_MS
+
+
+def _marked_at(replica: Replica, now: datetime) -> datetime | None:
+    """When it was marked. None where nobody can tell, as of a mark by hand: it is marked again, with a time.
+
+    A time without a zone is taken for UTC; one that lies ahead of any clock's error would hold the worker until then.
+    """
+    try:
+        at = datetime.fromisoformat(replica.draining_since)
+    except ValueError:
+        return None
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return at if at - now <= AHEAD_MAX else None
 
 
 def _loss(replica: Replica, loads: Mapping[str, Load]) -> tuple[int, int]:

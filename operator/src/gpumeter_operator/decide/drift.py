@@ -11,7 +11,7 @@ from typing import Any
 # Maps and lists of owned objects that are one whole: an entry that somebody added to a selector cuts workers off, and
 # one in a policy's rules lets strangers in.
 _WHOLE = ("selector", "podSelector", "ingress", "egress", "policyTypes")
-_QUANTITY = re.compile(r"^([+-]?[0-9.]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$")
+_QUANTITY = re.compile(r"^([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$")
 _SCALE = {
     "": Decimal(1),
     "m": Decimal("0.001"),

@@ -16,7 +16,10 @@ COMPONENT = "gpumeter-operator"
 
 
 def event(service: Mapping[str, Any], kind: str, reason: str, message: str, now: datetime) -> dict[str, Any]:
-    """A manifest for server-side apply; `kind` is Normal or Warning."""
+    """A manifest for server-side apply; `kind` is Normal or Warning.
+
+    It is of the last time that this was told: `kubectl describe` takes an event's age from its first time and count.
+    """
     metadata = service["metadata"]
     told = {"uid": metadata["uid"], "kind": kind, "reason": reason, "message": message}
     return {
@@ -33,7 +36,9 @@ def event(service: Mapping[str, Any], kind: str, reason: str, message: str, now:
         "type": kind,
         "reason": reason,
         "message": message if len(message) <= MESSAGE_MAX else message[: MESSAGE_MAX - 3] + "...",
+        "firstTimestamp": timestamp(now),
         "lastTimestamp": timestamp(now),
+        "count": 1,
         "source": {"component": COMPONENT},
         "reportingComponent": COMPONENT,
     }

@@ -28,7 +28,9 @@ class Terms:
     renew_every_ns: int = 3 * SECOND_NS // 2
     retry_every_ns: int = SECOND_NS // 2  # after a renewal that failed
     look_every_ns: int = SECOND_NS // 2  # of who stands by: a Lease that was given back is seen this much later
-    attempt_ns: int = 3 * SECOND_NS // 2  # the longest that one request may take; a healthy API server needs 10 ms
+    # After so long a renewal is sent once more beside the one that is not answered; who stands by gives a request no
+    # longer. A healthy API server needs 10 ms, one that is busy with thousands of objects may need seconds.
+    attempt_ns: int = 3 * SECOND_NS // 2
 
     def __post_init__(self) -> None:
         if not self.duration_s * SECOND_NS > self.deadline_ns > self.renew_every_ns + self.attempt_ns:

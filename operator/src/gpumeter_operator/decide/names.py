@@ -35,6 +35,7 @@ CREDENTIALS_ANNOTATION = "gpumeter.io/credentials"
 APPLIED_ANNOTATION = "gpumeter.io/applied"  # which manifest was applied last, to see settled objects without writing
 DRAINING_SINCE_ANNOTATION = "gpumeter.io/draining-since"
 DELETION_COST_ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"  # Kubernetes' own: lower goes first
+FORMER_COST_ANNOTATION = "gpumeter.io/former-deletion-cost"  # somebody else's, kept while the worker drains
 
 # The worker's container and its ports.
 MAIN_CONTAINER = "main"

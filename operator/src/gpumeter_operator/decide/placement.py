@@ -1,7 +1,8 @@
 """Which nodes a worker may run on: those of its class of GPU, tainted for GPUs or not, and never one that shares them.
 
 Owns what the installation says about classes of GPU (`gpuClasses` of the chart) and how it enters a pod, so that what
-is billed as a class runs on that class. Does not know which nodes there are.
+is billed as a class runs on that class; and how long a worker stays on a node that is lost. Does not know which nodes
+there are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,10 @@ _NOT_SHARED = (
     {"key": "nvidia.com/gpu.sharing-strategy", "operator": "NotIn", "values": ["mps", "time-slicing"]},
     {"key": "cloud.google.com/gke-gpu-sharing-strategy", "operator": "NotIn", "values": ["mps", "time-sharing"]},
 )
+
+# Taints of a node that is lost. Half a minute is longer than a kubelet needs to start again.
+_LOST_NODE = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+LOST_NODE_S = 30
 
 
 def placement(spec: ServiceSpec, classes: Mapping[str, NodeChoice]) -> Manifest:
@@ -54,6 +59,22 @@ def keep_whole(pod: Mapping[str, Any]) -> Manifest:
     ]
     node["requiredDuringSchedulingIgnoredDuringExecution"] = required
     return {**pod, "affinity": {**affinity, "nodeAffinity": node}}
+
+
+def leave_lost_nodes(pod: Mapping[str, Any]) -> Manifest:
+    """The pod's spec with the time after which a lost node's worker is replaced, where it says nothing of it itself.
+
+    Kubernetes' own default is 300 s, in which a service with one worker answers nobody. What counts as said is that
+    default's rule: k8s.io/kubernetes, plugin/pkg/admission/defaulttolerationseconds.
+    """
+    held = pod.get("tolerations") or []
+    missing = [key for key in _LOST_NODE if not any(_is_about(one, key) for one in held)]
+    ours = {"operator": "Exists", "effect": "NoExecute", "tolerationSeconds": LOST_NODE_S}
+    return {**pod, "tolerations": [*held, *({"key": key, **ours} for key in missing)]}
+
+
+def _is_about(toleration: Mapping[str, Any], key: str) -> bool:
+    return (toleration.get("key") or key) == key and (toleration.get("effect") or "NoExecute") == "NoExecute"
 
 
 def placement_problems(spec: ServiceSpec, classes: Mapping[str, NodeChoice]) -> tuple[Problem, ...]:

@@ -12,12 +12,14 @@ from datetime import datetime
 from typing import Any
 
 from gpumeter_operator.decide.names import (
+    DRAINING_LABEL,
     MAIN_CONTAINER,
     MODEL_VARIABLE,
     REVISION_VARIABLE,
     SERVICE_UID_ANNOTATION,
     TEMPLATE_ANNOTATION,
 )
+from gpumeter_operator.decide.placement import LOST_NODE_S
 from gpumeter_operator.decide.spec import Problem
 
 # A worker's last words: one line, a CamelCase word, a colon and a sentence. They are shown unchanged.
@@ -53,6 +55,7 @@ class PodState:
     loading: str = ""  # how far it is, while it starts
     stand_in: Problem | None = None  # why it splits steps otherwise than the spec asks, while it serves
     capacity: Mapping[str, Any] | None = None  # what it can do, as status.capacity has it
+    draining: bool = False  # it gets no new requests
 
 
 def belongs(pod: Mapping[str, Any], service_uid: str) -> bool:
@@ -86,6 +89,7 @@ def describe(pod: Mapping[str, Any], gpu_resource_name: str, now: datetime) -> P
         problem=None if ready else _problem(pod, state, failure, gpu_resource_name, stuck=stuck),
         failure=failure,
         address=status.get("podIP", "") if "running" in state else "",
+        draining=(pod["metadata"].get("labels") or {}).get(DRAINING_LABEL) == "true",
     )
 
 
@@ -97,8 +101,8 @@ def _problem(
         return Problem(
             "NodeLost",
             f"The node {node} of the worker {pod['metadata']['name']} says nothing any more. Kubernetes starts another "
-            "worker in its place after 300 s, or after what spec.template tolerates of node.kubernetes.io/unreachable; "
-            f"see kubectl describe node {node}.",
+            f"worker in its place after {LOST_NODE_S} s, or after what spec.template tolerates of "
+            f"node.kubernetes.io/unreachable; see kubectl describe node {node}.",
         )
     if failure is not None:
         return failure.problem
@@ -214,6 +218,12 @@ def _last_words(ended: Mapping[str, Any], main: Mapping[str, Any], pod_name: str
             "OOMKilled",
             f"The worker used more memory than spec.resources.memory{f' ({limit})' if limit else ''} and was killed; "
             "raise spec.resources.memory, or lower spec.engine.maxBatchSize or spec.model.maxModelLen.",
+        )
+    if ended.get("exitCode") == 255 and ended.get("reason") == "Unknown":  # what containerd says after its own restart
+        return Problem(
+            "ContainerLost",
+            "The worker's container was lost with its node, which is back and starts it anew (restarts: "
+            f"{main.get('restartCount', 0)}); the worker did not fail. What it had written down is in its journal.",
         )
     last_line = message.splitlines()[-1].strip()[:_MESSAGE_MAX] if message else ""
     said = f" Its last line: {_ended(last_line)}" if last_line else ""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from gpumeter_operator.decide.autoscale import STEADY, following
 from gpumeter_operator.decide.scaling import Scaling
-from gpumeter_operator.decide.spec import ServiceSpec
+from gpumeter_operator.decide.spec import Problem, ServiceSpec
+
+HINDERED = "DeploymentNotWritten"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,12 @@ def decide_replicas(spec: ServiceSpec, autoscaled: Replicas | None = None) -> Re
         "FixedReplicas",
         f"spec.replicas fixes {_workers(spec.replicas)}; kubectl scale, an HPA or KEDA may change it.",
     )
+
+
+def hindered(replicas: Replicas, problem: Problem) -> Replicas:
+    """The same number, which cannot be reached or left while the Deployment cannot be written."""
+    message = f"The number of workers stays as it is, because the Deployment cannot be written: {problem.message}"
+    return Replicas(replicas.wanted, False, HINDERED, message)
 
 
 def at_first(scaling: Scaling, deployed: int | None) -> Replicas:

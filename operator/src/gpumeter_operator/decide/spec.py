@@ -11,12 +11,14 @@ from typing import Any
 
 from gpumeter_operator.decide.names import STOP_ANNOTATION
 from gpumeter_operator.decide.scaling import SCALE_TO_ZERO_AFTER, Scaling, read_scaling
+from gpumeter_operator.decide.shape import shape_problems
 from gpumeter_operator.decide.template import template_problems
 
 # After the drain a worker cuts off what still runs (10 s at most), again if the engine hangs (10 s), ends the engine
 # (5 s), and waits for the acknowledgement of its seal (20 s).
 GRACE_AFTER_DRAIN_S = 45
 UNNAMED_CLASS = "gpu"  # the price class of a GPU that is asked for without one
+DEFAULT_PLAN = "default"  # the PricePlan of a service that names none, as the CRD's default says
 _DURATION = re.compile(r"([0-9]+)(ms|s|m|h)")
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 
@@ -51,6 +53,7 @@ class ServiceSpec:
     cuda_graphs: bool
     compile: bool
     gpu_count: int
+    tensor: int  # GPUs over which a worker splits its model: all of its own
     gpu_resource_name: str
     gpu_class: str
     cpu: str
@@ -65,8 +68,9 @@ class ServiceSpec:
     drain_timeout_ms: int
     max_surge: int | str
     max_unavailable: int | str
-    template: Mapping[str, Any] = field(hash=False)
+    template: Mapping[str, Any] = field(hash=False)  # empty where its shape is not a pod's, which is a Problem
     jupyter: bool = False  # a notebook in place of workers
+    price_plan: str = DEFAULT_PLAN
 
     @property
     def reference(self) -> str:
@@ -80,13 +84,18 @@ class ServiceSpec:
 
 
 def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
-    """The spec with its defaults, and everything that keeps it from being run (empty when nothing does)."""
+    """The spec with its defaults, and everything that keeps it from being run (empty when nothing does).
+
+    Never raises on what the CRD admits: not on any JSON in spec.template either.
+    """
     metadata, spec = service["metadata"], service.get("spec") or {}
     model, engine = _part(spec, "model"), _part(spec, "engine")
     resources, metering = _part(spec, "resources"), _part(spec, "metering")
     gpu, rollout = _part(resources, "gpu"), _part(spec, "rolloutStrategy")
     gpu_count = int(gpu.get("count", 1))
     scaling = spec.get("scaling")
+    template = spec.get("template") or {}
+    misshapen = tuple(shape_problems(template))
     read_spec = ServiceSpec(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -106,6 +115,7 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         cuda_graphs=bool(engine.get("cudaGraphs", True)),
         compile=bool(engine.get("compile", False)),
         gpu_count=gpu_count,
+        tensor=int(_part(spec, "parallelism").get("tensor", 1)),
         gpu_resource_name=gpu.get("resourceName", "nvidia.com/gpu"),
         gpu_class=_gpu_class(gpu) if gpu_count else "cpu",
         cpu=str(resources.get("cpu", "1")),
@@ -122,10 +132,11 @@ def read(service: Mapping[str, Any]) -> tuple[ServiceSpec, tuple[Problem, ...]]:
         drain_timeout_ms=duration_ms(_part(spec, "drain").get("timeout", "120s")),
         max_surge=rollout.get("maxSurge", 1),
         max_unavailable=rollout.get("maxUnavailable", 0),
-        template=spec.get("template") or {},
+        template={} if misshapen else template,
         jupyter=bool(_part(spec, "development").get("jupyter", False)),
+        price_plan=price_plan(service),
     )
-    return read_spec, _problems(read_spec, spec)
+    return read_spec, _problems(read_spec, spec, misshapen)
 
 
 def _gpu_class(gpu: Mapping[str, Any]) -> str:
@@ -135,6 +146,11 @@ def _gpu_class(gpu: Mapping[str, Any]) -> str:
     if profile is None or named.endswith(profile[1].lower()):
         return named
     return f"{named}.{profile[1].lower()}"
+
+
+def price_plan(service: Mapping[str, Any]) -> str:
+    """Name of the PricePlan that prices the service's usage, whether there is one of that name or not."""
+    return _part(_part(service.get("spec") or {}, "pricing"), "planRef").get("name") or DEFAULT_PLAN
 
 
 def is_stopped(service: Mapping[str, Any]) -> bool:
@@ -151,7 +167,7 @@ def duration_ms(text: str) -> int:
     return sum(int(number) * _UNIT_MS[unit] for number, unit in parts)
 
 
-def _problems(spec: ServiceSpec, raw: Mapping[str, Any]) -> tuple[Problem, ...]:
+def _problems(spec: ServiceSpec, raw: Mapping[str, Any], misshapen: tuple[str, ...]) -> tuple[Problem, ...]:
     found: list[Problem] = []
 
     def not_supported(message: str) -> None:
@@ -163,20 +179,25 @@ def _problems(spec: ServiceSpec, raw: Mapping[str, Any]) -> tuple[Problem, ...]:
             f"spec.engine.type is {engine['type']}, but this version has only the engine transformers; "
             "remove spec.engine.type."
         )
-    tensor = int(_part(raw, "parallelism").get("tensor", 1))
-    if tensor > 1 or spec.gpu_count > 1:
+    if spec.tensor != max(spec.gpu_count, 1):
         not_supported(
-            f"spec.parallelism.tensor is {tensor} and spec.resources.gpu.count is {spec.gpu_count}, but in this "
-            "version a worker runs on one GPU; set both to 1 and raise spec.replicas to use more GPUs."
+            f"spec.parallelism.tensor is {spec.tensor} and spec.resources.gpu.count is {spec.gpu_count}, but a worker "
+            "splits its model over all of its GPUs; make them equal (tensor is 1 on the CPU), and raise spec.replicas "
+            "to use more GPUs."
+        )
+    if spec.gpu_count > 1 and re.match(r"[^/]+/mig-", spec.gpu_resource_name):
+        not_supported(
+            f"spec.resources.gpu.count is {spec.gpu_count} and spec.resources.gpu.resourceName is "
+            f"{spec.gpu_resource_name}, but MIG instances cannot exchange what a split model needs; set the count and "
+            "spec.parallelism.tensor to 1, or name whole GPUs, for example nvidia.com/gpu."
         )
     if spec.gpu_count and spec.gpu_resource_name.endswith(".shared"):
         not_supported(
             f"spec.resources.gpu.resourceName is {spec.gpu_resource_name}, a GPU that several pods share in turns, so "
             "the time of its steps cannot be measured; name a whole GPU or a MIG instance, for example nvidia.com/gpu."
         )
-    found += (
-        Problem("TemplateInvalid", sentence) for sentence in template_problems(spec.template, spec.termination_grace_s)
-    )
+    sentences = misshapen or template_problems(spec.template, spec.termination_grace_s)
+    found += (Problem("TemplateInvalid", sentence) for sentence in sentences)
     return tuple(found)
 
 

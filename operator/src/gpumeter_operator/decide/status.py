@@ -14,13 +14,14 @@ from gpumeter_operator.decide import workload
 from gpumeter_operator.decide.autoscale import AT_ZERO, at_zero
 from gpumeter_operator.decide.conditions import Condition, follow, timestamp
 from gpumeter_operator.decide.development import NOT_METERED, how_to_open
-from gpumeter_operator.decide.names import STOP_ANNOTATION
+from gpumeter_operator.decide.names import DRAINING_LABEL, STOP_ANNOTATION
 from gpumeter_operator.decide.pods import Failure, PodState
+from gpumeter_operator.decide.reasons import STARTING, UNMETERED
 from gpumeter_operator.decide.replicas import Replicas
-from gpumeter_operator.decide.spec import Problem, ServiceSpec
+from gpumeter_operator.decide.spec import DEFAULT_PLAN, Problem, ServiceSpec
 
 _MAKE_ROOM = " With spec.rolloutStrategy {maxSurge: 0, maxUnavailable: 1} a former worker goes first and makes room."
-METERING_REASONS = ("JournalUnusable",)
+PLAN_FOUND = "PricePlanFound"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,20 @@ class Seen:
     deployment: Mapping[str, Any] | None
     pods: tuple[PodState, ...]
     figures: Figures | None = None  # None until the workers were asked
+    has_plan: bool | None = None  # whether its PricePlan is there; None where nobody can tell
 
 
 def decide_status(seen: Seen, former: Mapping[str, Any], now: datetime) -> dict[str, Any]:
     """The whole status that this version owns; None stands for a field that must be absent."""
     alive = [pod for pod in seen.pods if not pod.terminating]
-    answering = 0 if seen.spec.jupyter else sum(pod.ready for pod in alive)
+    answering = 0 if seen.spec.jupyter else sum(pod.ready and not pod.draining for pod in alive)
     workloads = _workloads_ready(seen, alive)
     decided = (
         _ready(seen, alive, workloads),
         workloads,
         _scaling_ready(seen.replicas),
         _metering_ready(alive, seen.spec),
+        *_plan_found(seen, former.get("conditions") or ()),
         _stopped(seen.spec),
     )
     return {
@@ -132,6 +135,22 @@ def changes(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, A
     return patch
 
 
+def is_only_progress(former: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether all that `wanted` says more than `former` is how far a start is, which may be untrue a second later.
+
+    Never an error, never that a service serves or serves no more, and never what has become of an edit.
+    """
+    if not _is_starting(wanted):
+        return False
+    edited = former.get("observedGeneration") != wanted.get("observedGeneration")
+    return not former.get("conditions") or (_is_starting(former) and not edited)
+
+
+def _is_starting(status: Mapping[str, Any]) -> bool:
+    ready: Mapping[str, Any] = next((one for one in status.get("conditions") or () if one.get("type") == "Ready"), {})
+    return ready.get("status") == "False" and ready.get("reason") in STARTING
+
+
 def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
     wanted = seen.replicas.wanted
     ready = sum(pod.ready for pod in alive)
@@ -188,7 +207,7 @@ def _workloads_ready(seen: Seen, alive: Sequence[PodState]) -> Condition:
 
 def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condition:
     """Ready tells whether requests are answered; its reason tells what is wrong even while some are."""
-    ready = sum(pod.ready for pod in alive)
+    ready = sum(pod.ready and (seen.spec.jupyter or not pod.draining) for pod in alive)
     if seen.problems:
         serving = f" {_count(ready, 'former worker')} still serving." if ready else ""
         return Condition("Ready", "True" if ready else "False", workloads.reason, workloads.message + serving)
@@ -202,6 +221,12 @@ def _ready(seen: Seen, alive: Sequence[PodState], workloads: Condition) -> Condi
         return Condition(
             "Ready", "False", AT_ZERO, "spec.replicas is 0, so nothing answers; raise it to start workers."
         )
+    if not ready and workloads.status == "True":
+        message = (
+            f"Of {_count(len(alive), 'worker')} each finishes what it has and gets no new requests "
+            f"({DRAINING_LABEL} on its pod); the next request keeps or starts one."
+        )
+        return Condition("Ready", "False", "WorkersDraining", message)
     if not ready:
         return Condition("Ready", "False", workloads.reason, workloads.message)
     if seen.spec.jupyter:
@@ -220,7 +245,7 @@ def _metering_ready(alive: Sequence[PodState], spec: ServiceSpec) -> Condition:
     if spec.jupyter:
         return Condition("MeteringReady", "False", NOT_METERED.reason, NOT_METERED.message)
     for pod in alive:
-        if pod.problem is not None and pod.problem.reason in METERING_REASONS:
+        if pod.problem is not None and pod.problem.reason in UNMETERED:
             return Condition("MeteringReady", "False", pod.problem.reason, pod.problem.message)
     ready = sum(pod.ready for pod in alive)
     standing_in = [pod.stand_in for pod in alive if pod.ready and pod.stand_in is not None]
@@ -240,6 +265,34 @@ def _metering_ready(alive: Sequence[PodState], spec: ServiceSpec) -> Condition:
             f"{_count(ready, 'worker')} ready; a worker is ready only while its usage journal can be written.",
         )
     return Condition("MeteringReady", "Unknown", "NoWorkerReady", "No worker is ready, so nothing is metered.")
+
+
+def _plan_found(seen: Seen, former: Sequence[Mapping[str, Any]]) -> Sequence[Condition]:
+    """Whether there is the PricePlan that the service names; serving and metering do not depend on it."""
+    plan = seen.spec.price_plan
+    if seen.has_plan is None:
+        return [Condition(PLAN_FOUND, *_words(one)) for one in former if one["type"] == PLAN_FOUND]
+    if seen.has_plan:
+        return [Condition(PLAN_FOUND, "True", "PlanFound", f"There is a PricePlan called {plan}.")]
+    message = (
+        f"There is no PricePlan called {plan}, so usage is metered and reported without amounts. Create it, or name "
+        "another one in spec.pricing.planRef (kubectl get priceplans)."
+    )
+    return [Condition(PLAN_FOUND, "False", "NoPricePlan", message)]
+
+
+def plan_missing(spec: ServiceSpec, former: Mapping[str, Any], status: Mapping[str, Any]) -> Problem | None:
+    """That the plan which the service names is not there, where that is news. The default plan need not be."""
+    before, now = (
+        [_words(one) for one in told.get("conditions") or () if one["type"] == PLAN_FOUND] for told in (former, status)
+    )
+    if not now or now == before or now[0][0] != "False" or spec.price_plan == DEFAULT_PLAN:
+        return None
+    return Problem(*now[0][1:])
+
+
+def _words(condition: Mapping[str, Any]) -> tuple[str, str, str]:
+    return condition["status"], condition["reason"], condition["message"]
 
 
 def _stopped(spec: ServiceSpec) -> Condition:

@@ -1,13 +1,14 @@
 """The user's pod template, merged over the operator's.
 
-Owns how two pod templates become one, and what a user's may not change because metering stands on it. Does not know
-what the operator's template contains beyond those names.
+Owns how two pod templates become one, and what a user's may not change because metering stands on it. Takes a template
+whose shape decide.shape has found right. Does not know what the operator's template contains beyond those names.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpumeter_operator.decide.names import INSTANCE_LABEL, MAIN_CONTAINER, MANAGED_BY_LABEL, MODEL_LABEL, NAME_LABEL
+from gpumeter_operator.decide.shape import walked_names
 
 OWN_PREFIX = "gpumeter.io/"
 OWN_ENVIRONMENT = "GPUMETER_"
@@ -41,10 +42,20 @@ _MERGE_KEYS = {
     "hostAliases": "ip",
 }
 _JOINED = ("tolerations", "topologySpreadConstraints", "envFrom")
+_WALKED = walked_names()
+_OWN_RESOURCES = "kubernetes.io"  # the domain of resources that Kubernetes has itself, beside those without a domain
+
+GPUS_VARIABLE = "NVIDIA_VISIBLE_DEVICES"
+"""By which NVIDIA's container runtime gives a container GPUs, whoever else has them; images built on CUDA say `all`."""
+NO_GPUS = "void"
+_NO_GPUS = (NO_GPUS, "none", "")
 
 
 def merge_template(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """`theirs` over `ours`: maps key by key, lists by Kubernetes' merge keys, anything else replaced."""
+    """`theirs` over `ours`: maps key by key, lists by Kubernetes' merge keys, anything else replaced.
+
+    What is checked and left empty (null) says nothing: it takes neither a GPU nor its nodes away from a worker.
+    """
     return _merge_maps(ours, theirs)
 
 
@@ -75,9 +86,47 @@ def template_problems(template: Mapping[str, Any], termination_grace_s: int) -> 
                 "spec.template.spec has a container without a name; "
                 f"name it, and call it {MAIN_CONTAINER} to change the worker's own."
             )
+    for kind in ("containers", "initContainers"):
+        for container in pod.get(kind) or []:
+            name = container.get("name")
+            if name and not container.get("image") and (kind, name) != ("containers", MAIN_CONTAINER):
+                yield (
+                    f"spec.template.spec.{kind}[{name}] has no image; give it one, or, to change the worker's own "
+                    f"container, set that in containers[{MAIN_CONTAINER}]."
+                )
+    yield from _device_problems(pod)
     for container in pod.get("containers") or []:
         if container.get("name") == MAIN_CONTAINER:
             yield from _main_problems(container)
+
+
+def _device_problems(pod: Mapping[str, Any]) -> Iterator[str]:
+    """Devices that a pod would get beside, or in place of, those that its annotations have metered and billed."""
+    remedy = "that nobody would meter; remove it, and ask for GPUs in spec.resources.gpu."
+    where = "spec.template.spec"
+    if pod.get("resourceClaims"):
+        yield f"{where}.resourceClaims asks for devices {remedy}"
+    askers = [(where, pod)]
+    for kind in ("containers", "initContainers"):
+        askers += [(f"{where}.{kind}[{one.get('name') or ''}]", one) for one in pod.get(kind) or []]
+    for path, asker in askers:
+        # A pod has resources of its own, and no environment: what stands there has no shape.
+        for variable in (asker is not pod and asker.get("env")) or []:
+            if variable.get("name") == GPUS_VARIABLE and not _is_none(variable):
+                yield f"{path}.env sets {GPUS_VARIABLE}, which takes GPUs {remedy}"
+        resources = asker.get("resources") or {}
+        if resources.get("claims"):
+            yield f"{path}.resources.claims asks for devices {remedy}"
+        for part in ("requests", "limits"):
+            for name in resources.get(part) or {}:
+                domain, slash, _ = name.partition("/")
+                if slash and domain != _OWN_RESOURCES:
+                    yield f"{path}.resources.{part} asks for {name}, {remedy}"
+
+
+def _is_none(variable: Mapping[str, Any]) -> bool:
+    """Whether this value of GPUS_VARIABLE is none at all; what comes from elsewhere is not known here."""
+    return not variable.get("valueFrom") and variable.get("value", "") in _NO_GPUS
 
 
 def _main_problems(main: Mapping[str, Any]) -> Iterator[str]:
@@ -87,7 +136,10 @@ def _main_problems(main: Mapping[str, Any]) -> Iterator[str]:
     for variable in main.get("env") or []:
         name = str(variable.get("name", ""))
         if name.startswith(OWN_ENVIRONMENT) and name not in FREE_ENVIRONMENT:
-            yield f"{where}.env sets {name}, which gpumeter sets from the spec; remove it."
+            yield (
+                f"{where}.env sets {name}, which is not one of those that may be set here: "
+                f"{', '.join(FREE_ENVIRONMENT)}; remove it, because gpumeter sets all others from the spec."
+            )
     for mount in main.get("volumeMounts") or []:
         path = str(mount.get("mountPath", "")).rstrip("/")
         if any(path == own or path.startswith(f"{own}/") for own in OWN_PATHS):
@@ -97,6 +149,8 @@ def _main_problems(main: Mapping[str, Any]) -> Iterator[str]:
 def _merge_maps(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(ours)
     for key, value in theirs.items():
+        if value is None and key in _WALKED:
+            continue
         merged[key] = _merge_values(key, merged[key], value) if key in merged else value
     return merged
 

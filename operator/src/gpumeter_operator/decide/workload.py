@@ -29,9 +29,9 @@ from gpumeter_operator.decide.names import (
     USAGE_PORT_NAME,
 )
 from gpumeter_operator.decide.owned import Manifest, fingerprint, labels, owned, stamped
-from gpumeter_operator.decide.placement import NodeChoice, keep_whole, placement
+from gpumeter_operator.decide.placement import NodeChoice, keep_whole, leave_lost_nodes, placement
 from gpumeter_operator.decide.spec import ServiceSpec
-from gpumeter_operator.decide.template import merge_template
+from gpumeter_operator.decide.template import GPUS_VARIABLE, NO_GPUS, merge_template
 
 USER_ID = 65532
 START_TIMEOUT_S = 3_600  # fetching 100 GB of weights at 30 MB/s; what cannot start ends by itself before
@@ -235,6 +235,7 @@ def _pod_template(spec: ServiceSpec, installation: Installation, credentials: Cr
     merged = merge_template(ours, spec.template)
     if spec.gpu_count:
         merged["spec"] = keep_whole(merged["spec"])
+    merged["spec"] = leave_lost_nodes(merged["spec"])
     template_hash = fingerprint(merged)
     annotations = {**merged["metadata"]["annotations"], TEMPLATE_ANNOTATION: template_hash}
     return {**merged, "metadata": {**merged["metadata"], "annotations": annotations}}, template_hash
@@ -309,6 +310,10 @@ def _environment(spec: ServiceSpec, installation: Installation) -> list[Manifest
         "GPUMETER_GATEWAY_URL": installation.gateway_url,
         "HOME": "/tmp",  # noqa: S108 - the root is read-only, and libraries insist on a home
     }
+    if spec.tensor > 1:  # only then: another template would have every worker of an upgraded operator replaced
+        values["GPUMETER_TENSOR_PARALLEL"] = str(spec.tensor)
+    if not spec.gpu_count:  # else the device plugin says which
+        values[GPUS_VARIABLE] = NO_GPUS
     pod_uid = {"name": "GPUMETER_WORKER_UID", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}
     return [{"name": name, "value": value} for name, value in values.items()] + [pod_uid]
 

@@ -10,7 +10,7 @@ from gpumeter_operator.adapters.mirror import Source
 
 
 class Api(Source, Protocol):
-    """Reads, server-side applies, status patches and deletions, each refused or unreachable by exception."""
+    """Reads, server-side applies, patches and deletions, each refused or unreachable by exception."""
 
     async def get(self, resource: Resource, name: str, namespace: str | None = None) -> Manifest | None:
         """One object or None."""
@@ -20,8 +20,16 @@ class Api(Source, Protocol):
         """All objects, as the API server knows them now."""
         ...
 
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
-        """Server-side apply."""
+    async def apply(
+        self, manifest: Manifest, *, field_manager: str, subresource: str | None = None, only_new: bool = False
+    ) -> Manifest:
+        """Server-side apply; with `only_new` Refused 409 where there is an object of this name."""
+        ...
+
+    async def patch(
+        self, resource: Resource, name: str, namespace: str | None, patch: Manifest, *, subresource: str | None = None
+    ) -> Manifest | None:
+        """Merge patch; None where the object is gone."""
         ...
 
     async def patch_status(

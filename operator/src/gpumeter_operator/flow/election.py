@@ -64,7 +64,9 @@ class Election:
         *,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         wait: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        standstill: Callable[[], str | None] = lambda: None,
     ) -> None:
+        """`standstill` tells in words that the holder does nothing any more: then nothing is renewed for it."""
         self.won = asyncio.Event()
         self._store = store
         self._tenure = tenure
@@ -72,7 +74,9 @@ class Election:
         self._terms = terms
         self._clock_ns = clock_ns
         self._wait = wait
+        self._standstill = standstill
         self._sighting: Sighting | None = None
+        self._told_holder = ""
         self._until_ns = 0
         self._heard_ns = self._ticked_ns = clock_ns()
         self._failure = ""
@@ -136,10 +140,17 @@ class Election:
             self._sighting = sight(self._sighting, lease, self._clock_ns())
         # A Lease that was deleted is one that was seen: its holder acts on, and makes it again at its next renewal.
         if self._is_held_by_another():
+            self._tell_holder()
             return None
         sent_ns = self._clock_ns()
         held = await self._store.write(claim(lease, self._me, self._terms, stamp()))
         return None if held is None else (held, sent_ns)
+
+    def _tell_holder(self) -> None:
+        """Once for each holder: the log of who stands by says whose log has the rest."""
+        if self._sighting is not None and self._told_holder != self._sighting.lease.holder:
+            self._told_holder = self._sighting.lease.holder
+            log.info("LeaseAwaited: %s stands by; %s holds %s.", self._me, self._told_holder, self._store.reference)
 
     def _is_held_by_another(self) -> bool:
         # Ours already, where a claim of ours was written and its answer lost: nobody else has ever had this name.
@@ -153,9 +164,12 @@ class Election:
             now_ns = self._clock_ns()
             if now_ns >= self._until_ns or self._tenure.over():
                 return self._not_renewed(now_ns - sent_ns)
+            if (why := self._standstill()) is not None:
+                self._failure = why
+                return self._not_renewed(now_ns - sent_ns)
             try:
-                async with asyncio.timeout(min(self._terms.attempt_ns, self._until_ns - now_ns) / SECOND_NS):
-                    renewed = await self._store.write(claim(held, self._me, self._terms, stamp()))
+                async with asyncio.timeout((self._until_ns - now_ns) / SECOND_NS):
+                    renewed = await self._renewed(claim(held, self._me, self._terms, stamp()))
                     if renewed is None:
                         current = await self._store.read()
                         if current is not None and current.holder != self._me:
@@ -172,6 +186,33 @@ class Election:
             self._well()
             held, sent_ns, failed_ns = renewed, now_ns, None
             self._grant(sent_ns)
+
+    async def _renewed(self, wanted: Lease) -> Lease | None:
+        """Write it as often as it takes. An answer that is late may still come, so it is waited for; its connection may
+        be dead, so it is written once more beside it. Whichever comes second finds another version and brings None;
+        whose that version is, the Lease says."""
+        loop, tries = asyncio.get_running_loop(), set[asyncio.Task[Lease | None]]()
+        attempt_s, retry_s = self._terms.attempt_ns / SECOND_NS, self._terms.retry_every_ns / SECOND_NS
+        send_s = loop.time()
+        try:
+            while True:
+                if loop.time() >= send_s:
+                    tries.add(asyncio.create_task(self._store.write(wanted)))
+                    send_s = loop.time() + attempt_s
+                ended, tries = await asyncio.wait(
+                    tries, timeout=send_s - loop.time(), return_when=asyncio.FIRST_COMPLETED
+                )
+                for each in sorted(ended, key=lambda one: one.exception() is not None):
+                    if (failure := each.exception()) is None or not tries:
+                        return each.result()  # or raises what kept the last of them from being answered
+                    send_s = min(send_s, loop.time() + retry_s)
+                    self._unwell(failure)
+                if not ended:
+                    self._unwell(TimeoutError())
+        finally:
+            for each in tries:
+                each.cancel()
+            await asyncio.gather(*tries, return_exceptions=True)
 
     def _grant(self, sent_ns: int) -> None:
         self._until_ns = may_act_until_ns(sent_ns, self._terms)

@@ -1,10 +1,10 @@
 """What the cluster holds of our services, mirrored in memory.
 
-Owns the mirrors of pods and owned objects, and the index from a service to them. Does not decide and does not write.
+Owns the mirrors of pods and owned objects, the index from a service to them, and which PricePlans there are. Does not
+decide and does not write.
 """
 
 import asyncio
-from collections import Counter
 from typing import Any
 
 from gpumeter_operator.adapters.kubernetes import (
@@ -13,6 +13,7 @@ from gpumeter_operator.adapters.kubernetes import (
     POD_DISRUPTION_BUDGETS,
     POD_MONITORS,
     PODS,
+    PRICE_PLANS,
     SERVICE_ACCOUNTS,
     SERVICES,
     Labels,
@@ -36,15 +37,19 @@ class Fleet:
         self._pods = Mirror(source, PODS, labels={SERVICE_LABEL: None}, on_item=self._take_pod, pack=without_bulk)
         self._owned = {one.kind: Mirror(source, one, labels=managed, on_item=self._count, pack=packed) for one in OWNED}
         self._index: dict[Reference, dict[str, Manifest]] = {}
-        self._versions: Counter[Reference] = Counter()
+        self._changes: dict[Reference, tuple[int, int]] = {}  # number of the last change, and of the objects
+        self._change = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._monitors = OptionalMirror(source, POD_MONITORS, managed, on_item=self._count)
+        # Nobody waits for them either: without prices everything is served and metered all the same.
+        self._plans = OptionalMirror(source, PRICE_PLANS, {}, on_item=lambda former, now: None)
 
     async def start(self) -> None:
         """Start all watches and wait until each has its first list."""
         mirrors = self._mirrors()
         self._tasks = [asyncio.create_task(mirror.run(), name=f"mirror of {name}") for name, mirror in mirrors.items()]
         self._tasks.append(asyncio.create_task(self._monitors.run(), name="mirror of PodMonitor objects, if any"))
+        self._tasks.append(asyncio.create_task(self._plans.run(), name="mirror of PricePlan objects"))
         await asyncio.gather(*(mirror.synced() for mirror in mirrors.values()))
 
     async def stop(self) -> None:
@@ -58,13 +63,21 @@ class Fleet:
         """Whether the cluster has PodMonitors."""
         return self._monitors.mirror is not None
 
+    def has_plan(self, name: str) -> bool | None:
+        """Whether there is a PricePlan of this name; None while that cannot be told."""
+        mirror = self._plans.mirror
+        return None if mirror is None else ("", name) in mirror.objects
+
     def pods_of(self, namespace: str, service: str) -> list[Manifest]:
         """The pods labelled as this service's, of former namesakes too."""
         return list(self._index.get((namespace, service), {}).values())
 
     def version(self, namespace: str, service: str) -> int:
-        """A number that grows whenever a pod or an owned object of this service has changed."""
-        return self._versions[namespace, service]
+        """A number that grows whenever a pod or an owned object of this service has changed; 0 while it has none.
+
+        The numbers are of one sequence for all services, so that one that comes again never shows a former number.
+        """
+        return self._changes.get((namespace, service), (0, 0))[0]
 
     def owned(self, manifest: Manifest) -> Manifest | None:
         """The observed object that a manifest is about."""
@@ -110,9 +123,13 @@ class Fleet:
         self._count(former, now)
 
     def _count(self, former: Manifest | None, now: Manifest | None) -> None:
-        for one in (former, now):
-            if one is not None:
-                self._versions[_reference(one)] += 1
+        touched = [(_reference(one), more) for one, more in ((former, -1), (now, 1)) if one is not None]
+        for reference, more in touched:
+            self._change += 1
+            self._changes[reference] = self._change, self._changes.get(reference, (0, 0))[1] + more
+        for reference, _ in touched:
+            if self._changes.get(reference, (0, 1))[1] == 0:
+                del self._changes[reference]
 
 
 def _reference(item: Manifest) -> Reference:

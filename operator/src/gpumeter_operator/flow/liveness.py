@@ -29,12 +29,15 @@ class Deliveries:
     def late(self, services: Iterable[dict[str, Any]], limit_s: float) -> str | None:
         """A sentence when some have waited for longer than `limit_s`, and none of those that wait was brought since.
 
-        A long queue is no frozen watch: as long as it gets shorter, everybody has time.
+        A long queue is no frozen watch: as long as it gets shorter, everybody has time. One that is being deleted is
+        left out: kopf brings an object's next event when its handlers have ended, and the release waits for workers.
         """
         now_s = self._clock_s()
         waiting: dict[tuple[str, int], str] = {}
         for service in services:
             metadata = service["metadata"]
+            if "deletionTimestamp" in metadata:
+                continue
             generation = int(metadata.get("generation", 0))
             if self._heard.get(metadata["uid"], -1) < generation:
                 waiting[metadata["uid"], generation] = f"{metadata['namespace']}/{metadata['name']}"

@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any
 
 from gpumeter_operator.adapters.health import HealthServer
+from gpumeter_operator.adapters.heap import give_back_for_ever
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused, Unreachable
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.signals import Signals
 from gpumeter_operator.adapters.starting import StartingWorkers
 from gpumeter_operator.decide.names import HTTP_PORT
+from gpumeter_operator.decide.spec import Problem
 from gpumeter_operator.decide.workload import Installation
 from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.fleet import Fleet
@@ -45,6 +47,7 @@ class Operation:
         master_key: bytes,
         *,
         interval_s: float,
+        hold_s: float = 0.0,
         deletion_margin: timedelta,
         http: tuple[str, int],
         open_doors: OpenDoors = NoDoors,
@@ -70,7 +73,9 @@ class Operation:
             cluster,
             reconcile=self._bring,
             tell=partial(tell_event, cluster),
+            problem=self._problem,
             count=lambda reason: metrics.scalings.labels(reason=reason).inc(),
+            on_failure=metrics.scaling_failures.inc,
         )
         self._reconciler = Reconciler(
             cluster,
@@ -80,6 +85,7 @@ class Operation:
             metrics,
             told=self._starting.told,
             autoscaler=self._scaler,
+            hold_ns=int(hold_s * 1_000_000_000),
         )
         self._deliveries = Deliveries()
         self._looks = Looks(lambda: self._services.objects, self._reconciler.is_due, self.look, interval_s=interval_s)
@@ -105,6 +111,7 @@ class Operation:
             asyncio.create_task(self._scale(), name="autoscaler"),
             asyncio.create_task(self._doors.run(), name="gateways"),
             asyncio.create_task(self._looks.run(), name="looks"),
+            asyncio.create_task(give_back_for_ever(), name="memory"),
         ]
 
     async def rest(self) -> None:
@@ -134,7 +141,7 @@ class Operation:
         """The watch of services has brought one."""
         self._deliveries.hear(metadata["uid"], None if gone else int(metadata.get("generation", 0)))
         if gone:  # also where somebody took the finalizer away by hand, and nobody let it go
-            self._reconciler.drop(metadata["uid"])
+            self._reconciler.drop(metadata)
 
     async def look(self, service: Manifest) -> None:
         """Reconcile once; what the API server keeps from being done is told in the log and done at the next look."""
@@ -156,6 +163,9 @@ class Operation:
 
     async def _bring(self, service: Manifest) -> None:
         await self._reconciler.reconcile(service)
+
+    def _problem(self, service: Manifest) -> Problem | None:
+        return self._reconciler.problem(service)
 
     def _wake(self, references: Iterable[str]) -> None:
         self._scaler.wake(references)

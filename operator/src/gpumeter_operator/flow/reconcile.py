@@ -7,13 +7,14 @@ call looks at the world anew and writes only the difference. Does not know kopf,
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused
+from gpumeter_operator.adapters.mirror import version_of
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
@@ -23,8 +24,9 @@ from gpumeter_operator.decide.development import development_problems
 from gpumeter_operator.decide.events import event
 from gpumeter_operator.decide.placement import placement_problems
 from gpumeter_operator.decide.pods import PodState, belongs, describe, exists
-from gpumeter_operator.decide.replicas import Replicas, decide_replicas
-from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
+from gpumeter_operator.decide.reasons import ORDINARY
+from gpumeter_operator.decide.replicas import Replicas, decide_replicas, hindered
+from gpumeter_operator.decide.spec import Problem, ServiceSpec, price_plan, read
 from gpumeter_operator.decide.workload import Installation, Workload, build
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.children import FIELD_MANAGER, Children
@@ -53,7 +55,10 @@ class Known:
     well: bool = False  # the last look found the wanted workers, and all of them ready
     calm: tuple[Any, ...] | None = None  # what there was to see when a look found all well and nothing to write
     calm_ns: int = 0
+    held_ns: int | None = None  # since when a status that only tells of progress waits
     workload: tuple[tuple[Any, ...], Workload] | None = None
+    version: int = 0  # of the newest copy of the service that was looked at
+    problem: Problem | None = None  # why the last look could not write the Deployment
 
 
 class Autoscaler(Protocol):
@@ -86,8 +91,12 @@ class Reconciler:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         told: Callable[[str, str, bool], Answer] = lambda pod, address, serves: Answer(),
         autoscaler: Autoscaler | None = None,
+        hold_ns: int = 0,
     ) -> None:
-        """`told` gives what a worker last said of itself, by pod, address and whether it serves."""
+        """`told` gives what a worker last said of itself, by pod, address and whether it serves.
+
+        `hold_ns` is how long a status waits for something better to tell, where it only tells how far a start is.
+        """
         self._cluster = cluster
         self._fleet = fleet
         self._installation = installation
@@ -98,6 +107,7 @@ class Reconciler:
         self._autoscaler = autoscaler
         self._children = Children(cluster, fleet, on_write=lambda kind: metrics.writes.labels(kind=kind).inc())
         self.calm_ns = CALM_NS
+        self.hold_ns = hold_ns
         self._known: dict[str, Known] = {}
         self._gone: dict[str, int] = {}  # uid of a service that was let go, and since when
         for value in ("True", "False", "Unknown"):
@@ -106,7 +116,10 @@ class Reconciler:
         self._progress_ns = time.monotonic_ns()  # when the last look at any service ended
 
     async def reconcile(self, service: Manifest) -> None:
-        """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again."""
+        """Look at one service and write what differs. Raises Unreachable, or Refused for what should be tried again.
+
+        A copy that is older than one that was looked at already is replaced by what the API server has now.
+        """
         uid = service["metadata"]["uid"]
         if uid in self._gone:
             return
@@ -114,10 +127,15 @@ class Reconciler:
         async with known.lock, self._its_turn(known):
             if uid in self._gone:
                 return
-            result, known.calm, seen = "failed", None, self._signs(service)
+            result, known.calm = "failed", None
             try:
                 with self._metrics.reconcile_seconds.time():
-                    result = "changed" if await self._look(service, known) else "settled"
+                    current = await self._newest(service, known)
+                    if current is None:
+                        result = "settled"
+                        return
+                    seen = self._signs(current)
+                    result = "changed" if await self._look(current, known) else "settled"
                 if result == "settled" and known.well:
                     known.calm, known.calm_ns = seen, time.monotonic_ns()
                     known.workload = None  # not needed for a minute, and a tenth of what all objects of it take
@@ -126,6 +144,23 @@ class Reconciler:
                 # Also after a failure: this age tells a frozen loop, which a restart cures; an API server that is away
                 # is cured by waiting.
                 known.looked_ns = self._progress_ns = time.monotonic_ns()
+
+    async def _newest(self, service: Manifest, known: Known) -> Manifest | None:
+        """What to look at; None where the service is gone, or goes.
+
+        kopf's watch, the mirror and the autoscaler bring the same service, each by a way of its own, and wait for their
+        turn: whoever comes with an older copy would write back what a user has edited since.
+        """
+        version = version_of(service)
+        if version is None or version >= known.version:
+            known.version = version or known.version
+            return service
+        metadata = service["metadata"]
+        found = await self._cluster.get(INFERENCE_SERVICES, metadata["name"], metadata["namespace"])
+        if found is None or found["metadata"]["uid"] != metadata["uid"] or "deletionTimestamp" in found["metadata"]:
+            return None
+        known.version = max(known.version, version_of(found) or 0)
+        return found
 
     @asynccontextmanager
     async def _its_turn(self, known: Known) -> AsyncIterator[None]:
@@ -151,6 +186,11 @@ class Reconciler:
         known.looked_ns = now_ns
         return False
 
+    def problem(self, service: Manifest) -> Problem | None:
+        """Why the last look at it could not write the Deployment; None where it could, or before there was one."""
+        known = self._known.get(service["metadata"]["uid"])
+        return None if known is None else known.problem
+
     async def leave(self, service: Manifest) -> None:
         """Look at a service no more, and return when the look under way has ended.
 
@@ -158,14 +198,13 @@ class Reconciler:
         """
         uid, now_ns = service["metadata"]["uid"], time.monotonic_ns()
         self._gone = {one: at_ns for one, at_ns in self._gone.items() if now_ns - at_ns < GONE_NS} | {uid: now_ns}
-        if (known := self._known.get(uid)) is not None:
-            async with known.lock:
-                self.drop(uid)
-        self._children.forget(read(service)[0])
+        async with self._known.get(uid, Known()).lock:
+            self.drop(service["metadata"])
 
-    def drop(self, uid: str) -> None:
-        """Drop what is remembered of a service that is no more."""
-        known = self._known.pop(uid, None)
+    def drop(self, metadata: Mapping[str, Any]) -> None:
+        """Drop what is remembered of a service that is no more, by its metadata."""
+        self._children.forget(identity({"metadata": metadata}))
+        known = self._known.pop(metadata["uid"], None)
         if known is not None:
             self._count(known.ready, None)
 
@@ -188,7 +227,7 @@ class Reconciler:
         if self._autoscaler is not None:
             decided = self._autoscaler.signs(service), self._autoscaler.figures(service)
         mirrored = self._fleet.version(metadata["namespace"], metadata["name"]), self._fleet.has_pod_monitors
-        return metadata["resourceVersion"], *mirrored, *decided
+        return metadata["resourceVersion"], *mirrored, self._fleet.has_plan(price_plan(service)), *decided
 
     async def _look(self, service: Manifest, known: Known) -> bool:
         spec, problems = read(service)
@@ -206,6 +245,9 @@ class Reconciler:
             written, problems = await self._children.bring(spec, workload, stuck=stuck, now_ns=time.monotonic_ns())
         elif spec.stopped:
             written = await self._children.stop(spec)
+        known.problem = problems[0] if problems else None
+        if problems and spec.scaling is not None and not spec.stopped:
+            replicas = hindered(replicas, problems[0])
         seen = decide.Seen(
             spec=spec,
             replicas=replicas,
@@ -214,6 +256,7 @@ class Reconciler:
             deployment=self._fleet.deployment(spec.namespace, spec.name),
             pods=described,
             figures=self._autoscaler.figures(service) if self._autoscaler else None,
+            has_plan=self._fleet.has_plan(spec.price_plan),
         )
         return await self._tell(service, seen, known, now) or written
 
@@ -245,11 +288,26 @@ class Reconciler:
         self._count(known.ready, ready["status"])
         known.ready = ready["status"]
         known.well = any((one["type"], one["status"]) == ("WorkloadsReady", "True") for one in status["conditions"])
-        if not await write_status(self._cluster, service, status):
+        if self._waits(known, former, status) or not await write_status(self._cluster, service, status):
             return False
         self._metrics.writes.labels(kind="InferenceService").inc()
         await announce(self._cluster, service, former, ready, now)
+        if (missing := decide.plan_missing(seen.spec, former, status)) is not None:
+            await tell_event(self._cluster, service, missing, False, now)
         return True
+
+    def _waits(self, known: Known, former: Manifest, status: dict[str, Any]) -> bool:
+        """Whether a status may wait for the next look, which may have something better to tell.
+
+        Such a service is not well, so the next round looks at it again; what comes in between is told at once.
+        """
+        now_ns = time.monotonic_ns()
+        if decide.changes(former, status) and decide.is_only_progress(former, status):
+            known.held_ns = known.held_ns or now_ns
+            if now_ns - known.held_ns < self.hold_ns:
+                return True
+        known.held_ns = None
+        return False
 
     def _count(self, former: str | None, now: str | None) -> None:
         if former != now:
@@ -257,6 +315,15 @@ class Reconciler:
                 self._metrics.services.labels(ready=former).dec()
             if now is not None:
                 self._metrics.services.labels(ready=now).inc()
+
+
+def identity(service: Mapping[str, Any]) -> ServiceSpec:
+    """Whose it is and how long its workers drain; the rest is as if the spec were empty.
+
+    For a service that goes: whatever its spec has become, it must not keep the service from going.
+    """
+    drain = (service.get("spec") or {}).get("drain")
+    return read({"metadata": service["metadata"], "spec": {"drain": drain}})[0]
 
 
 async def write_status(cluster: Api, service: Manifest, status: dict[str, Any]) -> bool:
@@ -301,15 +368,4 @@ async def tell_event(cluster: Api, service: Manifest, told: Problem, normal: boo
 
 def is_normal(ready: dict[str, Any]) -> bool:
     """Whether a Ready condition is part of an ordinary life, so that no one need be warned."""
-    ordinary = (
-        "Serving",
-        "PodsStarting",
-        "PodsLeaving",
-        "ModelLoading",
-        "ContainerCreating",
-        "Stopped",
-        "Development",
-        "ScaledToZero",
-        "Deleting",
-    )
-    return ready["reason"] in ordinary
+    return ready["reason"] in ORDINARY

@@ -14,11 +14,11 @@ from gpumeter_operator.adapters.kubernetes import DEPLOYMENTS, INFERENCE_SERVICE
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.names import SERVICE_LABEL
 from gpumeter_operator.decide.pods import belongs, exists
-from gpumeter_operator.decide.spec import Problem, ServiceSpec, read
+from gpumeter_operator.decide.spec import Problem, ServiceSpec
 from gpumeter_operator.decide.status import changes, decide_leaving
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.fleet import Fleet, controller_uid
-from gpumeter_operator.flow.reconcile import announce, tell_event, write_status
+from gpumeter_operator.flow.reconcile import announce, identity, tell_event, write_status
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Releaser:
 
     async def release(self, service: Manifest) -> None:
         """Return once no worker of the service is left, or once the limit has passed, which is then said."""
-        spec, _ = read(service)
+        spec = identity(service)
         deadline = datetime.fromisoformat(service["metadata"]["deletionTimestamp"])
         told: int | None = None
         while True:

@@ -46,8 +46,10 @@ class Tenure:
         self._closed = True
 
     def over(self) -> bool:
-        """Whether it has ended; once over, a tenure stays over."""
-        self._closed = self._closed or (self._until_ns is not None and self._clock_ns() >= self._until_ns)
+        """Whether it has ended; once over, a tenure stays over. Nothing is ever written back as open, because two
+        threads are here: the one that acts, and the one that keeps the Lease."""
+        if self._until_ns is not None and self._clock_ns() >= self._until_ns:
+            self._closed = True
         return self._closed
 
     def open(self) -> bool:
@@ -105,10 +107,14 @@ class InTenure:
         """Changes after `version`."""
         return self._cluster.watch(resource, namespace, labels, version)
 
-    async def apply(self, manifest: Manifest, *, field_manager: str, subresource: str | None = None) -> Manifest:
+    async def apply(
+        self, manifest: Manifest, *, field_manager: str, subresource: str | None = None, only_new: bool = False
+    ) -> Manifest:
         """Server-side apply."""
         async with self._tenure.writing():
-            return await self._cluster.apply(manifest, field_manager=field_manager, subresource=subresource)
+            return await self._cluster.apply(
+                manifest, field_manager=field_manager, subresource=subresource, only_new=only_new
+            )
 
     async def patch(
         self, resource: Resource, name: str, namespace: str | None, patch: Manifest, *, subresource: str | None = None

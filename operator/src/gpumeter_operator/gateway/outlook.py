@@ -1,7 +1,7 @@
 """Whether a service without a ready worker may get one, as far as its own object tells.
 
-Owns the list of what waiting cannot cure. Does not know who waits. What it does not know it takes for something that
-passes: a wait is bounded, and a refusal would be final.
+Owns how an object is read for that; what a reason means says decide.reasons. Does not know who waits. What is not known
+as lasting it takes for something that passes: a wait is bounded, and a refusal would be final.
 """
 
 from collections.abc import Mapping
@@ -9,25 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumeter_operator.decide.names import STOP_ANNOTATION
+from gpumeter_operator.decide.reasons import LASTING
 from gpumeter_operator.decide.spec import is_stopped
-
-# Reasons of the condition Ready that last until a person changes something.
-_LASTING = frozenset(
-    {
-        "SpecInvalid",
-        "NotSupported",
-        "TemplateInvalid",
-        "NameTaken",
-        "WorkloadRefused",
-        "PodsRefused",
-        "ImagePullFailed",
-        "InvalidImageName",
-        "CreateContainerConfigError",
-        "CreateContainerError",
-        "RunContainerError",
-        "CompanionFailed",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +49,4 @@ def outlook(service: Mapping[str, Any]) -> Outlook:
         last = status["modelStatus"].get("lastFailureInfo") or {}
         told = last.get("reason") or "FailedToLoad", last.get("message") or ""
     # The condition Stopped is not in the list: the annotation tells, and the condition may be of a moment ago.
-    return Outlook(not failed and told[0] not in _LASTING, *told)
+    return Outlook(not failed and told[0] not in LASTING, *told)
