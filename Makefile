@@ -41,6 +41,7 @@ setup: $(VENV)/.ready ## Install the development environment from the hashed req
 
 $(UV): requirements/tools.txt
 	@echo "Installing uv into .tools"
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Name a Python, 3.11 or newer, with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Name another with: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv .tools || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
 	@.tools/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/tools.txt
@@ -79,17 +80,21 @@ chart-crds: ## Copy the CRDs into the chart (crds/ is the source of truth)
 	@cp crds/*.yaml charts/gpumeter/crds/
 
 ##@ One ring of tests at a time
-.PHONY: test-unit test-contract test-cluster test-e2e test-faults test-gpu
-test-unit: setup ## unit, property and sim: pure code, seconds
+.PHONY: test-unit test-thorough test-contract test-cluster test-e2e test-faults test-development test-gpu
+test-unit: setup ## unit, property and sim: pure code, minutes
 	@$(PY) -m rings unit property sim
+test-thorough: setup ## property with ten times as many examples; long
+	@GPUMETER_THOROUGH=10 $(PY) -m rings property
 test-contract: setup ## contract: the real model, the real openai client, the chart
 	@$(PY) -m rings contract
 test-cluster: setup ## cluster: a real API server and etcd
 	@$(PY) -m rings cluster
 test-e2e: setup ## e2e: a real node, real containers, real traffic
 	@$(PY) -m rings e2e
-test-faults: setup ## e2e's faults and the longer ones: spike, edits, no API server, a cut wire, lost nodes; long
-	@GPUMETER_LONG_FAULTS=1 $(PY) -m pytest tests/e2e -k test_2_faults $(ARGS)
+test-faults: setup ## e2e's faults and the longer ones, 25 minutes; ARGS="-k nodes" for one story (faults, edits, nodes, outages)
+	@GPUMETER_LONG_FAULTS=1 $(PY) -m pytest tests/e2e -k faults $(ARGS)
+test-development: setup ## JupyterLab in place of a worker: its image, its pod, its kernel, on a real node; 5 minutes
+	@$(PY) -m pytest tests/development $(ARGS)
 test-gpu: setup ## gpu: needs an NVIDIA GPU
 	@$(PY) -m rings gpu
 

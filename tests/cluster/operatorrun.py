@@ -76,6 +76,7 @@ class OperatorProcess:
             "GPUMETER_MASTER_KEY_FILE": str(key),
             "GPUMETER_NAMESPACE": NAMESPACE,
             "GPUMETER_STATUS_INTERVAL_MS": "1000",
+            "GPUMETER_STATUS_HOLD_MS": "0",
             "GPUMETER_HTTP_HOST": "127.0.0.1",
             "GPUMETER_HTTP_PORT": str(self.port),
             "GPUMETER_WORKER_PEERS": json.dumps(PEERS),

@@ -203,5 +203,6 @@ def test_the_uninstall_check_refuses_while_a_service_exists(
         f"1 InferenceService exists: {release}/smollm2. Delete them first (kubectl delete "
         "inferenceservices.gpumeter.io --all --all-namespaces), because only a running operator and collector can "
         "collect their last usage and let them go; then run helm uninstall again. (Add --no-hooks to it only where "
-        "another gpumeter goes on serving them.)\n"
+        "another gpumeter goes on serving them.) To keep gpumeter instead: helm rollback gpumeter 1 -n "
+        "gpumeter-system; Helm upgrades no release whose uninstall was refused before that.\n"
     )

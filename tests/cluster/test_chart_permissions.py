@@ -17,6 +17,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         (GPUMETER, "inferenceservices"): (*READ, "patch"),
         (GPUMETER, "inferenceservices/status"): ("patch",),
         (GPUMETER, "inferenceservices/finalizers"): ("update",),
+        (GPUMETER, "priceplans"): ("list", "watch"),
         ("apps", "deployments"): (*READ, *WRITE, "delete"),
         ("", "services"): (*READ, *WRITE),
         ("", "serviceaccounts"): (*READ, *WRITE),
@@ -24,7 +25,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
         ("networking.k8s.io", "networkpolicies"): (*READ, *WRITE, "delete"),
         ("monitoring.coreos.com", "podmonitors"): (*READ, *WRITE, "delete"),
         ("", "secrets"): WRITE,
-        ("", "pods"): (*READ, "patch"),
+        ("", "pods"): ("list", "watch", "patch"),
         ("", "events"): WRITE,
         ("apiextensions.k8s.io", "customresourcedefinitions"): ("list", "watch"),
     },
@@ -45,7 +46,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
 IN_THE_RELEASE = {
     "gpumeter-gateway": {("", "secrets"): READ},
     "gpumeter-operator": {
-        ("discovery.k8s.io", "endpointslices"): READ,
+        ("discovery.k8s.io", "endpointslices"): ("list", "watch"),
         ("coordination.k8s.io", "leases"): ("create", "get", "patch"),
     },
 }

@@ -175,7 +175,6 @@ def test_every_part_of_a_report_that_the_design_names_is_kept(server: Server, na
     accounts = rule_file("usagereports")["rules"][-1]["accepted"][0]["status"]["accounts"]
     status = {
         "phase": "Closing",
-        "revision": 2,
         "gpuNanoseconds": "40000000001",
         "prefillGpuNanoseconds": "10000000001",
         "decodeGpuNanoseconds": "30000000000",
@@ -263,7 +262,6 @@ def test_the_columns_of_a_report_read_like_a_bill(server: Server, namespace: str
         "amount": "0.0281",
         "amountDue": "0.0081",
         "pricePerThousandTokens": "0.0195",
-        "revision": 4,
         "currency": "USD",
     }
     with_status(server, namespace, "usagereports", made, status)
@@ -273,8 +271,8 @@ def test_the_columns_of_a_report_read_like_a_bill(server: Server, namespace: str
     name = "smollm2-acme-20261121t14"
     assert row[:-1] == [name, *words("acme smollm2 2026-11-21T14:00:00Z 12 40.5 1440 0.0281 USD Final")]
     header, row = table(kubectl("get", "usagereports", "-n", namespace, "-o", "wide").stdout)
-    assert header[-4:] == ["GRANULARITY", "DUE", "PER-1K", "REVISION"]
-    assert row[-4:] == ["Hour", "0.0081", "0.0195", "4"]
+    assert header[-3:] == ["GRANULARITY", "DUE", "PER-1K"]
+    assert row[-3:] == ["Hour", "0.0081", "0.0195"]
 
 
 def test_the_columns_of_a_package_and_of_a_plan(server: Server, namespace: str, kubectl: Run) -> None:

@@ -48,6 +48,25 @@ async def test_apply_creates_changes_and_leaves_the_fields_of_others_alone(clust
     assert changed["data"] == {"mine": "3", "theirs": "2"}
 
 
+async def test_an_apply_of_only_new_makes_what_is_not_there_and_touches_nothing_that_is(
+    cluster: Cluster, namespace: str
+) -> None:
+    one = config_map(namespace, "one", mine="1")
+    assert (await cluster.apply(one, field_manager=MANAGER, only_new=True))["data"] == {"mine": "1"}
+    with pytest.raises(Refused) as refused:
+        await cluster.apply(config_map(namespace, "one", mine="2"), field_manager=MANAGER, only_new=True)
+    assert refused.value.status == 409
+    assert (await cluster.get(CONFIG_MAPS, "one", namespace) or {})["data"] == {"mine": "1"}
+    # What it made belongs to applies, so that a later one takes back what it does not say any more.
+    again = await cluster.apply(config_map(namespace, "one", other="3"), field_manager=MANAGER)
+    assert again["data"] == {"other": "3"}
+    await cluster.delete(CONFIG_MAPS, "one", namespace)
+    await cluster.create(config_map(namespace, "one", theirs="1"))
+    with pytest.raises(Refused) as refused:
+        await cluster.apply(one, field_manager=MANAGER, only_new=True)
+    assert refused.value.status == 409
+
+
 async def test_lists_are_by_label_over_one_namespace_or_all(cluster: Cluster, namespace: str) -> None:
     await cluster.apply(config_map(namespace, "one"), field_manager=MANAGER)
     inside = await cluster.list(CONFIG_MAPS, namespace, {"tests": "yes"})

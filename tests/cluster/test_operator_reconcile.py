@@ -6,7 +6,9 @@ There is no node, so nobody runs the pods: the tests play scheduler and kubelet 
 import asyncio
 import base64
 import signal
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from gpumeter_operator.adapters.kubernetes import (
     Refused,
     Resource,
 )
+from gpumeter_operator.cli.main import allow_deep_objects
 from gpumeter_operator.decide.credentials import derive
 from operatorrun import (
     MASTER_KEY,
@@ -70,21 +73,27 @@ def operator(
 @pytest.fixture
 async def cluster(operator: OperatorProcess, plane: Path, namespace: str) -> AsyncIterator[Cluster]:
     """The administrator's connection; afterwards no InferenceService of the test is left."""
+    allow_deep_objects()  # as each command does: one of the tests writes such an object
     one = Cluster.connect(plane)
     yield one
-
-    async def gone() -> bool:
-        for pod in await one.list(PODS, namespace):
-            await end_pod(one, pod)
-        left = await one.list(INFERENCE_SERVICES, namespace)
-        for each in left:
-            await one.delete(INFERENCE_SERVICES, each["metadata"]["name"], namespace)
-        return not left
-
     if not operator.runs:
         operator.start()
-    await eventually(gone)
+    await clear(one, namespace)
     await one.close()
+
+
+async def clear(cluster: Cluster, namespace: str) -> None:
+    """Delete what is left in a namespace, and wait until the operator has let it go."""
+
+    async def gone() -> bool:
+        for pod in await cluster.list(PODS, namespace):
+            await end_pod(cluster, pod)
+        left = await cluster.list(INFERENCE_SERVICES, namespace)
+        for each in left:
+            await cluster.delete(INFERENCE_SERVICES, each["metadata"]["name"], namespace)
+        return not left
+
+    await eventually(gone)
 
 
 @pytest.fixture
@@ -92,16 +101,48 @@ def show(cluster: Cluster, namespace: str) -> Show:
     """Apply an InferenceService as a user would, and wait until the operator has told of that generation."""
 
     async def apply(**spec: Any) -> Manifest:
-        applied = await cluster.apply(service(namespace, NAME, **spec), field_manager=USER)
-
-        async def told() -> Manifest | None:
-            status = await status_of(cluster, namespace)
-            return status if status.get("observedGeneration") == applied["metadata"]["generation"] else None
-
-        await eventually(told, timeout_s=10)
-        return applied
+        return await shown(cluster, namespace, **spec)
 
     return apply
+
+
+async def shown(cluster: Cluster, namespace: str, **spec: Any) -> Manifest:
+    applied = await cluster.apply(service(namespace, NAME, **spec), field_manager=USER)
+
+    async def told() -> Manifest | None:
+        status = await status_of(cluster, namespace)
+        return status if status.get("observedGeneration") == applied["metadata"]["generation"] else None
+
+    await eventually(told, timeout_s=10)
+    return applied
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stories(
+    request: pytest.FixtureRequest, operator: OperatorProcess, plane: Path
+) -> Iterator[dict[str, Future[None]]]:
+    """What waits for a clock and for nothing else: begun with the first test, judged by the test of its name.
+
+    Those tests come before any that stops the operator, or counts what it writes.
+    """
+    asked = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(len(STORIES)) as threads:
+        yield {
+            name: threads.submit(lambda story=story: asyncio.run(in_a_namespace_of_its_own(plane, story)))
+            for name, story in STORIES.items()
+            if name in asked
+        }
+
+
+async def in_a_namespace_of_its_own(plane: Path, story: Callable[[Cluster, str], Awaitable[None]]) -> None:
+    cluster, name = Cluster.connect(plane), f"test-{uuid.uuid4().hex[:8]}"
+    try:
+        await cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        await story(cluster, name)
+        await clear(cluster, name)
+        await cluster.delete(NAMESPACES, name)
+    finally:
+        await cluster.close()
 
 
 async def end_pod(cluster: Cluster, pod: Manifest) -> None:
@@ -157,6 +198,23 @@ async def becomes(cluster: Cluster, namespace: str, reason: str, *, within_s: fl
     return await eventually(so, within_s)
 
 
+async def bind(cluster: Cluster, pod: Manifest) -> None:
+    """Play the scheduler, so that a deleted pod waits for its kubelet as a running one does."""
+    metadata = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
+    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": metadata, "target": {"kind": "Node", "name": "none"}}
+    await cluster._answer("POST", f"{_path_of(pod)}/binding", None, binding, "application/json")
+
+
+async def serving(cluster: Cluster, namespace: str, **spec: Any) -> Manifest:
+    """The pod of a service whose one worker is ready."""
+    await shown(cluster, namespace, **spec)
+    [pod] = await pods(cluster, namespace, 1)
+    await bind(cluster, pod)
+    await say(cluster, pod, **READY)
+    await becomes(cluster, namespace, "Serving")
+    return pod
+
+
 async def test_a_service_becomes_everything_that_it_owns(cluster: Cluster, namespace: str, show: Show) -> None:
     applied = await show(replicas=2)
     uid = applied["metadata"]["uid"]
@@ -206,18 +264,6 @@ async def test_an_owned_object_that_was_deleted_comes_back(
         return again is not None and again["metadata"]["uid"] != before["metadata"]["uid"]
 
     await eventually(back, timeout_s=15)
-
-
-async def test_a_deleted_secret_comes_back_when_pods_wait_for_it(cluster: Cluster, namespace: str, show: Show) -> None:
-    await show()
-    [pod] = await pods(cluster, namespace, 1)
-    await cluster.delete(SECRETS, f"{NAME}-usage", namespace)
-    await say(cluster, pod, phase="Pending", containerStatuses=container({"waiting": {"reason": "ContainerCreating"}}))
-
-    async def back() -> bool:
-        return await cluster.get(SECRETS, f"{NAME}-usage", namespace) is not None
-
-    await eventually(back, timeout_s=45)
 
 
 async def test_a_change_by_hand_is_put_right_and_a_users_own_label_survives(
@@ -366,13 +412,35 @@ async def test_scaling_starts_at_its_minimum_and_says_what_it_follows(
     await pods(cluster, namespace, 2)
 
 
-async def test_a_template_that_the_api_server_refuses_is_told_in_its_own_words(
+async def test_a_template_without_the_shape_of_a_pod_is_told_and_one_that_the_api_server_refuses_in_its_own_words(
     cluster: Cluster, namespace: str, show: Show
 ) -> None:
+    await show(template={"spec": {"containers": {"main": {"env": {"A": "b"}}}}})
+    ready = condition(await becomes(cluster, namespace, "TemplateInvalid"))
+    assert "spec.template.spec.containers is a map, but Kubernetes takes a list there" in ready["message"]
     await show(template={"spec": {"nodeSelector": {"not a label": "x"}}})
     ready = condition(await becomes(cluster, namespace, "WorkloadRefused"))
     assert "spec.template.spec.nodeSelector" in ready["message"]
     assert await cluster.get(DEPLOYMENTS, NAME, namespace) is None
+
+
+async def test_a_template_without_a_bottom_is_told_and_keeps_no_other_service_from_its_workers(
+    cluster: Cluster, namespace: str, show: Show
+) -> None:
+    bottomless: Any = "x"
+    for _ in range(9_000):  # the API server takes up to 10,000 levels
+        bottomless = {"inner": bottomless}
+    odd = service(namespace, "odd", template={"spec": {"odd": bottomless}})
+    await cluster.create(odd)
+    await show()
+    await pods(cluster, namespace, 1)
+
+    async def told() -> bool:
+        found = await cluster.get(INFERENCE_SERVICES, "odd", namespace) or {}
+        conditions = (found.get("status") or {}).get("conditions") or ()
+        return any("spec.template.spec.odd holds more than 100 levels" in one["message"] for one in conditions)
+
+    await eventually(told, timeout_s=15)
 
 
 async def test_the_stop_annotation_stops_and_its_removal_starts_again(
@@ -405,14 +473,21 @@ async def test_an_object_of_a_user_is_never_taken_over(cluster: Cluster, namespa
     await becomes(cluster, namespace, "PodsStarting", within_s=15)
 
 
-async def test_a_deleted_service_stays_until_its_last_worker_has_ended(
-    cluster: Cluster, namespace: str, show: Show
-) -> None:
+async def test_a_secret_of_a_user_is_never_taken_over(cluster: Cluster, namespace: str, show: Show) -> None:
+    metadata = {"name": f"{NAME}-usage", "namespace": namespace}
+    theirs = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": {"password": "eA=="}}
+    made = await cluster.apply(theirs, field_manager=USER)
     await show()
-    [pod] = await pods(cluster, namespace, 1)
-    await bind(cluster, pod)
-    await say(cluster, pod, **READY)
-    await becomes(cluster, namespace, "Serving")
+    ready = condition(await becomes(cluster, namespace, "NameTaken"))
+    assert f"a Secret called {NAME}-usage that gpumeter did not make" in ready["message"]
+    untouched = await cluster.get(SECRETS, f"{NAME}-usage", namespace) or {}
+    assert untouched["metadata"]["resourceVersion"] == made["metadata"]["resourceVersion"]
+    await cluster.delete(SECRETS, f"{NAME}-usage", namespace)
+    await becomes(cluster, namespace, "PodsStarting", within_s=15)
+
+
+async def test_a_deleted_service_stays_until_its_last_worker_has_ended(cluster: Cluster, namespace: str) -> None:
+    pod = await serving(cluster, namespace)
     await cluster.delete(INFERENCE_SERVICES, NAME, namespace)
 
     ready = condition(await becomes(cluster, namespace, "Deleting"))
@@ -435,35 +510,26 @@ async def test_a_deleted_service_stays_until_its_last_worker_has_ended(
     await eventually(gone, timeout_s=10)
 
 
-async def test_a_deletion_that_the_operator_slept_through_is_finished_after_its_return(
-    operator: OperatorProcess, cluster: Cluster, namespace: str, show: Show
-) -> None:
-    await show()
+async def _a_secret_is_deleted(cluster: Cluster, namespace: str) -> None:
+    await shown(cluster, namespace)
     [pod] = await pods(cluster, namespace, 1)
-    await bind(cluster, pod)
-    await say(cluster, pod, **READY)
-    await becomes(cluster, namespace, "Serving")
-    await cluster.delete(INFERENCE_SERVICES, NAME, namespace)
-    await becomes(cluster, namespace, "Deleting")
-    operator.stop(signal.SIGKILL)
-    await end_pod(cluster, pod)
-    assert await cluster.get(INFERENCE_SERVICES, NAME, namespace) is not None
-    operator.start()
+    await cluster.delete(SECRETS, f"{NAME}-usage", namespace)
+    await say(cluster, pod, phase="Pending", containerStatuses=container({"waiting": {"reason": "ContainerCreating"}}))
 
-    async def gone() -> bool:
-        return await cluster.get(INFERENCE_SERVICES, NAME, namespace) is None
+    async def back() -> bool:
+        return await cluster.get(SECRETS, f"{NAME}-usage", namespace) is not None
 
-    await eventually(gone)
+    await eventually(back, timeout_s=45)
 
 
-async def test_a_namespace_that_is_deleted_takes_its_service_with_it(
-    cluster: Cluster, namespace: str, show: Show
+def test_a_deleted_secret_comes_back_when_pods_wait_for_it(
+    request: pytest.FixtureRequest, stories: dict[str, Future[None]]
 ) -> None:
-    await show()
-    [pod] = await pods(cluster, namespace, 1)
-    await bind(cluster, pod)
-    await say(cluster, pod, **READY)
-    await becomes(cluster, namespace, "Serving")
+    stories[request.node.name].result()
+
+
+async def _a_namespace_is_deleted(cluster: Cluster, namespace: str) -> None:
+    pod = await serving(cluster, namespace)
     await cluster.delete(NAMESPACES, namespace)
 
     async def drains() -> bool:
@@ -480,11 +546,33 @@ async def test_a_namespace_that_is_deleted_takes_its_service_with_it(
     await eventually(gone, timeout_s=60)
 
 
-async def bind(cluster: Cluster, pod: Manifest) -> None:
-    """Play the scheduler, so that a deleted pod waits for its kubelet as a running one does."""
-    metadata = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
-    binding = {"apiVersion": "v1", "kind": "Binding", "metadata": metadata, "target": {"kind": "Node", "name": "none"}}
-    await cluster._answer("POST", f"{_path_of(pod)}/binding", None, binding, "application/json")
+def test_a_namespace_that_is_deleted_takes_its_service_with_it(
+    request: pytest.FixtureRequest, stories: dict[str, Future[None]]
+) -> None:
+    stories[request.node.name].result()
+
+
+STORIES: dict[str, Callable[[Cluster, str], Awaitable[None]]] = {
+    test_a_deleted_secret_comes_back_when_pods_wait_for_it.__name__: _a_secret_is_deleted,
+    test_a_namespace_that_is_deleted_takes_its_service_with_it.__name__: _a_namespace_is_deleted,
+}
+
+
+async def test_a_deletion_that_the_operator_slept_through_is_finished_after_its_return(
+    operator: OperatorProcess, cluster: Cluster, namespace: str
+) -> None:
+    pod = await serving(cluster, namespace)
+    await cluster.delete(INFERENCE_SERVICES, NAME, namespace)
+    await becomes(cluster, namespace, "Deleting")
+    operator.stop(signal.SIGKILL)
+    await end_pod(cluster, pod)
+    assert await cluster.get(INFERENCE_SERVICES, NAME, namespace) is not None
+    operator.start()
+
+    async def gone() -> bool:
+        return await cluster.get(INFERENCE_SERVICES, NAME, namespace) is None
+
+    await eventually(gone)
 
 
 async def test_a_restart_with_everything_settled_writes_nothing(

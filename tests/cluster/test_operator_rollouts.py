@@ -19,21 +19,13 @@ from test_operator_reconcile import (  # noqa: F401 - the fixtures are found by 
     operator,
     pods,
     say,
+    serving,
     show,
     truth,
 )
 
 IMAGE = "registry.example/worker"
-
-
-async def serving(cluster: Cluster, namespace: str, show: Show, **spec: object) -> Manifest:  # noqa: F811
-    """A service whose one worker is ready."""
-    await show(engine={"image": f"{IMAGE}:1"}, **spec)
-    [pod] = await pods(cluster, namespace, 1)
-    await bind(cluster, pod)
-    await say(cluster, pod, **READY)
-    await becomes(cluster, namespace, "Serving")
-    return pod
+FORMER = {"engine": {"image": f"{IMAGE}:1"}}
 
 
 async def of_image(cluster: Cluster, namespace: str, tag: str) -> Manifest:  # noqa: F811
@@ -57,7 +49,7 @@ async def test_a_broken_image_stops_its_rollout_and_the_former_worker_goes_on_se
     namespace: str,
     show: Show,  # noqa: F811
 ) -> None:
-    former = await serving(cluster, namespace, show)
+    former = await serving(cluster, namespace, **FORMER)
     await show(engine={"image": f"{IMAGE}:broken"})
     broken = await of_image(cluster, namespace, "broken")
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{IMAGE}:broken"'}}
@@ -70,7 +62,11 @@ async def test_a_broken_image_stops_its_rollout_and_the_former_worker_goes_on_se
     assert ready["message"].endswith("The former workers go on serving.")
     assert status["readyReplicas"] == 1
     assert not await leaves(cluster, former)
-    [warning] = [one for one in await cluster.list(EVENTS, namespace) if one["reason"] == "ImagePullFailed"]
+
+    async def warnings() -> list[Manifest] | None:  # the status is written first
+        return [one for one in await cluster.list(EVENTS, namespace) if one["reason"] == "ImagePullFailed"] or None
+
+    [warning] = await eventually(warnings)
     assert (warning["type"], warning["message"]) == ("Warning", ready["message"])
 
     await show(engine={"image": f"{IMAGE}:2"})
@@ -84,6 +80,7 @@ async def test_a_broken_image_stops_its_rollout_and_the_former_worker_goes_on_se
         return await leaves(cluster, former) and await leaves(cluster, broken)
 
     await eventually(replaced, 15)
+    assert await warnings() == [warning], "and once"
 
 
 async def test_an_edit_under_load_is_applied_in_seconds(
@@ -91,7 +88,7 @@ async def test_an_edit_under_load_is_applied_in_seconds(
     namespace: str,
     show: Show,  # noqa: F811
 ) -> None:
-    former = await serving(cluster, namespace, show, replicas=1)
+    former = await serving(cluster, namespace, **FORMER, replicas=1)
     # Three edits in a row, each while the rollout of the one before is under way: only the last counts in the end.
     for tag in ("2", "3", "4"):
         await show(engine={"image": f"{IMAGE}:{tag}", "maxBatchSize": 8}, replicas=1)
@@ -124,7 +121,7 @@ async def test_a_rollout_that_a_quota_leaves_no_room_says_how_to_make_some_and_g
     show: Show,  # noqa: F811
     kubectl: Run,
 ) -> None:
-    former = await serving(cluster, namespace, show)
+    former = await serving(cluster, namespace, **FORMER)
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "one", "namespace": namespace}}
     kubectl("apply", "-f", "-", stdin=json.dumps({**quota, "spec": {"hard": {"pods": "1"}}}))
 

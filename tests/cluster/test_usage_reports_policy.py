@@ -25,11 +25,16 @@ REPORT: dict[str, Any] = {
 KINDS = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
 
 
+def its_own(*values: str) -> list[dict[str, Any]]:
+    """The policy for reports and its binding, as the chart renders them."""
+    return [one for one in rendered(*values) if one["kind"] in KINDS and "usage-reports" in one["metadata"]["name"]]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def policy(server: Server, kubectl: Run) -> Iterator[None]:
     """The policy as the chart renders it; it goes again, because other tests write reports as administrators."""
-    found = [one for one in rendered(f"billing.deleterGroups={{{KEEPERS}}}") if one["kind"] in KINDS]
-    assert len(found) == 2
+    found = its_own(f"billing.deleterGroups={{{KEEPERS}}}")
+    assert [one["kind"] for one in found] == list(KINDS)
     bundle = json.dumps({"apiVersion": "v1", "kind": "List", "items": found})
     kubectl("apply", "-f", "-", stdin=bundle)
     kubectl(
@@ -131,7 +136,7 @@ def test_a_report_deleted_in_the_foreground_lets_its_finalizer_go(server: Server
 
 
 def test_without_a_group_the_refusal_says_that_nobody_may(server: Server, kubectl: Run, namespace: str) -> None:
-    [found] = [one for one in rendered() if one["kind"] == KINDS[0]]
+    found = its_own()[0]
     done = kubectl("apply", "--dry-run=server", "-f", "-", stdin=json.dumps(found))
     assert done.returncode == 0, done.stderr
     assert "names no group in billing.deleterGroups" in json.dumps(found)

@@ -4,6 +4,8 @@ import pytest
 
 from charts import CHART, template
 
+pytestmark = pytest.mark.shared
+
 REFUSALS = {
     "no image": (
         ("image.repository=",),

@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from apiserver import ROOT
-from charts import CHART, IMAGES, NAMESPACE, environment, helm, one, pod_specs, rendered, sets
+from charts import CHART, IMAGES, NAMESPACE, environment, helm, objects, one, pod_specs, rendered, sets
 from gpumeter_operator.billing.signing import signing_key
 from gpumeter_operator.cli.main import COMMANDS
 from gpumeter_operator.decide.access import Monitoring
 from gpumeter_operator.decide.placement import NodeChoice
 from gpumeter_operator.settings import read_settings
+
+pytestmark = pytest.mark.shared
 
 PARTS = ("operator", "collector", "gateway")
 OPERATOR, COLLECTOR, GATEWAY = (
@@ -56,6 +58,36 @@ def test_a_release_called_gpumeter_has_short_names() -> None:
 def test_another_release_has_its_name_before() -> None:
     one(rendered(release="prod"), "Deployment", "prod-gpumeter-operator")
     one(rendered("fullnameOverride=bill", release="prod"), "Deployment", "bill-operator")
+
+
+@pytest.mark.parametrize("word", ["2024", "0x10", "1e3", "true"])
+def test_names_that_yaml_takes_for_something_else_stay_names(word: str) -> None:
+    ours = ("nameOverride", "pricePlan.name", "masterKey.existingSecret", "signingKey.existingSecret")
+    others = ("collector.persistence.existingClaim", "gateway.priorityClassName", "imagePullSecrets[0]")
+    given = [part for name in (*ours, *others) for part in ("--set-string", f"{name}={word}")]
+    rates = ("pricePlan.rates[0].gpuClass=h100", "--set-string", "pricePlan.rates[0].perGpuHour=1")
+    done = helm(
+        *("template", word, str(CHART), "-n", word, *sets(*IMAGES, "pricePlan.create=true")),
+        *("--set", *rates, *given),
+    )
+    assert done.returncode == 0, done.stderr
+    found = objects(done.stdout)
+    for each in found:
+        metadata, template = each["metadata"], (each.get("spec") or {}).get("template", {}).get("metadata", {})
+        names = [metadata["name"], metadata.get("namespace", word), *metadata["labels"].values()]
+        names += template.get("labels", {}).values()
+        assert all(isinstance(name, str) for name in names), f"{each['kind']} {metadata['name']}"
+        assert [one["namespace"] for one in each.get("subjects") or ()] in ([], [word])
+    pods = pod_specs(found)
+    volumes = [volume for pod in pods.values() for volume in pod.get("volumes", ())]
+    assert {volume["secret"]["secretName"] for volume in volumes if "secret" in volume} == {word}
+    assert {each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each} == {word}
+    assert pods[f"{word}-gateway"]["priorityClassName"] == word
+    assert pods[f"{word}-gateway"]["imagePullSecrets"] == [{"name": word}]
+    assert one(found, "PricePlan", word)
+    peers = json.loads(environment(pods[f"{word}-operator"])["GPUMETER_WORKER_PEERS"])
+    labels = peers["usage"][0]["podSelector"]["matchLabels"]
+    assert (labels["app.kubernetes.io/instance"], labels["app.kubernetes.io/name"]) == (word, word)
 
 
 def test_the_environment_is_what_the_parts_read() -> None:
@@ -137,9 +169,9 @@ def test_what_the_values_say_of_workers_is_what_the_operator_reads(tmp_path: Pat
 
 
 def test_the_chart_starts_only_commands_that_the_program_has() -> None:
-    commands = [pod["containers"][0]["args"] for pod in pod_specs(rendered()).values()]
-    assert sorted(command for [command] in commands) == ["collector", "gateway", "operator", "uninstall-check"]
-    assert {command for [command] in commands} <= set(COMMANDS)
+    commands = [pod["containers"][0]["args"][0] for pod in pod_specs(rendered()).values()]
+    assert sorted(commands) == ["collector", "gateway", "operator", "uninstall-check"]
+    assert set(commands) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", [*DEPLOYMENTS, "gpumeter-uninstall-check"])
@@ -346,8 +378,20 @@ def test_the_uninstall_check_is_a_hook_that_tells_its_reason() -> None:
     hooks = [each for each in rendered() if "helm.sh/hook" in each["metadata"].get("annotations", {})]
     assert {each["kind"] for each in hooks} == {"ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Job"}
     assert all("hook-succeeded" in each["metadata"]["annotations"]["helm.sh/hook-delete-policy"] for each in hooks)
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][1:] == ["--release=gpumeter", f"--namespace={NAMESPACE}", "--revision=1"]
     left = rendered("uninstallCheck.enabled=false")
     assert [each for each in left if "uninstall-check" in each["metadata"]["name"]] == []
+
+
+def test_the_operator_may_not_ask_for_what_it_only_watches() -> None:
+    found = rendered()
+    rules = one(found, "ClusterRole", f"gpumeter-operator-{NAMESPACE}")["rules"]
+    rules += one(found, "Role", "gpumeter-operator")["rules"]
+    verbs = {resource: set(rule["verbs"]) for rule in rules for resource in rule["resources"]}
+    assert verbs["pods"] == {"list", "watch", "patch"}
+    assert verbs["endpointslices"] == {"list", "watch"}
+    assert verbs["secrets"] == {"create", "patch"}
 
 
 def test_no_role_has_a_wildcard() -> None:

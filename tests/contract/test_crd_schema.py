@@ -9,6 +9,8 @@ import pytest
 
 from apiserver import CRDS, ROOT, rule_file, schema_of
 
+pytestmark = pytest.mark.shared
+
 RULE_KEY = "x-kubernetes-validations"
 
 

@@ -13,6 +13,8 @@ from gpumeter_worker.main import main as worker_command
 from gpumeter_worker.settings import Settings, from_environment
 from gpumeter_worker.sources.location import local_path
 
+pytestmark = pytest.mark.shared
+
 ROOT = Path(__file__).parents[2]
 INSTALLATION = Installation("registry/worker:1", "IfNotPresent", "http://gpumeter-gateway.gpumeter.svc")
 CREDENTIALS = credentials_of(b"k" * 32, "u-1")
@@ -49,13 +51,14 @@ def test_the_containers_command_is_one_that_the_worker_has():
         {"model": {"uri": "hf://o/n"}},
         {"model": {"uri": "pvc://models/a/b"}, "resources": {"gpu": {"count": 0}}},
         {"model": {"uri": "file:///m", "dtype": "float32"}, "resources": {"gpu": {"class": "h100"}}},
+        {"model": {"uri": "file:///m"}, "resources": {"gpu": {"count": 4}}, "parallelism": {"tensor": 4}},
     ],
 )
 def test_the_worker_accepts_every_setting_of_its_pod(spec: dict[str, Any], tmp_path: Path):
     found = settings(spec, tmp_path)
     gpu_count = spec.get("resources", {}).get("gpu", {}).get("count", 1)
     assert (found.service, found.service_uid, found.worker_uid) == ("team-a/smollm2", "u-1", "pod-uid")
-    assert found.gpu_count == gpu_count
+    assert (found.gpu_count, found.ranks) == (gpu_count, max(gpu_count, 1))
     assert found.device == ("cuda" if gpu_count else "cpu")
 
 

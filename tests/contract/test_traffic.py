@@ -14,6 +14,8 @@ from traffic.client import AddressRefused, Options, run, target
 from traffic.exchange import Outcome, exchange
 from traffic.summary import as_json, surprises, table
 
+pytestmark = pytest.mark.shared
+
 KEYS = {"acme": "key-of-acme", "bolt": "key-of-bolt"}
 
 

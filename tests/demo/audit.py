@@ -10,6 +10,9 @@ from datetime import datetime
 from typing import Any
 
 SECOND_NS = 10**9
+LATELY_NS = 600 * SECOND_NS
+"""A worker that was here long before the traffic would fill the table with its life."""
+
 PLATFORM = "_platform"
 DEVICES_ANNOTATION = "gpumeter.io/devices"
 WORKER = "main"
@@ -78,6 +81,12 @@ def lines_of(reports: Sequence[dict[str, Any]], runs: Sequence[Run], service: st
         if all(report.get("status", {}).get("phase") == "Final" for report in own)
         and any(report["spec"]["tenant"] == PLATFORM for report in own)
     ]
+
+
+def since_start(lines: Sequence[Line], runs: Sequence[Run], traffic_ns: int) -> list[Line]:
+    """The lines of the traffic, and those before it in which the oldest run started, if that was lately."""
+    first_ns = min([traffic_ns, *(run.started_ns for run in runs if run.started_ns >= traffic_ns - LATELY_NS)])
+    return [line for line in lines if line.end_ns > first_ns]
 
 
 def ns(text: str) -> int:

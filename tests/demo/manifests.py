@@ -9,6 +9,7 @@ RELEASE_NAMESPACE = "gpumeter"
 TEAM = "team-a"
 SERVICE = "smollm2"
 TENANTS = ("acme", "bolt")
+GRANULARITY_LABEL = "gpumeter.io/granularity"
 MODEL_CLAIM = "models"
 MODEL_URI = f"pvc://{MODEL_CLAIM}/smollm2"
 

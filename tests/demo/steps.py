@@ -16,7 +16,7 @@ from typing import Any
 
 from demo import audit, manifests
 from demo.kube import DemoFailed, Kube
-from demo.manifests import RELEASE, RELEASE_NAMESPACE, SERVICE, TEAM, TENANTS
+from demo.manifests import GRANULARITY_LABEL, RELEASE, RELEASE_NAMESPACE, SERVICE, TEAM, TENANTS
 from devcluster.progress import Progress
 from traffic.client import Options, run
 from traffic.exchange import Exchange, Outcome
@@ -45,8 +45,8 @@ class Demo:
     model_uri: str
 
 
-def install(demo: Demo) -> None:
-    """CRDs and chart. helm upgrade leaves CRDs as they are, so they are applied first."""
+def install(demo: Demo, **more: Any) -> None:
+    """CRDs and chart, with `more` values. helm upgrade leaves CRDs as they are, so they are applied first."""
     with demo.progress.step("resource definitions"):
         demo.kube.run(
             *("apply", "--server-side", "--force-conflicts", "--field-manager=gpumeter-demo"),
@@ -57,7 +57,7 @@ def install(demo: Demo) -> None:
         tempfile.NamedTemporaryFile("w", suffix=".json") as values,
         demo.progress.step("helm upgrade --install gpumeter: operator, collector, gateway", lambda: _unready(demo)),
     ):
-        json.dump(manifests.values(demo.image_version), values)
+        json.dump(manifests.values(demo.image_version) | more, values)
         values.flush()
         try:
             demo.kube.run_helm(
@@ -161,14 +161,18 @@ def chat(demo: Demo, keys: dict[str, str], port: int, seconds: float, output: Pa
 
 
 def wait_for_final(demo: Demo, exchanges: list[Exchange], settled_ns: int) -> list[audit.Line]:
-    """Until every period that the traffic touched is Final; returns those that can be audited from outside."""
+    """Until every period that the traffic touched is Final; returns those that can be audited from outside.
+
+    From the start of the worker's container on, where that was lately: what it took to start is in the bill, too.
+    """
     first_ns, last_ns = exchanges[0].started_at_ns, max(one.ended_at_ns for one in exchanges)
     lines: list[audit.Line] = []
 
     def closed() -> bool:
         reports = demo.kube.get("-n", TEAM, "usagereports.gpumeter.io")["items"]
         pods = demo.kube.get("-n", TEAM, "pods", "-l", WORKERS)["items"]
-        lines[:] = [one for one in audit.lines_of(reports, audit.runs_of(pods), SERVICE) if one.end_ns > first_ns]
+        runs = audit.runs_of(pods)
+        lines[:] = audit.since_start(audit.lines_of(reports, runs, SERVICE), runs, first_ns)
         return bool(lines) and lines[-1].end_ns >= last_ns and lines[0].start_ns <= first_ns
 
     def detail() -> str:
@@ -186,11 +190,13 @@ def show(demo: Demo, lines: list[audit.Line]) -> None:
     print(
         demo.kube.run("get", "pods", "-A", "-l", "app.kubernetes.io/name in (gpumeter, gpumeter-worker)", "-o", "wide")
     )
-    _title("The bill: kubectl get usagereports -A")
-    print(demo.kube.run("get", "usagereports.gpumeter.io", "-A", "--sort-by=.spec.period.start"))
-    _title("Accounts = allocated, for every pod: gpumeter accounts --check, inside the collector")
+    periods = f"{GRANULARITY_LABEL} notin (Day,Month)"
+    _title(f"The bill: kubectl get usagereports -A -l '{periods}'")
+    print(demo.kube.run("get", "usagereports.gpumeter.io", "-A", "-l", periods, "--sort-by=.spec.period.start"))
+    print("Without -l there is a report of each day and month, too, which is the exact sum of these: add up one kind.")
     collector = ("-n", RELEASE_NAMESPACE, "exec", f"deployment/{RELEASE}-collector", "--")
     since = datetime.fromtimestamp(lines[0].start_ns // audit.SECOND_NS, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    _title(f"Accounts = allocated since {since}, for every pod: gpumeter accounts --check, inside the collector")
     service = ("--namespace", TEAM, "--service", SERVICE, "--since", since)
     print(demo.kube.run(*collector, "gpumeter", "accounts", "--check", *service))
     _title("The same from outside: reports against the pods' container status, both from kubectl")
@@ -225,9 +231,10 @@ def farewell(demo: Demo, keys: dict[str, str]) -> None:
   client = OpenAI(base_url="http://127.0.0.1:8080/v1", api_key="{key}")
   for part in client.chat.completions.create(model="{SERVICE}", stream=True,
                                              messages=[{{"role": "user", "content": "What is a ledger?"}}]):
-      print(part.choices[0].delta.content if part.choices else "", end="", flush=True)
+      print((part.choices[0].delta.content or "") if part.choices else "", end="", flush=True)
 
-That is {tenant}'s key; all keys are in {demo.keys_file}. A minute later: kubectl get usagereports -A
+{demo.repository}/.venv/bin/python has the package openai. That is {tenant}'s key; all keys are in {demo.keys_file}.
+A minute later: kubectl get usagereports -A
 
 Remove it:
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -17,15 +19,16 @@ from devcluster.places import Place
 from devcluster.progress import Progress
 from devcluster.state import read_state
 from devcluster.tools import tool
-from e2e import faultstory, longstory, story
+from e2e import editstory, faultstory, nodestory, outagestory, sleeper, story
 from e2e.ordeal import Evidence, Scene, settle
 
 CLUSTER = "gpumeter-e2e"
-FAULTS = "test_2_faults"
+FAULTS = ("test_2_faults", "test_3_faults")
+SLEEP = ("test_2_zero",)
 SECOND = Place(2)
-LONG = bool(os.environ.get("GPUMETER_LONG_FAULTS"))  # set by make test-faults
-STORIES = ("faults", "long") if LONG else ("faults",)
-collect_ignore = [] if LONG else ["test_2_faults_long.py"]
+LONG = ("edits", "nodes", "outages") if os.environ.get("GPUMETER_LONG_FAULTS") else ()  # set by make test-faults
+STORIES = ("faults", *LONG)
+collect_ignore_glob = [] if LONG else ["test_2_faults_*.py"]
 
 
 def devcluster(*arguments: str) -> None:
@@ -35,7 +38,11 @@ def devcluster(*arguments: str) -> None:
 
 def shall_fail(request: pytest.FixtureRequest) -> bool:
     """Whether a test was asked for that loses a node, and the nodes are processes of our own."""
-    return is_local() and any(FAULTS in item.nodeid for item in request.session.items)
+    return is_local() and is_asked_for(request, FAULTS)
+
+
+def is_asked_for(request: pytest.FixtureRequest, files: tuple[str, ...]) -> bool:
+    return any(file in item.nodeid for item in request.session.items for file in files)
 
 
 def is_local() -> bool:
@@ -101,6 +108,8 @@ def evidence(
         evidence = story.play(release, keys, folder)
         if shall_fail(request):
             request.getfixturevalue("faults")  # the last minute of this story is over by then
+        if is_asked_for(request, SLEEP):
+            sleeper.begin(release)  # it falls asleep while others are tested
         story.settle(release, evidence, folder)
         return evidence
 
@@ -114,35 +123,31 @@ def second_node(release: steps.Demo) -> Place:
     return SECOND
 
 
-@pytest.fixture(scope="session")
-def faults(
-    request: pytest.FixtureRequest,
-    release: steps.Demo,
-    keys: dict[str, str],
-    second_node: Place,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Evidence:
-    """What a service went through, and what it left behind."""
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(flush=True)
-        scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
-        return faultstory.play(scene, tmp_path_factory.mktemp("faults"))
+def played(story_of_faults: ModuleType, name: str) -> Any:
+    """A fixture of that name: what a service went through in a story of faults, and what it left behind."""
+
+    @pytest.fixture(scope="session", name=name)
+    def fixture(
+        request: pytest.FixtureRequest,
+        release: steps.Demo,
+        keys: dict[str, str],
+        second_node: Place,
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Evidence:
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(flush=True)
+            devcluster("up", "--nodes", "2")  # a story before may have lost the second one
+            scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
+            evidence: Evidence = story_of_faults.play(scene, tmp_path_factory.mktemp(name))
+            return evidence
+
+    return fixture
 
 
-@pytest.fixture(scope="session")
-def long(
-    request: pytest.FixtureRequest,
-    release: steps.Demo,
-    keys: dict[str, str],
-    second_node: Place,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Evidence:
-    """What takes too long for every run."""
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(flush=True)
-        devcluster("up", "--nodes", "2")  # the shorter story has lost the second one
-        scene = Scene(release, keys, cluster_paths(CLUSTER), second_node)
-        return longstory.play(scene, tmp_path_factory.mktemp("long"))
+faults = played(faultstory, "faults")
+edits = played(editstory, "edits")
+nodes = played(nodestory, "nodes")
+outages = played(outagestory, "outages")
 
 
 @pytest.fixture(scope="session", params=STORIES)

@@ -4,7 +4,7 @@ Owns what every such story has in common, and the evidence. What happens in betw
 stories'; what it should have come to, the tests'.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from e2e.audit import lives_of
 from e2e.chat import Chat
 from e2e.stage import Act, Manifest, Stage
 from e2e.story import PodWatch, copy_out, final_until_ns, until
-from traffic.exchange import Exchange
+from traffic.exchange import Exchange, Outcome
 from traffic.summary import table
 
 REPLICAS = 2
@@ -39,9 +39,21 @@ class Scene:
     second: Place
 
 
+@dataclass(frozen=True)
+class Absence:
+    """A node died with a worker's pod on it, and was there again with its disk."""
+
+    pod_uid: str
+    died_ns: int
+    back_ns: int
+
+
 @dataclass
 class Evidence:
-    """Everything that the tests judge. `lost`: pods of which nobody can say when they ended, by when they were lost."""
+    """Everything that the tests judge.
+
+    `lost`: pods of which nobody can say when they ended, by when they were lost. `absences`: pods whose node came back.
+    """
 
     namespace: str
     name: str
@@ -50,12 +62,39 @@ class Evidence:
     exchanges: list[Exchange] = field(default_factory=list)
     pods_seen: list[Manifest] = field(default_factory=list)
     lost: list[tuple[int, Manifest]] = field(default_factory=list)
+    absences: list[Absence] = field(default_factory=list)
     reports: list[Manifest] = field(default_factory=list)
     accounts: str = ""
 
     @property
     def ledger(self) -> Path:
         return self.folder / "ledger.db"
+
+    @property
+    def deaths_ns(self) -> list[int]:
+        """When workers died without warning, so that their last records may have died with them."""
+        return [*(died_ns for died_ns, _ in self.lost), *(one.died_ns for one in self.absences)]
+
+
+def during(evidence: Evidence, *acts: str) -> list[Exchange]:
+    """The requests that were under way in these acts; without any, nothing would be tested."""
+    found = []
+    for act in acts:
+        own = [one for one in evidence.exchanges if evidence.acts[act].meets(one.started_at_ns, one.ended_at_ns)]
+        assert any(one.outcome is Outcome.FINISHED for one in own), f"no request was answered in {act}"
+        found += own
+    return found
+
+
+def unanswered(evidence: Evidence, act: str, excuses: Collection[str] = ()) -> list[Exchange]:
+    """Those of an act that were not answered, but for what was under way in an act that may have ended it."""
+    excused = [evidence.acts[name] for name in excuses]
+    return [
+        one
+        for one in during(evidence, act)
+        if one.outcome is not Outcome.FINISHED
+        and not any(each.meets(one.started_at_ns, one.ended_at_ns) for each in excused)
+    ]
 
 
 @contextmanager

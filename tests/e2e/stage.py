@@ -12,8 +12,8 @@ from typing import Any
 
 from demo import steps
 from demo.manifests import RELEASE, RELEASE_NAMESPACE
-from devcluster.apiclient import Api, open_api
-from e2e.story import WORKERS, kill_container, until
+from devcluster.apiclient import Api, ApiError, open_api
+from e2e.story import WORKERS, kill_processes, until
 
 Manifest = dict[str, Any]
 SERVICES = "/apis/gpumeter.io/v1alpha1/namespaces/{}/inferenceservices"
@@ -86,8 +86,11 @@ class Stage:
         return next((one for one in status.get("conditions", []) if one["type"] == kind), {})
 
     def told(self) -> str:
-        """Ready's reason and message."""
-        ready = self.condition()
+        """Ready's reason and message, or why they cannot be asked for."""
+        try:
+            ready = self.condition()
+        except ApiError as problem:
+            return str(problem)
         return f"{ready['reason']}: {ready['message']}" if ready else "an edit was not seen by the operator yet"
 
     def await_reason(self, reason: str, within_s: float) -> Manifest:
@@ -130,9 +133,8 @@ class Stage:
         selector = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=operator"
         pods = self.demo.kube.get("-n", RELEASE_NAMESPACE, "pods", "-l", selector)["items"]
         running = [pod for pod in pods if any("running" in one["state"] for one in containers(pod))]
-        for pod in running:
-            kill_container(pod)
-        return len(running)
+        # The API still says "running" for a second after a container was killed; what is dead is not killed again.
+        return sum(kill_processes(pod) > 0 for pod in running)
 
     def evict(self, pod: Manifest) -> None:
         """Ask for a pod to leave, as `kubectl drain` does: a disruption budget may refuse it."""

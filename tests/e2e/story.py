@@ -98,6 +98,8 @@ class PodWatch:
             if not self._patient or self._over.wait(0.2):
                 return
             self._process = self._start()
+            if self._over.is_set():
+                self._process.terminate()  # whoever ended the watch meanwhile knew only the one before
 
 
 def play(demo: steps.Demo, keys: dict[str, str], folder: Path) -> Evidence:
@@ -187,7 +189,12 @@ def _traffic_with_deaths(demo: steps.Demo, keys: dict[str, str], port: int, evid
 
 
 def kill_container(pod: dict[str, Any]) -> None:
-    """SIGKILL to every process of the pod's container, found by the container's id among the cgroups of this machine.
+    """SIGKILL to every process of the pod's container, which must be there."""
+    assert kill_processes(pod), f"no process of a container of {pod['metadata']['name']} on this machine"
+
+
+def kill_processes(pod: dict[str, Any]) -> int:
+    """The same, found by the container's id among the cgroups of this machine; returns how many there were.
 
     Only a container of the cluster that this test made has that id.
     """
@@ -201,12 +208,12 @@ def kill_container(pod: dict[str, Any]) -> None:
                 continue
             if container_id in groups:
                 victims.append(int(folder.name))
-    assert victims, f"no process of container {container_id} on this machine"
     for pid in victims:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    return len(victims)
 
 
 def copy_out(kube: Kube, namespace: str, where: str, path: str, target: Path) -> Path:

@@ -1,12 +1,12 @@
 """Faults of a real cluster under load: what its users see of a rollout, of mistakes, of a quota and of a lost node.
 
-What they are billed for it is in test_2_faults_bill.py.
+What they are billed for it is in test_3_faults_bill.py.
 """
 
 import pytest
 
 from e2e.faultstory import MISSING_IMAGE
-from e2e.ordeal import REPLICAS, Evidence
+from e2e.ordeal import REPLICAS, Evidence, during
 from traffic.exchange import Exchange, Outcome
 from traffic.summary import surprises
 
@@ -16,16 +16,6 @@ GRACEFUL = ("rollout", "mistakes", "quota", "eviction")
 # How long the gateway may take to notice that a worker which it waits for is no more: TCP's probes, and the rest.
 NOTICED_NS = 45 * SECOND_NS
 LONGEST_NS = 30 * SECOND_NS  # an answer of 64 tokens at most, on two busy cores
-
-
-def during(evidence: Evidence, *acts: str) -> list[Exchange]:
-    """The requests that were under way in these acts; without any, nothing would be tested."""
-    found = []
-    for act in acts:
-        own = [one for one in evidence.exchanges if evidence.acts[act].meets(one.started_at_ns, one.ended_at_ns)]
-        assert any(one.outcome is Outcome.FINISHED for one in own), f"no request was answered in {act}"
-        found += own
-    return found
 
 
 def was_in_flight(one: Exchange, died_ns: int) -> bool:

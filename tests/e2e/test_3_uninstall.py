@@ -1,5 +1,6 @@
 """What `helm uninstall` leaves: the definitions, the ledger's volume, its key, and what users made themselves."""
 
+import re
 import time
 
 import pytest
@@ -35,12 +36,25 @@ def everything(release: steps.Demo) -> set[str]:
     return set(own) | {name for name in named if "gpumeter" in name}
 
 
+def upgrade(release: steps.Demo) -> None:
+    chart = str(release.repository / "charts/gpumeter")
+    release.kube.run_helm("upgrade", RELEASE, chart, "-n", RELEASE_NAMESPACE, "--reuse-values", "--timeout", "2m")
+
+
 def test_uninstall_leaves_the_definitions_and_what_retention_keeps(release: steps.Demo, a_service: None):
     with pytest.raises(DemoFailed):
         release.kube.run_helm("uninstall", RELEASE, "-n", RELEASE_NAMESPACE, "--timeout", "60s")
     hook = release.kube.peek("-n", RELEASE_NAMESPACE, "logs", "-l", "app.kubernetes.io/component=uninstall-check")
     assert "team-last/last" in hook and "delete" in hook
     assert release.kube.run("-n", TEAM, "get", "inferenceservices.gpumeter.io/last", "-o", "name")
+
+    # Helm leaves a refused release in a state that it does not upgrade; the refusal names the way out of it.
+    with pytest.raises(DemoFailed) as stuck:
+        upgrade(release)
+    assert "has no deployed releases" in stuck.value.evidence
+    [way_back] = re.findall(r"helm (rollback \S+ \d+ -n [^\s;]+);", hook)
+    release.kube.run_helm(*way_back.split(), "--timeout", "2m")
+    upgrade(release)
 
     release.kube.run("delete", "inferenceservices.gpumeter.io", "-A", "--all", "--timeout=100s")
     release.kube.run_helm("uninstall", RELEASE, "-n", RELEASE_NAMESPACE, "--wait", "--timeout", "2m")

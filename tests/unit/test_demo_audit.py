@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from demo.audit import Run, lines_of, ns, runs_of, seconds, table
+from demo.audit import LATELY_NS, Run, lines_of, ns, runs_of, seconds, since_start, table
 from demo.steps import kept_keys
 
 MINUTE_NS = 60 * 10**9
@@ -50,6 +50,15 @@ def test_a_period_adds_up_only_when_reports_statement_and_status_agree() -> None
         assert "DOES NOT ADD UP" in table([line])
     (line,) = lines_of(reports, runs[:1], "s")
     assert not line.holds
+
+
+def test_the_minute_in_which_the_worker_started_is_audited_too_if_that_was_lately() -> None:
+    start_ns = ns(START)
+    lines = lines_of([report("acme", 7), report("_platform", 1, 8)], [], "s")
+    traffic_ns = start_ns + 2 * MINUTE_NS
+    assert since_start(lines, [], traffic_ns) == []
+    assert since_start(lines, [Run("w", start_ns + MINUTE_NS // 2, None, 1)], traffic_ns) == lines
+    assert since_start(lines, [Run("w", traffic_ns - LATELY_NS - 1, None, 1)], traffic_ns) == []
 
 
 def test_a_period_with_a_report_that_is_not_final_is_no_line_yet() -> None:

@@ -10,15 +10,17 @@ import pytest
 
 from devcluster import baseimages, imageload, ociarchive
 from devcluster.errors import ClusterError
-from devcluster.imagekeys import IMAGES, OPERATOR, WORKER, Image, key_of
-from devcluster.images import merged_pip_settings
+from devcluster.imagekeys import DEVELOPMENT, IMAGES, OPERATOR, WORKER, Image, key_of
+from devcluster.images import Wish, base_version, merged_pip_settings, write_built
 from devcluster.layout import REPOSITORY
+
+EVERY = (*IMAGES, DEVELOPMENT)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A repository with the inputs of both images."""
-    for image in IMAGES:
+    """A repository with the inputs of all images."""
+    for image in EVERY:
         for name in image.inputs():
             path = tmp_path / name
             if "." in Path(name).name:
@@ -30,12 +32,12 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.name)
+@pytest.mark.parametrize("image", EVERY, ids=lambda image: image.name)
 def test_every_input_of_an_image_exists_in_the_repository(image: Image) -> None:
     assert [name for name in image.inputs() if not (REPOSITORY / name).exists()] == []
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.name)
+@pytest.mark.parametrize("image", EVERY, ids=lambda image: image.name)
 def test_the_key_covers_everything_that_the_dockerfile_copies(image: Image) -> None:
     lines = (REPOSITORY / image.dockerfile).read_text().splitlines()
     copied = [line.split()[1] for line in lines if line.startswith("COPY") and "--from" not in line]
@@ -43,9 +45,26 @@ def test_the_key_covers_everything_that_the_dockerfile_copies(image: Image) -> N
     assert set(copied) <= set(image.inputs())
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.name)
+@pytest.mark.parametrize("image", EVERY, ids=lambda image: image.name)
 def test_the_official_base_is_the_dockerfiles_default(image: Image) -> None:
-    assert f"ARG BASE_IMAGE={image.official_base}\n" in (REPOSITORY / image.dockerfile).read_text()
+    assert f"ARG {image.base_argument}={image.official_base}\n" in (REPOSITORY / image.dockerfile).read_text()
+
+
+def test_the_image_with_jupyterlab_is_built_only_when_it_is_asked_for_and_after_the_workers() -> None:
+    assert Wish("c").images() == (OPERATOR, WORKER)
+    assert Wish("c", only=("operator",)).images() == (OPERATOR,)
+    assert Wish("c", development=True).images() == (OPERATOR, WORKER, DEVELOPMENT)
+    assert Wish("c", only=("worker",), development=True).images() == (WORKER, DEVELOPMENT)
+    assert Wish("c", only=("operator",), development=True).images() == (OPERATOR, WORKER, DEVELOPMENT)
+
+
+def test_the_image_with_jupyterlab_is_built_again_when_the_workers_was(tmp_path: Path) -> None:
+    versions = set()
+    for workers in ("one", "two"):
+        write_built(tmp_path, {WORKER.name: workers})
+        versions.add(base_version(DEVELOPMENT, WORKER.reference, tmp_path))
+    assert len(versions) == 2
+    assert base_version(WORKER, "base", tmp_path) == "base"
 
 
 def test_an_edit_of_a_source_changes_the_key(tree: Path) -> None:

@@ -43,6 +43,14 @@ def test_every_reason_that_is_named_is_one_that_the_code_gives() -> None:
     assert not {reason for reason in told if f'"{reason}"' not in SOURCES}
 
 
+def test_every_last_word_of_a_worker_is_in_the_table() -> None:
+    told = {reason for row in rows("## Rollouts") for reason in re.findall(r"`([A-Z]\w+)`", row[0])}
+    source = (ROOT / "worker/src/gpumeter_worker/failure.py").read_text()
+    last_words = set(re.findall(r'^[A-Z_]+ = "([A-Z]\w+)"$', source, re.MULTILINE))
+    assert len(last_words) > 15
+    assert last_words - told == set()
+
+
 def test_every_value_of_the_chart_that_is_named_is_there() -> None:
     values = (ROOT / "charts/gpumeter/values.yaml").read_text()
     named = re.findall(r"`((?:workers|operator)\.[A-Za-z.]+|gpuClasses|developmentImage)`", TEXT)

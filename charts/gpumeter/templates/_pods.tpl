@@ -8,13 +8,13 @@ enableServiceLinks: false
 {{- with .root.Values.imagePullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 securityContext:
   {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
 {{- with .values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .values.nodeSelector }}
 nodeSelector:
@@ -92,7 +92,7 @@ resources:
 {{- define "gpumeter.volumes" -}}
 - name: master-key
   secret:
-    secretName: {{ include "gpumeter.masterKeySecret" .root }}
+    secretName: {{ include "gpumeter.masterKeySecret" .root | quote }}
     defaultMode: 0440
     items: [{key: master-key, path: master-key}]
 - name: tmp

@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     command("status", run_status, "say what runs and where its logs are; exit code 1 when something is wrong")
     built = command("images", run_images, "build the images that have changed and load them into the cluster")
     built.add_argument("--only", choices=["operator", "worker"], help="one of the two (default: both)")
+    built.add_argument(
+        "--development", action="store_true", help="the worker's and, of it, the one with JupyterLab too"
+    )
     built.add_argument("--operator-base", metavar="IMAGE", help="base image of the operator")
     built.add_argument("--worker-base", metavar="IMAGE", help="base image of the worker: python3 with torch and pip")
     command("kubeconfig", run_kubeconfig, "print the path of the cluster's kubeconfig")
@@ -103,7 +106,8 @@ def run_status(options: argparse.Namespace, progress: Progress) -> int:
 def run_images(options: argparse.Namespace, progress: Progress) -> None:
     named = {"operator": options.operator_base, "worker": options.worker_base}
     bases = {distribution: base for distribution, base in named.items() if base}
-    images.build_and_load(images.Wish(options.name, bases, (options.only,) if options.only else ()), progress)
+    only = (options.only,) if options.only else ()
+    images.build_and_load(images.Wish(options.name, bases, only, development=options.development), progress)
 
 
 def run_kubeconfig(options: argparse.Namespace, progress: Progress) -> None:

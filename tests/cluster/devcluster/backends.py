@@ -64,7 +64,8 @@ def choose(wanted: str, remembered: str | None, machine: Machine) -> Choice:
         return Choice(KIND, "Docker answers")
     if wanted == KIND:
         raise ClusterError(
-            "Docker does not answer (`docker info`), and kind needs it: start Docker, or --backend local."
+            "Docker does not answer (`docker info`), and kind needs it: start Docker, or do without it: "
+            "make cluster-up BACKEND=local (devcluster up --backend local)."
         )
     if machine.system == "Linux" and machine.is_root:
         return Choice(LOCAL, "Docker does not answer, and this is Linux as root" if wanted == AUTO else "asked for")

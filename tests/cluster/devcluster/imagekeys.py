@@ -14,11 +14,16 @@ IGNORED_SUFFIXES = (".pyc", ".egg-info")
 
 @dataclass(frozen=True)
 class Image:
-    """One image of the project: its short name, and the distribution beside `usage` that it holds."""
+    """One image of the project: its short name, and what names its Dockerfile, its requirements and its sources.
+
+    An image that holds sources holds the distribution of that name and `usage`.
+    """
 
     name: str
     distribution: str
     official_base: str
+    base_argument: str = "BASE_IMAGE"
+    holds_sources: bool = True
 
     @property
     def reference(self) -> str:
@@ -30,13 +35,17 @@ class Image:
 
     def inputs(self) -> tuple[str, ...]:
         """Return the files and folders that the Dockerfile copies, and itself."""
-        requirements = (f"requirements/{self.distribution}.txt", "requirements/build.txt")
-        return (self.dockerfile, ".dockerignore", *requirements, "usage", self.distribution)
+        sources = ("requirements/build.txt", "usage", self.distribution) if self.holds_sources else ()
+        return (self.dockerfile, ".dockerignore", f"requirements/{self.distribution}.txt", *sources)
 
 
 OPERATOR = Image("gpumeter-operator", "operator", "python:3.13-slim-trixie")
 WORKER = Image("gpumeter-worker", "worker", "pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime")
 IMAGES = (OPERATOR, WORKER)
+DEVELOPMENT = Image(
+    "gpumeter-development", "development", "gpumeter-worker", base_argument="WORKER_IMAGE", holds_sources=False
+)
+"""JupyterLab on the worker's image. Only who wants it waits for it."""
 
 
 def key_of(image: Image, repository: Path, base: str) -> str:

@@ -1,4 +1,4 @@
-"""Builds the project's two images and brings them into a cluster; does nothing where nothing has changed.
+"""Builds the project's images and brings them into a cluster; does nothing where nothing has changed.
 
 Owns the order: base, build, load. Does not know how a base is made or how a program is called.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from devcluster import backends, baseimages, imageload, kindnode, othernodes, packages
 from devcluster.buildah import Buildah
 from devcluster.errors import ClusterError
-from devcluster.imagekeys import IMAGES, Image, key_of
+from devcluster.imagekeys import DEVELOPMENT, IMAGES, WORKER, Image, key_of
 from devcluster.layout import REPOSITORY, ClusterPaths, cache_root, cluster_paths
 from devcluster.progress import Progress
 from devcluster.state import State, locked, read_state
@@ -32,17 +32,24 @@ class Wish:
     cluster: str
     bases: Mapping[str, str] = field(default_factory=dict)
     only: tuple[str, ...] = ()
+    development: bool = False
+
+    def images(self) -> tuple[Image, ...]:
+        """What is to be built, in this order: the development image is made of the worker's."""
+        chosen = [image for image in IMAGES if not self.only or image.distribution in self.only]
+        if not self.development:
+            return tuple(chosen)
+        return (*(image for image in chosen if image is not WORKER), WORKER, DEVELOPMENT)
 
 
 def build_and_load(wish: Wish, progress: Progress) -> None:
     paths = cluster_paths(wish.cluster)
     state = read_state(paths.state)
     with_docker = (state.backend == backends.KIND) if state else backends.docker_works()
-    chosen = [image for image in IMAGES if not wish.only or image.distribution in wish.only]
     with locked(cache_root() / "images" / ".lock", progress):
-        for image in chosen:
+        for image in wish.images():
             if with_docker:
-                build_with_docker(image, wish.bases.get(image.distribution, image.official_base), progress)
+                build_with_docker(image, wish.bases.get(image.distribution), progress)
             else:
                 build_with_buildah(image, wish.bases.get(image.distribution), progress)
             load(image, paths, state, progress)
@@ -72,15 +79,17 @@ def build_with_buildah(image: Image, base: str | None, progress: Progress) -> No
     folder = cache_root() / "images"
     packages.ensure(packages.FOR_IMAGES, progress, folder)
     buildah = Buildah(folder)
+    if image is DEVELOPMENT:
+        base = WORKER.reference
     base = base or baseimages.ensure(baseimages.BASES[image.distribution], buildah, progress)
-    key = key_of(image, REPOSITORY, base)
+    key = key_of(image, REPOSITORY, base_version(image, base, folder))
     if read_built(folder).get(image.name) == key and imageload.has(oci_folder(image), image.reference):
         progress.say(f"{image.reference} is up to date")
         return
     log = folder / f"{image.name}.log"
     log.write_bytes(b"")
     with progress.step(f"building {image.reference}", lambda: f"log {log}"), pip_configuration() as pip:
-        arguments = ["-f", image.dockerfile, "--build-arg", f"BASE_IMAGE={base}", "-t", image.reference]
+        arguments = ["-f", image.dockerfile, "--build-arg", f"{image.base_argument}={base}", "-t", image.reference]
         arguments += ["--secret", f"id=pip,src={pip}"]
         buildah.build(arguments, REPOSITORY, log, f"Building {image.reference} failed.")
     with progress.step(f"writing {image.reference}"):
@@ -90,10 +99,11 @@ def build_with_buildah(image: Image, base: str | None, progress: Progress) -> No
     write_built(folder, {**read_built(folder), image.name: key})
 
 
-def build_with_docker(image: Image, base: str, progress: Progress) -> None:
+def build_with_docker(image: Image, base: str | None, progress: Progress) -> None:
     """Build with Docker, whose own cache decides what is to be done."""
     folder = cache_root() / "images"
-    key = key_of(image, REPOSITORY, base)
+    base = WORKER.reference if image is DEVELOPMENT else base or image.official_base
+    key = key_of(image, REPOSITORY, base_version(image, base, folder))
     known = subprocess.run(["docker", "image", "inspect", image.reference], capture_output=True, check=False)
     if read_built(folder).get(image.name) == f"docker-{key}" and known.returncode == 0:
         progress.say(f"{image.reference} is up to date")
@@ -101,7 +111,7 @@ def build_with_docker(image: Image, base: str, progress: Progress) -> None:
     log = folder / f"{image.name}.log"
     step = progress.step(f"building {image.reference} on {base}", lambda: f"log {log}")
     with step, pip_configuration() as pip, log.open("wb") as output:
-        command = ["docker", "build", "-f", image.dockerfile, "--build-arg", f"BASE_IMAGE={base}"]
+        command = ["docker", "build", "-f", image.dockerfile, "--build-arg", f"{image.base_argument}={base}"]
         command += ["--secret", f"id=pip,src={pip}", "-t", image.reference, "."]
         done = subprocess.run(
             command,
@@ -115,6 +125,11 @@ def build_with_docker(image: Image, base: str, progress: Progress) -> None:
         if done.returncode != 0:
             raise ClusterError(f"Building {image.reference} failed.", log)
     write_built(folder, {**read_built(folder), image.name: f"docker-{key}"})
+
+
+def base_version(image: Image, base: str, folder: Path) -> str:
+    """Return what changes when the base does: the worker's image keeps its name, so that is what it was built of."""
+    return f"{base}@{read_built(folder)[WORKER.name]}" if image is DEVELOPMENT else base
 
 
 def oci_folder(image: Image) -> Path:

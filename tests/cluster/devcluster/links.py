@@ -26,6 +26,11 @@ def lay(first: Process, other: Process, place: Place) -> None:
         within(node, ["link", "set", end, "master", BRIDGE, "up"])
 
 
+def drop(first: Process, place: Place) -> None:
+    """Remove what is left of the wire to a node that is no more: its namespace goes a moment after its processes."""
+    ask(first, ["link", "delete", end_of(place)])
+
+
 def cut(first: Process, place: Place) -> None:
     """Let nothing through: what is sent is lost without a word, as when a cable is pulled."""
     within(first, ["link", "set", end_of(place), "down"])

@@ -93,6 +93,7 @@ def join(first: Process, other: Process, place: Place, own: ClusterPaths) -> Non
         if not is_alive(other) or time.monotonic() > end:
             raise ClusterError(f"{place.name} has made no network.", own.logs / "node.log")
         time.sleep(0.02)
+    links.drop(first, place)  # one that leads to where the node was before, and would be taken for the new one
     links.lay(first, other, place)
 
 
