@@ -130,9 +130,10 @@ async def test_a_worker_that_hangs_holds_up_neither_the_others_nor_the_round(wor
 async def test_so_many_are_asked_at_a_time_and_who_hangs_makes_room_for_the_next(worker: StandIn) -> None:
     worker.hangs = asyncio.Event()
     signals = Signals(worker.port)
+    begun_s = time.monotonic()  # not when the first was heard of, which a busy machine tells late
     await signals.ask({f"u{number}": "127.0.0.1" for number in range(PARALLEL + 1)}, 0.05)
     await eventually(lambda: worker.asked > PARALLEL)
-    assert worker.asked_s[PARALLEL] - worker.asked_s[0] > 0.9 * TIMEOUT_S
+    assert worker.asked_s[PARALLEL] - begun_s > 0.9 * TIMEOUT_S
     await signals.close()
 
 
