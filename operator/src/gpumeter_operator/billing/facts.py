@@ -7,6 +7,7 @@ Does not know where facts come from or what they cost.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from gpumeter_usage.balance import BALANCED, Open
 from gpumeter_usage.record import ENDED, Account, Kind, Record, Status
 
 PLATFORM = "_platform"
@@ -48,11 +49,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices."""
+    """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices; `open` of these is
+    what no account has booked yet."""
 
     began_ns: int = 0
     accounts_ns: int = 0
     slices_ns: int = 0
+    open: Open = BALANCED
 
 
 NOTHING = Spent()
@@ -61,7 +64,7 @@ NOTHING = Spent()
 @dataclass(frozen=True, slots=True)
 class BootFacts:
     """One boot's chain in the ledger: where it stands, how it was sealed (`Status.NONE` while it is not), and the time
-    that it has claimed by accounts and by sessions' slices."""
+    that it has claimed by accounts and by sessions' slices, of which no account has booked what is `open`."""
 
     boot_id: str
     started_ns: int
@@ -71,11 +74,12 @@ class BootFacts:
     sealed_ns: int = 0
     accounts_ns: int = 0
     slices_ns: int = 0
+    open: Open = BALANCED
 
     @property
     def spent(self) -> Spent:
         """What its records have claimed."""
-        return Spent(self.started_ns, self.accounts_ns, self.slices_ns)
+        return Spent(self.started_ns, self.accounts_ns, self.slices_ns, self.open)
 
 
 @dataclass(frozen=True, slots=True)
