@@ -152,9 +152,27 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of one model; `cached` is the part of `prompt` that came from the prefix cache."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.prompt + other.prompt, self.cached + other.cached, self.completion + other.completion)
+
+    def __neg__(self) -> "Tokens":
+        return Tokens(-self.prompt, -self.cached, -self.completion)
+
+
+@dataclass(frozen=True, slots=True)
 class Correction:
     """What somebody found wrong with a Final report, booked in a later period: the tenant's time of the report's period
     is `gpu_ns` more (negative: less), and the platform's as much less.
+
+    Where the report was billed by standard rates it is of `tokens` of a `model` instead: their price moves between the
+    tenant and the platform, and no time does. One of time has no model.
 
     `report` is the name of that report, `report_digest` the SHA-256 of its bytes. It is of the part of that period that
     begins at `part_start_ns`, and has its price; the plan is the version of that part. None, as versions before booked
@@ -179,6 +197,25 @@ class Correction:
     actor: str
     made_ns: int
     part_start_ns: int | None = None
+    model: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens that it is of; None where it is of time."""
+        if self.model is None:
+            return None
+        return Tokens(self.prompt_tokens or 0, self.cached_tokens or 0, self.completion_tokens or 0)
+
+    @property
+    def told(self) -> str:
+        """By how much it corrects."""
+        of = self.tokens
+        if of is None:
+            return f"{self.gpu_ns:+d} ns"
+        return f"{of.prompt:+d} prompt tokens ({of.cached:+d} of them cached) and {of.completion:+d} of answers"
 
     @property
     def priced_ns(self) -> int:

@@ -52,6 +52,7 @@ def weigh(reader: Reader, wanted: Wanted, now_ns: int) -> Priced:
         period=schedule.period_of(of.end_ns),
         plan=reader.period_plan(*service, of.end_ns) or PeriodPlan(DEFAULT_PLAN, None),
         gpu_classes=corrections.gpu_classes(reader, *service, of.end_ns),
+        models=corrections.models(reader, *service, of.end_ns),
         booked_end_ns=booked_end_ns,
         booked_currency=_currency(reader, service, booked_end_ns),
     )

@@ -393,6 +393,10 @@ corrections = Table(
     Column("actor", _NAME, nullable=False),
     Column("made_ns", BigInteger, nullable=False),
     Column("part_start_ns", BigInteger),  # of the part whose price it has; NULL before 0013: the period's first
+    Column("model", _NAME),  # of tokens that it is of, where standard rates billed them; NULL where it is of time
+    Column("prompt_tokens", BigInteger),
+    Column("cached_tokens", BigInteger),
+    Column("completion_tokens", BigInteger),
 )
 Index("corrections_by_period", corrections.c.namespace, corrections.c.service, corrections.c.booked_end_ns)
 
