@@ -114,6 +114,15 @@ def test_tokens_that_were_not_billed_are_billed_at_the_price_of_their_time(tmp_p
     assert (found["acme"]["amount"], found[PLATFORM]["amount"]) == ("0.15", "-0.15")
 
 
+def test_who_has_no_report_is_billed_tokens_beside_the_platforms(tmp_path: Path) -> None:
+    hour = an_hour(tmp_path)
+    debit = replace(CREDIT, report="smollm2-platform-20261121t10", tenant="gamma", tokens=Tokens(1000, 0, 50))
+    assert book(hour.ledger, debit, at(65)).amount == Decimal("0.15")
+    with pytest.raises(CorrectionRefused, match=r"the bill of gamma, beside .* holds 1000 prompt tokens"):
+        book(hour.ledger, replace(debit, tokens=Tokens(-1001)), at(65))
+    assert next_hour(hour)["gamma"]["amount"] == "0.15"
+
+
 def test_of_two_prices_of_tokens_within_the_period_a_correction_names_one(tmp_path: Path) -> None:
     hour = an_hour(tmp_path, tokens("1", "10", effectiveFrom="2026-11-21T10:10:00Z"))
     assert finals(hour.ledger)[at(60), "acme"]["status"]["amount"] == "1.287"

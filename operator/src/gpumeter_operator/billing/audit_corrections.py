@@ -6,7 +6,7 @@ Owns the comparison, and its sentences. Knows neither how corrections are priced
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from gpumeter_operator.billing.facts import Correction
+from gpumeter_operator.billing.facts import PLATFORM, Correction
 from gpumeter_operator.billing.report import MAX_ADJUSTMENTS
 from gpumeter_usage.period import from_rfc3339, rfc3339
 
@@ -36,8 +36,10 @@ def corrections_unproved(
 
 
 def _of_its_report(each: Correction, finals: Finals) -> str:
-    body, digest = finals.get((each.closed_end_ns, each.tenant), (b"", ""))
-    whose = f"{each.tenant}'s report of the period that ended {rfc3339(each.closed_end_ns)}"
+    # Who had no report was billed beside the platform's.
+    who = each.tenant if (each.closed_end_ns, each.tenant) in finals else PLATFORM
+    body, digest = finals.get((each.closed_end_ns, who), (b"", ""))
+    whose = f"{who}'s report of the period that ended {rfc3339(each.closed_end_ns)}"
     if digest != each.report_digest:
         return f"{whose} is not the one that it corrects"
     report = json.loads(body)

@@ -55,7 +55,8 @@ class Wanted:
 
     Without an `id` one is made of all the rest, so that the same wish twice is the same correction. Where the class of
     GPU is left out, `meant` says which it is, before the id is made. `part_start_ns` is the start of the part of the
-    period that it is of; None where that has one price.
+    period that it is of; None where that has one price. A `tenant` is said where he has no report of the period: then
+    `report` is the platform's, which carries what he is billed.
     """
 
     namespace: str
@@ -68,11 +69,17 @@ class Wanted:
     part_start_ns: int | None = None
     model: str = ""
     tokens: Tokens | None = None
+    tenant: str = ""
 
     @property
     def measure(self) -> Measure:
         """What it counts, once it is said."""
         return Measure(self.gpu_class) if self.tokens is None else Measure(self.model, of_tokens=True)
+
+    @property
+    def bill(self) -> str:
+        """What it corrects."""
+        return f"the bill of {self.tenant}, beside {self.report}," if self.tenant else self.report
 
     @property
     def is_credit(self) -> bool:
@@ -88,7 +95,9 @@ class Wanted:
         part = () if self.part_start_ns is None else (str(self.part_start_ns),)
         of = self.tokens
         tokens = () if of is None else (self.model, *map(str, (of.prompt, of.cached, of.completion)))
-        told = (self.namespace, self.report, str(self.gpu_ns), self.gpu_class, self.reason, self.actor, *part, *tokens)
+        who = (f"tenant {self.tenant}",) if self.tenant else ()
+        told = (self.namespace, self.report, str(self.gpu_ns), self.gpu_class, self.reason, self.actor)
+        told += (*part, *tokens, *who)
         return "c-" + sha256(canonical_json(list(told))).hexdigest()[:16]
 
     @property
@@ -101,9 +110,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The closed period of a report: its tenant and its bytes' digest, the status of its and of the platform's report,
-    its price plan, the classes of GPU and the models of its pods, and the end of the period in which a correction is
-    booked now, with the currency of that period's plan ("" where nobody knows it)."""
+    """The closed period of a report: the tenant whose bill is corrected, the digest of the report's bytes, the status
+    of his and of the platform's report, its price plan, the classes of GPU and the models of its pods, and the end of
+    the period in which a correction is booked now, with the currency of that period's plan ("" where nobody knows it).
+    """
 
     service: str
     tenant: str
@@ -171,7 +181,7 @@ def meant(wanted: Wanted, closed: Closed, earlier: Iterable[Correction]) -> Want
         raise CorrectionRefused(
             "PlatformsReport",
             f"{wanted.report} is the platform's report, which has the other side of every correction; name the report "
-            "of the tenant.",
+            "of the tenant, or, where he has none of that period, the tenant with --tenant.",
         )
     if wanted.tokens is None:
         wanted = replace(wanted, gpu_class=_gpu_class(wanted, closed))
@@ -343,7 +353,7 @@ def _refuse_too_much(wanted: Wanted, closed: Closed, earlier: Sequence[Correctio
     if wanted.gpu_ns < 0 and billed_ns + wanted.gpu_ns < 0:
         raise CorrectionRefused(
             "MoreThanBilled",
-            f"{wanted.report} holds {billed_ns} ns{of_class} with the corrections so far; {-wanted.gpu_ns} ns cannot "
+            f"{wanted.bill} holds {billed_ns} ns{of_class} with the corrections so far; {-wanted.gpu_ns} ns cannot "
             "be given back.",
         )
     if wanted.gpu_ns > 0 and carried_ns - wanted.gpu_ns < 0:
@@ -365,7 +375,7 @@ def _refuse_too_many(
         had = left + -of
         raise CorrectionRefused(
             "MoreThanBilled",
-            f"{wanted.report} holds {had.prompt} prompt tokens ({had.cached} of them cached) and {had.completion} of "
+            f"{wanted.bill} holds {had.prompt} prompt tokens ({had.cached} of them cached) and {had.completion} of "
             f"answers of the model {wanted.model} at that price with the corrections so far; {-of.prompt} "
             f"({-of.cached}) and {-of.completion} cannot be given back.",
         )
@@ -373,7 +383,7 @@ def _refuse_too_many(
     if not wanted.is_credit and left.prompt - left.cached + left.completion > most:
         raise CorrectionRefused(
             "MoreThanAllocated",
-            f"With these {wanted.report} would have more tokens than the {most} that any device computes in the time "
+            f"With these {wanted.bill} would have more tokens than the {most} that any device computes in the time "
             "that the service was allocated in that period.",
         )
 
@@ -388,6 +398,6 @@ def _refuse_too_much_money(
         none = "" if "amount" in closed.status else " (it has no amount, and its condition Priced says why)"
         raise CorrectionRefused(
             "MoreThanBilled",
-            f"{wanted.report} was billed {plain(rounded(left))} {price.currency}{none} with the corrections so far; "
+            f"{wanted.bill} was billed {plain(rounded(left))} {price.currency}{none} with the corrections so far; "
             f"{plain(rounded(back))} {price.currency} cannot be given back.",
         )
