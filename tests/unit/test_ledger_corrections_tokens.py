@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from gpumeter_operator.adapters.ledger import corrections
 from gpumeter_operator.adapters.ledger.read import Reader
+from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.correct import CorrectionRefused, Wanted
 from gpumeter_operator.billing.facts import PLATFORM, Tokens
 from gpumeter_operator.billing.tariff import BillingMode, Terms
@@ -18,6 +20,7 @@ from gpumeter_operator.cli.accounts import audit
 from gpumeter_operator.cli.adjust import adjust
 from gpumeter_operator.cli.usage import usage
 from gpumeter_operator.flow.correct import book
+from gpumeter_usage.balance import CUT
 from gpumeter_usage.period import SECOND_NS
 from gpumeter_usage.record import Account
 from rigs.audited import DIGESTED_NS, audited, digested
@@ -207,3 +210,22 @@ def test_verify_names_a_correction_of_a_model_that_nobody_served(tmp_path: Path)
         raw.commit()
     told = [each.message for each in audited(Reader(url_of(tmp_path))) if each.reason == "CorrectionUnproved"]
     assert "no pod of that period had the model 'another', but smollm2" in told[0]
+
+
+def test_a_ledger_of_before_keeps_its_corrections_of_time_and_its_chains(database: Database) -> None:
+    hour = an_hour(database.url, terms=Terms())
+    booked = book(hour.ledger, replace(CREDIT, tokens=None, gpu_ns=-1), at(65)).correction
+    hour.ledger.close()
+    added = {
+        "corrections": ("model", "prompt_tokens", "cached_tokens", "completion_tokens"),
+        "boots": ("open_ns", "open_minute_ns", "open_cut"),
+    }
+    for table, columns in added.items():
+        for column in columns:
+            database.run(f"ALTER TABLE {table} DROP COLUMN {column}")
+    database.run("UPDATE alembic_version SET version_num = '0013'")
+    hour.ledger = Ledger(database.url)
+    assert corrections.of_service(hour.ledger, *SERVICE) == (booked,)
+    assert [boot.open for boot in hour.ledger.boots("pod-uid-1")] == [CUT]
+    hour.run(125)
+    assert audit(hour.ledger, SERVICE) == []
