@@ -180,7 +180,7 @@ for service, end, closed_end, worker, ns in ledger.execute(query):
     late[service, end].append((closed_end, worker, ns))
 by_hand = defaultdict(list)  # corrections: to a tenant, and as much the other way to the platform
 query = """SELECT namespace || '/' || service, booked_end_ns, COALESCE(part_start_ns, closed_start_ns), tenant,
-           gpu_class, gpu_ns FROM corrections"""
+           gpu_class, gpu_ns, model, prompt_tokens, cached_tokens, completion_tokens FROM corrections"""
 for service, end, *each in ledger.execute(query):
     by_hand[service, end].append(each)
 known = {*opened, *hashes, *allocated, *reports}
@@ -248,13 +248,17 @@ for service, end in periods:
         rest -= total + sum(pays.values())
         billed["_platform"] += rest
         due["_platform"].append(of_time(spec, a, gpu_class, rest))
-    for part_start, tenant, gpu_class, ns in by_hand[service, end]:
+    for part_start, tenant, gpu_class, ns, model, *tokens in by_hand[service, end]:
         a, _, spec = parts[part_of(part_start + 1)]
-        for owner, given_ns in ((tenant, ns), ("_platform", -ns)):
-            billed[owner] += given_ns
-            due[owner].append(of_time(spec, a, gpu_class, given_ns))
+        cost = of_time(spec, a, gpu_class, ns)
+        if model is not None:  # of tokens that standard rates billed: all of them are given back, or all billed
+            cost = of_tokens(spec, a, model, *map(abs, tokens))
+            cost = cost and (-cost if min(tokens) < 0 else cost)
+        for owner, sign in ((tenant, 1), ("_platform", -1)):
+            billed[owner] += sign * ns
+            due[owner].append(None if cost is None else sign * cost)
     currencies = {spec["currency"] for _, _, spec in parts if spec}
-    payers = {tenant for tenant, ns in billed.items() if ns}
+    payers = {tenant for tenant, ns in billed.items() if ns} | {each[1] for each in by_hand[service, end]}
     for tenant in sorted({"_platform", *hashes[service, end], *reports[service, end], *payers}):
         report = reports[service, end].get(tenant)
         if report is None:

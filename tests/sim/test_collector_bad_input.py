@@ -33,9 +33,9 @@ def a_worker(number: int = 1) -> FakeWorker:
 
 def put(fake: FakeWorker, until_ns: int = START_NS + 11 * SECOND_NS, **values: object) -> None:
     fields = {"session_id": "s-1", "tenant": "acme", "gpu_ns": SECOND_NS, "status": Status.FINISHED} | values
-    fake._append(
-        Kind.SESSION, Account.ATTRIBUTED, until_ns - SECOND_NS, until_ns, **fields, prefill_ns=fields["gpu_ns"]
-    )
+    times = until_ns - SECOND_NS, until_ns
+    fake._append(Kind.SESSION, Account.ATTRIBUTED, *times, **fields, prefill_ns=fields["gpu_ns"])
+    fake._append(Kind.ACCOUNT, Account.ATTRIBUTED, *times, gpu_ns=fields["gpu_ns"])
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,27 @@ async def test_a_record_that_cannot_be_true_is_refused_in_a_sentence_and_what_ca
     assert (found, uid) == (reason, fake.identity.worker_uid) and told in message
     assert ledger.boots(fake.identity.worker_uid)[0].committed_seq == 1
     assert fake.boot.acknowledged_seq == 1, "what is not in the ledger stays with the worker"
+    assert told in ledger.not_gone()[0].problem
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(5000, 0), (1, 2)], ids=["one page", "cut within the flush"])
+@pytest.mark.parametrize("too_much_ns", [1, 30 * SECOND_NS])
+async def test_sessions_that_claim_more_than_their_pod_booked_are_refused_and_their_worker_is_missing(
+    limit: int, taken: int, too_much_ns: int, tmp_path: Path
+) -> None:
+    ledger, fake, network = open_ledger(tmp_path / "ledger.db"), a_worker(), FakeNetwork(page_limit=limit)
+    until_ns = START_NS + 11 * SECOND_NS
+    put(fake, gpu_ns=SECOND_NS + too_much_ns)
+    fake.boot.links.pop()
+    fake._append(Kind.ACCOUNT, Account.ATTRIBUTED, until_ns - SECOND_NS, until_ns, gpu_ns=SECOND_NS)
+    ledger.observe(fake.identity, [started("c", START_NS)], NOW_NS)
+    target = network.add("10.0.0.1", fake)
+    for _ in range(2):
+        assert not await Collector(ledger, network, inline, Clock(NOW_NS)).pull(fake.identity, target)
+    ((reason, _, message),) = ledger.alarms()
+    told = f"sum to {SECOND_NS + too_much_ns} ns, the account attributed changed by {SECOND_NS} ns"
+    assert reason == "SlicesDisagree" and told in message
+    assert fake.boot.acknowledged_seq == taken, "what is not in the ledger stays with the worker"
     assert told in ledger.not_gone()[0].problem
 
 
@@ -168,7 +189,7 @@ async def test_whoever_acknowledges_everything_with_the_service_s_token_is_notic
 async def test_a_worker_with_a_huge_backlog_has_four_pages_a_turn_and_the_others_go_between(tmp_path: Path) -> None:
     ledger, network, order = open_ledger(tmp_path / "ledger.db"), FakeNetwork(page_limit=1), list[str]()
     late, others = a_worker(1), [a_worker(number) for number in range(2, 302)]
-    for _ in range(20):
+    for _ in range(10):
         put(late, gpu_ns=1)
     fleet = []
     for number, fake in enumerate([late, *others]):

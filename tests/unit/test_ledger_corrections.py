@@ -31,6 +31,7 @@ from rigs.ledger import FakeWorker, ended, finals, gone, started, worker
 from rigs.pricing import SERVICE, PricedHour, at, check_parts, plan, priced, rate, seconds
 
 REPORT = "smollm2-acme-20261121t10"
+PLATFORMS = "smollm2-platform-20261121t10"
 CREDIT = Wanted("team-a", REPORT, -1_200_000_000, "INC-42: a probe ran under the tenant's key.", "alice@example.com")
 DEBIT = replace(CREDIT, gpu_ns=2_000_000_000, reason="It was booked to nobody.")
 BOOKED_AS = replace(CREDIT, gpu_class="h100").own_id
@@ -113,6 +114,24 @@ def test_a_debit_takes_from_the_platform_what_it_bills_to_the_tenant(tmp_path: P
     found = next_hour(hour)
     assert found["acme"]["gpuNanoseconds"] == seconds(602)
     assert found[PLATFORM]["gpuNanoseconds"] == seconds(2398)
+
+
+def test_a_tenant_without_a_report_is_billed_of_what_the_platform_carried_then(tmp_path: Path) -> None:
+    hour = an_hour(tmp_path)
+    debit = replace(DEBIT, report=PLATFORMS, tenant="gamma", reason="It ran under nobody's key.")
+    assert book(hour.ledger, debit, at(65)).amount == Decimal("0.002"), "at the price of then"
+    for gpu_ns, told in ((1798 * SECOND_NS + 1, "The platform carries 1798"), (-2 * SECOND_NS - 1, "holds 2000000000")):
+        with pytest.raises(CorrectionRefused, match=told):
+            book(hour.ledger, replace(debit, gpu_ns=gpu_ns), at(65))
+    with pytest.raises(CorrectionRefused, match="is booked already"):
+        book(hour.ledger, debit, at(65))
+    book(hour.ledger, replace(debit, gpu_ns=-SECOND_NS), at(65))
+    found = next_hour(hour)
+    gamma = found["gamma"]
+    assert (gamma["gpuNanoseconds"], gamma["amount"]) == (str(SECOND_NS), "0.001")
+    assert found[PLATFORM]["adjustedGpuNanoseconds"] == str(-SECOND_NS)
+    digested(hour.ledger, DIGESTED_NS)
+    assert audited(hour.ledger) == []
 
 
 def test_a_service_that_sleeps_gets_a_report_of_its_correction_and_days_add_it_up(tmp_path: Path) -> None:
@@ -274,6 +293,11 @@ REFUSED: list[tuple[str, Wanted]] = [
     ("MoreThanBilled", replace(CREDIT, gpu_ns=-1200 * SECOND_NS - 1)),
     ("MoreThanAllocated", replace(CREDIT, gpu_ns=1800 * SECOND_NS + 1)),
     ("WhichGpuClass", replace(CREDIT, gpu_class="a100")),
+    ("WhichTenant", replace(DEBIT, tenant="gamma")),
+    ("WhichTenant", replace(DEBIT, report=PLATFORMS, tenant="acme")),
+    ("TenantInvalid", replace(DEBIT, report=PLATFORMS, tenant="Gamma!")),
+    ("TenantInvalid", replace(DEBIT, report=PLATFORMS, tenant="platform")),
+    ("MoreThanBilled", replace(CREDIT, report=PLATFORMS, tenant="gamma")),
 ]
 
 

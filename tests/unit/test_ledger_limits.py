@@ -16,6 +16,7 @@ from gpumeter_operator.adapters.ledger.tables import records
 from gpumeter_operator.billing.accept import CLOCK_SKEW_NS, PageRefused
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.flow.close import Closer, Pricing
+from gpumeter_usage.balance import CUT
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Kind, Status
 from rigs.databases import Database
@@ -65,13 +66,14 @@ def test_a_boot_cannot_claim_more_time_than_has_passed_on_its_devices(ledger: Le
     ledger.observe(pod, [started("c1", START_NS)], NOW_NS)
     most_ns = 2 * (40 * SECOND_NS + CLOCK_SKEW_NS)
     session = {"session_id": "s-1", "tenant": "acme", "status": Status.OPEN} if kind is Kind.SESSION else {}
+    account = Account.ATTRIBUTED if session else Account.IDLE
     for number in range(4):
         claimed = {"gpu_ns": most_ns // 4} | ({"prefill_ns": most_ns // 4} if session else {})
         edge_ns = START_NS + 10 * (number + 1) * SECOND_NS
-        fake._append(kind, Account.ATTRIBUTED, edge_ns - 10 * SECOND_NS, edge_ns, **claimed, **session)
+        fake._append(kind, account, edge_ns - 10 * SECOND_NS, edge_ns, **claimed, **session)
     ledger.take(pod, fake.page("boot-1", 0), NOW_NS)  # all that there is, and every doubt in its favour
     claimed = {"gpu_ns": SECOND_NS} | ({"prefill_ns": SECOND_NS} if session else {})
-    fake._append(kind, Account.ATTRIBUTED, fake.frontier_ns, START_NS + 40 * SECOND_NS, **claimed, **session)
+    fake._append(kind, account, fake.frontier_ns, START_NS + 40 * SECOND_NS, **claimed, **session)
     with pytest.raises(PageRefused, match="cannot have spent more than") as refused:
         ledger.take(pod, fake.page("boot-1", 4), NOW_NS)
     assert refused.value.reason == "MoreThanTime"
@@ -144,6 +146,7 @@ def test_a_ledger_of_the_first_version_is_brought_up_to_date_with_all_that_is_in
     ledger = Ledger(url)
     boot = ledger.boots("pod-uid-1")[0]
     assert (boot.committed_seq, boot.accounts_ns, boot.slices_ns) == (7, 0, 0)
+    assert boot.open == CUT, "nobody counted its slices so far"
     assert [ledger.plan_in_force("default", at_ns) for at_ns in (9, 10)] == [None, "f00"]
 
 

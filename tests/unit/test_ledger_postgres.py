@@ -236,7 +236,7 @@ def test_a_day_that_another_process_removed_is_made_again_and_no_page_is_held_up
     for end_ns in (day_ns, day_ns + DAY_NS):
         with another.writing() as connection:
             days.drop(connection, end_ns)
-    given = [(fake.identity, fake.page("boot-1", 0)) for fake in fakes]
+    given = [(fake.identity, fake.page("boot-1", 0), True) for fake in fakes]
     assert [taken.inserted for taken in take_all(ledger, given, NOW_NS)] == [40, 40]  # type: ignore[union-attr]
     assert count(url) == 80
     ledger.close()
@@ -248,7 +248,7 @@ def test_a_page_that_a_constraint_refuses_holds_up_no_other(postgres: Server, ur
     database = url.partition("@/")[2].partition("?")[0]
     ledger.days.make([day_end_ns(START_NS + MINUTE_NS)])
     postgres.execute(database, "ALTER TABLE records ADD CONSTRAINT odd CHECK (worker_uid <> 'pod-uid-1' OR seq < 30)")
-    refused, taken = take_all(ledger, [(fake.identity, fake.page("boot-1", 0)) for fake in fakes], NOW_NS)
+    refused, taken = take_all(ledger, [(fake.identity, fake.page("boot-1", 0), True) for fake in fakes], NOW_NS)
     assert isinstance(refused, LedgerUnavailable)
     assert "what worker pod-uid-1 sent" in str(refused) and '"odd"' in str(refused)
     assert isinstance(taken, rows.Taken) and taken.inserted == 40

@@ -1,14 +1,16 @@
 """What makes a page acceptable to this ledger, beyond being well-formed.
 
 Owns every check of untrusted records against the pod that sent them: whose they are, that they are consecutive and
-chained, and that no number or time is beyond what a worker can have measured. Pure; the caller says what time it is.
+chained, that sessions claim what their pod booked, to the nanosecond, and that no number or time is beyond what a
+worker can have measured. Pure; the caller says what time it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpumeter_operator.billing.counts import counts_of, impossible
 from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
 from gpumeter_operator.billing.reading import Row, reader
+from gpumeter_usage.balance import SlicesDisagree, balance
 from gpumeter_usage.chain import ChainBroken, verify
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
@@ -16,7 +18,9 @@ from gpumeter_usage.record import MAX_INTEGER, Kind, Record, RecordInvalid
 from gpumeter_usage.tenant import tenant_problem
 
 CLOCK_SKEW_NS = 60 * SECOND_NS
-"""How far a node's clock may be ahead of ours. NTP holds it to milliseconds; a minute still closes no period early."""
+"""How far a node's clock may be ahead of ours. NTP holds it to milliseconds; a minute still closes no period early. It
+is why a boot may claim that much more than it lived: of that time only Kubernetes' clock knows, and it is another one.
+What sessions claim of it is compared with the pod's own accounts, and needs no clock."""
 
 MAX_RECORD_NS = 60 * MINUTE_NS
 """The most GPU time per device in one record. Records are slices of at most a minute, and one step may straddle; an
@@ -73,12 +77,21 @@ def refuse_future(what: str, at_ns: int, now_ns: int) -> None:
 
 
 def accept(
-    page: Page, worker: Worker, previous_hash: str, now_ns: int, *, spent: Spent = NOTHING, since_ns: int = 0
+    page: Page,
+    worker: Worker,
+    previous_hash: str,
+    now_ns: int,
+    *,
+    spent: Spent = NOTHING,
+    since_ns: int = 0,
+    whole: bool = False,
 ) -> Accepted:
     """Check a page whose first record must follow `previous_hash` at seq `page.after` + 1. Raises PageRefused.
 
     `spent` is what the boot has claimed before this page; `since_ns` is when the pod's first container started, as
-    Kubernetes says: no boot of it can have begun before, whatever its records say.
+    Kubernetes says: no boot of it can have begun before, whatever its records say. `whole`: the journal ends with this
+    page, and so with a flush, which leaves no slice of a session that its pod did not book. Any other page may be cut
+    within a flush; then the next one is judged by what this one left open.
     """
     refuse_foreign(worker, page.worker_uid, page.service)
     refuse_future("the page's watermark", page.watermark_ns, now_ns)
@@ -105,12 +118,28 @@ def accept(
         records.append(record)
         sealed = record.kind is Kind.SEAL
     if records:
-        spent = _refuse_too_much(page, worker, records, spent, since_ns)
+        spent = _refuse_too_much(page, worker, records, _refuse_unbooked(page, records, spent, whole=whole), since_ns)
     return Accepted(tuple(records), head_hash, spent)
 
 
+def _refuse_unbooked(page: Page, records: list[Record | Row], before: Spent, *, whole: bool) -> Spent:
+    """Raise PageRefused where sessions claim another time than their pod booked; what was spent, with what is open."""
+    try:
+        left = balance(before.open, records)
+    except SlicesDisagree as error:
+        raise PageRefused("SlicesDisagree", f"boot {page.boot_id:.64} seq {records[error.at].seq}: {error}") from None
+    if whole and left.gpu_ns:
+        raise PageRefused(
+            "SlicesDisagree",
+            f"boot {page.boot_id:.64}: its journal ends at seq {records[-1].seq} with sessions' slices that sum to "
+            f"{left.gpu_ns} ns, and the account attributed has none of it",
+        )
+    return replace(before, open=left)
+
+
 def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], before: Spent, since_ns: int) -> Spent:
-    """Raise PageRefused where a boot claims more time than has passed on its devices since it began."""
+    """Raise PageRefused where a boot claims more time than has passed on its devices since it began. What is open
+    counts as booked: its account is yet to come."""
     accounts_ns, slices_ns = before.accounts_ns, before.slices_ns
     first_ns, last_ns = records[0].started_at, 0
     for record in records:
@@ -123,14 +152,14 @@ def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], be
     began_ns = before.began_ns or first_ns
     lived_ns = max(0, last_ns - max(began_ns, since_ns - CLOCK_SKEW_NS))
     most_ns = min((lived_ns + lived_ns * CLOCK_DRIFT_PER_MILLE // 1000 + CLOCK_SKEW_NS) * worker.devices, MAX_INTEGER)
-    for what, claimed_ns in (("accounts", accounts_ns), ("sessions", slices_ns)):
+    for what, claimed_ns in (("sessions", slices_ns), ("accounts", accounts_ns + before.open.gpu_ns)):
         if claimed_ns > most_ns:
             raise PageRefused(
                 "MoreThanTime",
                 f"boot {page.boot_id:.64}: its {what} claim {claimed_ns} ns up to seq {records[-1].seq}; on "
                 f"{worker.devices} device(s) it cannot have spent more than {most_ns} ns by then",
             )
-    return Spent(began_ns, accounts_ns, slices_ns)
+    return Spent(began_ns, accounts_ns, slices_ns, before.open)
 
 
 def _refuse_record(record: Record | Row, seq: int, page: Page, worker: Worker, now_ns: int) -> None:

@@ -90,7 +90,10 @@ def bills_due(
         for owner, gpu_ns in ((each.tenant, each.gpu_ns), (PLATFORM, -each.gpu_ns)):
             due[owner].gpu_ns += gpu_ns
             due[owner].adjusted_ns += gpu_ns
-            due[owner].add(_of_time(stretch, each.gpu_class, gpu_ns), stretch)
+            moved = _of_time(stretch, each.gpu_class, gpu_ns)
+            if each.model is not None:
+                moved = _of_corrected(each, stretch, 1 if owner == each.tenant else -1)
+            due[owner].add(moved, stretch)
     return due
 
 
@@ -166,6 +169,13 @@ def _of_tokens(stretch: Stretch, model: str, prompt: int, cached: int, completio
     prices = (Fraction(str(price)) for price in (rate.prompt, rate.cached, rate.completion))
     counts = (max(0, prompt - cached), min(prompt, cached), completion)
     return sum((count * price / 1000 for count, price in zip(counts, prices, strict=True)), Fraction(0))
+
+
+def _of_corrected(each: Correction, stretch: Stretch, sign: int) -> Fraction | None:
+    """All of its tokens are given back, or all of them billed."""
+    counts = each.prompt_tokens or 0, each.cached_tokens or 0, each.completion_tokens or 0
+    paid = _of_tokens(stretch, each.model or "", *map(abs, counts))
+    return None if paid is None else sign * (-paid if min(counts) < 0 else paid)
 
 
 def _idle_due(stretch: Stretch, idle_ns: int, used: Mapping[str, int], period: Period) -> dict[str, int]:

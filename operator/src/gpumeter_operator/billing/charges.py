@@ -13,7 +13,7 @@ proportion to their time, by largest remainders; the platform's where nobody did
 is dedicated to). Start, load, warm-up, drain, non-billable and unaccounted time stay the platform's under every plan.
 
 A correction moves time of a closed period between a tenant and the platform, at the price of the part of that period
-that it is of: the sum of all bills stays what was allocated.
+that it is of: the sum of all bills stays what was allocated. Of what was billed by tokens it moves their price alone.
 
 Under `standardRate` a tenant pays for tokens, and its measured cost less that amount is the platform's `Difference`: so
 the amounts of all reports still add up to the price of the allocated time.
@@ -21,12 +21,12 @@ the amounts of all reports still add up to the price of the allocated time.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 
-from gpumeter_operator.billing.facts import PLATFORM, Correction, Line, Worker
+from gpumeter_operator.billing.facts import PLATFORM, Correction, Line, Tokens, Worker
 from gpumeter_operator.billing.stretches import Stretch, corrected_stretch, stretches
 from gpumeter_operator.billing.tariff import HourPrice, IdlePayer, PeriodPlan, StandardRate, rounded
 from gpumeter_usage.apportion import largest_remainder
@@ -58,18 +58,6 @@ class ChargeKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens of one model; `cached` is the part of `prompt` that came from the prefix cache."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-
-    def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(self.prompt + other.prompt, self.cached + other.cached, self.completion + other.completion)
-
-
-@dataclass(frozen=True, slots=True)
 class Charge:
     """One piece of a bill. `gpu_ns` and `price` of time, `tokens` and `rate` of tokens; `exact` is None where there is
     no price. `of` is the class of GPU or the model. A charge that is not `counted` is shown, and not in the amount."""
@@ -80,9 +68,14 @@ class Charge:
     exact: Fraction | None
     gpu_ns: int = 0
     price: HourPrice | None = None
-    tokens: Tokens = Tokens()
+    tokens: Tokens = field(default_factory=Tokens)
     rate: StandardRate | None = None
     counted: bool = True
+
+    @property
+    def corrects_tokens(self) -> bool:
+        """It is a correction of what standard rates billed."""
+        return self.kind is ChargeKind.CORRECTION and self.tokens != Tokens()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +155,7 @@ def bills(
     cut = stretches(plan, period)
     for each in corrections:
         stretch = corrected_stretch(cut, each.priced_ns)
-        for owner, gpu_ns in ((each.tenant, each.gpu_ns), (PLATFORM, -each.gpu_ns)):
-            charge = _of_time(ChargeKind.CORRECTION, stretch, each.gpu_class, gpu_ns)
+        for owner, charge in zip((each.tenant, PLATFORM), _of_correction(each, stretch), strict=True):
             found.setdefault(owner, []).append(charge)
     return {owner: Bill(tuple(sorted(charges, key=_in_order))) for owner, charges in found.items()}
 
@@ -194,9 +186,9 @@ def price(bill: Bill, plan: PeriodPlan, period: Period) -> Priced:
     if len(currencies) > 1:
         return Priced(None, "CurrencyChanged", _two_currencies(counted, currencies, plan.name))
     measured = difference = None
-    for_time = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.CORRECTION)
-    of_time = [charge.exact for charge in bill.charges if charge.kind in for_time]
-    if len(counted) < len(bill.charges):
+    for_time = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM, ChargeKind.CORRECTION)
+    of_time = [charge.exact for charge in bill.charges if charge.kind in for_time and not charge.corrects_tokens]
+    if len(counted) < len(bill.charges) or any(charge.corrects_tokens for charge in bill.charges):
         measured = _sum(of_time)
     if any(charge.kind is ChargeKind.DIFFERENCE for charge in counted):
         difference = _sum(charge.exact for charge in counted if charge.kind is ChargeKind.DIFFERENCE)
@@ -220,6 +212,19 @@ def _of_time(kind: ChargeKind, stretch: Stretch, gpu_class: str, gpu_ns: int, *,
     return Charge(kind, stretch, gpu_class, exact, gpu_ns, found, counted=counted)
 
 
+def _of_correction(of: Correction, stretch: Stretch) -> tuple[Charge, Charge]:
+    """The tenant's side and the platform's."""
+    count = of.tokens
+    if count is None:
+        of_time = [_of_time(ChargeKind.CORRECTION, stretch, of.gpu_class, gpu_ns) for gpu_ns in (of.gpu_ns, -of.gpu_ns)]
+        return of_time[0], of_time[1]
+    plan, model = stretch.version.plan, of.model or ""
+    rate = None if plan is None else plan.standard_rate(model, stretch.start_ns)
+    exact = None if rate is None else rate.of_tokens(count.prompt, count.cached, count.completion)
+    own = Charge(ChargeKind.CORRECTION, stretch, model, exact, tokens=count, rate=rate)
+    return own, replace(own, exact=None if exact is None else -exact, tokens=-count)
+
+
 def _idle_shares(stretch: Stretch, idle_ns: int, used: Mapping[str, int], period: Period) -> dict[str, int]:
     """Who of the tenants carries how much of the idle time of one class in one stretch; the rest is the platform's."""
     payer = IdlePayer.PLATFORM if stretch.version.plan is None else stretch.version.plan.idle_payer
@@ -240,13 +245,7 @@ def _of_tokens(stretch: Stretch, model: str, count: Tokens) -> Charge:
     exact = None if count != Tokens() else Fraction(0)
     if rate is not None:
         # More found than sent cannot be, and is refused; where an older ledger has it, it is not paid for twice.
-        cached = min(count.cached, count.prompt)
-        prices = (
-            (count.prompt - cached, rate.prompt),
-            (cached, rate.cached),
-            (count.completion, rate.completion),
-        )
-        exact = sum((number * Fraction(each) for number, each in prices), Fraction(0)) / 1000
+        exact = rate.of_tokens(count.prompt, min(count.cached, count.prompt), count.completion)
     return Charge(ChargeKind.TOKENS, stretch, model, exact, tokens=count, rate=rate)
 
 

@@ -3,9 +3,10 @@
 Owns the refusals and the correction that is booked. Pure: takes the reports and the plan of the corrected period, and
 the corrections that there are. Does not know how they are kept.
 
-A correction moves GPU time of a closed period between a tenant and the platform: no report is changed, the difference
-stands on the bills of the service's next open period. It is priced as what it corrects was: where the price of a class
-of GPU changed within the period, a correction is of one part of it, and has the price of that part.
+A correction moves GPU time of a closed period between a tenant and the platform, or, where standard rates billed it,
+the price of tokens: no report is changed, the difference stands on the bills of the service's next open period. It is
+priced as what it corrects was: where the price changed within the period, a correction is of one part of it, and has
+the price of that part.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +17,18 @@ from hashlib import sha256
 from itertools import product
 from typing import Any
 
-from gpumeter_operator.billing.corrected import PartPrice, left_amount, left_ns, parts_by_price, price_in
-from gpumeter_operator.billing.facts import PLATFORM, Correction
+from gpumeter_operator.billing.corrected import (
+    Measure,
+    PartPrice,
+    by_price,
+    left_amount,
+    left_ns,
+    left_tokens,
+    parts_with,
+    price_in,
+)
+from gpumeter_operator.billing.counts import TOKEN_NS
+from gpumeter_operator.billing.facts import PLATFORM, Correction, Tokens
 from gpumeter_operator.billing.stretches import Stretch, corrected_stretch, stretches
 from gpumeter_operator.billing.tariff import PeriodPlan, plain, rounded
 from gpumeter_usage.canonical import canonical_json
@@ -39,11 +50,13 @@ class CorrectionRefused(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What somebody wants: `gpu_ns` more on the bill that the report `report` of a namespace was, or less.
+    """What somebody wants: `gpu_ns` more on the bill that the report `report` of a namespace was, or less; or, where
+    they are said, `tokens` of a model.
 
     Without an `id` one is made of all the rest, so that the same wish twice is the same correction. Where the class of
     GPU is left out, `meant` says which it is, before the id is made. `part_start_ns` is the start of the part of the
-    period that it is of; None where that has one price.
+    period that it is of; None where that has one price. A `tenant` is said where he has no report of the period: then
+    `report` is the platform's, which carries what he is billed.
     """
 
     namespace: str
@@ -54,6 +67,25 @@ class Wanted:
     gpu_class: str = ""
     id: str = ""
     part_start_ns: int | None = None
+    model: str = ""
+    tokens: Tokens | None = None
+    tenant: str = ""
+
+    @property
+    def measure(self) -> Measure:
+        """What it counts, once it is said."""
+        return Measure(self.gpu_class) if self.tokens is None else Measure(self.model, of_tokens=True)
+
+    @property
+    def bill(self) -> str:
+        """What it corrects."""
+        return f"the bill of {self.tenant}, beside {self.report}," if self.tenant else self.report
+
+    @property
+    def is_credit(self) -> bool:
+        """Whether it gives back."""
+        of = self.tokens
+        return self.gpu_ns < 0 if of is None else min(of.prompt, of.cached, of.completion) < 0
 
     @property
     def own_id(self) -> str:
@@ -61,7 +93,11 @@ class Wanted:
         if self.id:
             return self.id
         part = () if self.part_start_ns is None else (str(self.part_start_ns),)
-        told = (self.namespace, self.report, str(self.gpu_ns), self.gpu_class, self.reason, self.actor, *part)
+        of = self.tokens
+        tokens = () if of is None else (self.model, *map(str, (of.prompt, of.cached, of.completion)))
+        who = (f"tenant {self.tenant}",) if self.tenant else ()
+        told = (self.namespace, self.report, str(self.gpu_ns), self.gpu_class, self.reason, self.actor)
+        told += (*part, *tokens, *who)
         return "c-" + sha256(canonical_json(list(told))).hexdigest()[:16]
 
     @property
@@ -74,9 +110,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The closed period of a report: its tenant and its bytes' digest, the status of its and of the platform's report,
-    its price plan, the classes of GPU of its pods, and the end of the period in which a correction is booked now, with
-    the currency of that period's plan ("" where nobody knows it)."""
+    """The closed period of a report: the tenant whose bill is corrected, the digest of the report's bytes, the status
+    of his and of the platform's report, its price plan, the classes of GPU and the models of its pods, and the end of
+    the period in which a correction is booked now, with the currency of that period's plan ("" where nobody knows it).
+    """
 
     service: str
     tenant: str
@@ -86,6 +123,7 @@ class Closed:
     period: Period
     plan: PeriodPlan
     gpu_classes: Sequence[str]
+    models: Sequence[str]
     booked_end_ns: int
     booked_currency: str
 
@@ -105,7 +143,7 @@ class Priced:
         plan = f"PricePlan {each.plan_name} (version {each.plan_version}, {each.plan_hash:.16}…)"
         plan += f" from {rfc3339(each.priced_ns)} on" if each.priced_ns != each.closed_start_ns else ""
         return (
-            f"correction {each.id}: {each.gpu_ns:+d} ns ({plain(self.amount)} {self.currency}, at the rates of {plan}) "
+            f"correction {each.id}: {each.told} ({plain(self.amount)} {self.currency}, at the rates of {plan}) "
             f"to {each.tenant}'s report {each.report} of {each.namespace}, booked in the period of the service until "
             f"{rfc3339(each.booked_end_ns)} for {each.actor}: {each.reason}"
         )
@@ -122,20 +160,33 @@ def refuse_wish(wanted: Wanted) -> None:
             raise CorrectionRefused(
                 "NotSaid", f"The {what} is {text!r:.60}; write 1 to {most} printable characters on one line."
             )
-    if wanted.gpu_ns == 0:
-        raise CorrectionRefused("NothingToCorrect", "A correction of 0 ns changes nothing; say by how much.")
+    of = wanted.tokens or Tokens()
+    if wanted.gpu_ns == 0 and of == Tokens():
+        raise CorrectionRefused("NothingToCorrect", "A correction of 0 ns or tokens changes nothing; say by how much.")
+    if wanted.gpu_ns != 0 and wanted.tokens is not None:
+        raise CorrectionRefused("TimeAndTokens", "A correction is of GPU time or of tokens; book one of each.")
+    numbers = sorted((of.prompt, of.cached, of.completion))
+    if numbers[0] < 0 < numbers[-1] or abs(of.cached) > abs(of.prompt):
+        raise CorrectionRefused(
+            "TokensDisagree",
+            "A correction gives tokens back or bills them, and cached tokens are a part of those of the prompt: "
+            f"{of.prompt} prompt, {of.cached} cached and {of.completion} completion tokens are not; book two.",
+        )
 
 
 def meant(wanted: Wanted, closed: Closed, earlier: Iterable[Correction]) -> Wanted:
-    """The same wish with the class of GPU and the part that it is about, said or not. `earlier` are all corrections of
-    the service. Raises CorrectionRefused."""
+    """The same wish with the class of GPU or the model, and the part, that it is about, said or not. `earlier` are all
+    corrections of the service. Raises CorrectionRefused."""
     if closed.tenant == PLATFORM:
         raise CorrectionRefused(
             "PlatformsReport",
             f"{wanted.report} is the platform's report, which has the other side of every correction; name the report "
-            "of the tenant.",
+            "of the tenant, or, where he has none of that period, the tenant with --tenant.",
         )
-    wanted = replace(wanted, gpu_class=_gpu_class(wanted, closed))
+    if wanted.tokens is None:
+        wanted = replace(wanted, gpu_class=_gpu_class(wanted, closed))
+    else:
+        wanted = replace(wanted, gpu_class="", model=_model(wanted, closed))
     return replace(wanted, part_start_ns=_part_start_ns(wanted, closed, _of_period(closed, earlier)))
 
 
@@ -144,7 +195,7 @@ def refuse_booked(known: Iterable[Correction]) -> None:
     for each in known:
         raise CorrectionRefused(
             "BookedAlready",
-            f"The correction {each.id} is booked already ({each.gpu_ns:+d} ns to {each.report}, by {each.actor} at "
+            f"The correction {each.id} is booked already ({each.told} to {each.report}, by {each.actor} at "
             f"{rfc3339(each.made_ns)}); nothing was booked. Where a second one is meant, give it an id of its own.",
         )
 
@@ -152,20 +203,26 @@ def refuse_booked(known: Iterable[Correction]) -> None:
 def decide(wanted: Wanted, closed: Closed, earlier: Iterable[Correction], now_ns: int) -> Priced:
     """The correction that is to be kept, of a wish as it is `meant`. `earlier` are all of the service. Raises
     CorrectionRefused."""
-    gpu_class, earlier = wanted.gpu_class, _of_period(closed, earlier)
+    earlier, of = _of_period(closed, earlier), wanted.tokens
     stretch = _part(wanted, closed, earlier)
-    if stretch.by_tokens:
+    if stretch.by_tokens and of is None:
         raise CorrectionRefused(
             "BilledByTokens",
             f"{wanted.report} was billed by standardRate: its tenant pays for tokens, and GPU time has no price on its "
-            "bill that a correction could have.",
+            "bill that a correction could have. Correct its tokens (--prompt-tokens, --completion-tokens).",
         )
-    plan = stretch.version.plan
-    price = None if plan is None else plan.hour_price(gpu_class, stretch.start_ns)
-    if plan is None or price is None:
+    if not stretch.by_tokens and of is not None:
+        raise CorrectionRefused(
+            "BilledByTime",
+            f"{wanted.report} was billed as measured: its tenant pays for GPU time, and tokens have no price on its "
+            "bill that a correction could have. Correct its time (--gpu-ns).",
+        )
+    plan, price = stretch.version.plan, price_in(stretch, wanted.measure)
+    if plan is None or (price.hour is None and price.rate is None):
+        what = f"gpuClass {wanted.gpu_class}" if of is None else f"tokens of the model {wanted.model}"
         raise CorrectionRefused(
             "NoPrice",
-            f"{wanted.report} has no price for gpuClass {gpu_class}, and a correction without one would leave the bill "
+            f"{wanted.report} has no price for {what}, and a correction without one would leave the bill "
             "of the next period without an amount, too.",
         )
     if closed.booked_currency not in {"", plan.currency}:
@@ -174,7 +231,6 @@ def decide(wanted: Wanted, closed: Closed, earlier: Iterable[Correction], now_ns
             f"{wanted.report} was billed in {plan.currency}, and the service is billed in {closed.booked_currency}. "
             "A bill has one currency, and a correction would take its amount away; settle it with an invoice.",
         )
-    _refuse_too_much(wanted, closed, earlier, price_in(stretch, gpu_class))
     correction = Correction(
         id=wanted.own_id,
         namespace=wanted.namespace,
@@ -185,7 +241,7 @@ def decide(wanted: Wanted, closed: Closed, earlier: Iterable[Correction], now_ns
         closed_start_ns=closed.period.start_ns,
         closed_end_ns=closed.period.end_ns,
         booked_end_ns=closed.booked_end_ns,
-        gpu_class=gpu_class,
+        gpu_class=wanted.gpu_class,
         gpu_ns=wanted.gpu_ns,
         plan_name=plan.name,
         plan_version=plan.version,
@@ -194,8 +250,17 @@ def decide(wanted: Wanted, closed: Closed, earlier: Iterable[Correction], now_ns
         actor=wanted.actor,
         made_ns=now_ns,
         part_start_ns=stretch.start_ns,
+        model=None if of is None else wanted.model,
+        prompt_tokens=None if of is None else of.prompt,
+        cached_tokens=None if of is None else of.cached,
+        completion_tokens=None if of is None else of.completion,
     )
-    return Priced(correction, rounded(price.of_time(wanted.gpu_ns)), plan.currency)
+    if of is None:
+        _refuse_too_much(wanted, closed, earlier, price)
+    else:
+        _refuse_too_many(wanted, of, closed, earlier, price)
+    _refuse_too_much_money(wanted, closed, earlier, price, back=-price.of(correction))
+    return Priced(correction, rounded(price.of(correction)), plan.currency)
 
 
 def _gpu_class(wanted: Wanted, closed: Closed) -> str:
@@ -212,17 +277,34 @@ def _gpu_class(wanted: Wanted, closed: Closed) -> str:
     )
 
 
+def _model(wanted: Wanted, closed: Closed) -> str:
+    models = closed.models
+    if wanted.model in models:
+        return wanted.model
+    if not wanted.model and len(models) == 1:
+        return models[0]
+    told = f"None of them is {wanted.model:.60}" if wanted.model else "Which of them was it"
+    raise CorrectionRefused(
+        "WhichModel",
+        f"The service's models in that period were {' and '.join(models) or 'none'}. {told}; name the model with "
+        "--model, for it says the price.",
+    )
+
+
 def _of_period(closed: Closed, earlier: Iterable[Correction]) -> tuple[Correction, ...]:
     return tuple(each for each in earlier if each.closed_end_ns == closed.period.end_ns)
 
 
 def _parts(wanted: Wanted, closed: Closed, earlier: Sequence[Correction]) -> dict[PartPrice, list[Stretch]]:
     """The parts that a wish can be of, by price: what is given back was on the tenant's bill, what is billed on one of
-    both."""
-    statuses = [closed.status] if wanted.gpu_ns < 0 else [closed.status, closed.platform]
+    both; tokens are on no bill of the platform, and are billed for any part."""
+    statuses = [closed.status] if wanted.is_credit else [closed.status, closed.platform]
     to_tenant = [each for each in earlier if each.tenant == closed.tenant]
-    cut = stretches(closed.plan, closed.period)
-    return parts_by_price(cut, statuses, to_tenant, wanted.gpu_class, closed.period.start_ns)
+    cut, start_ns = stretches(closed.plan, closed.period), closed.period.start_ns
+    parts = parts_with(wanted.measure, cut, statuses, to_tenant)
+    if wanted.tokens is not None and not wanted.is_credit:
+        parts += [stretch for stretch in cut if stretch.start_ns >= start_ns]
+    return by_price(wanted.measure, cut, parts, start_ns)
 
 
 def _part(wanted: Wanted, closed: Closed, earlier: Sequence[Correction]) -> Stretch:
@@ -234,20 +316,24 @@ def _part(wanted: Wanted, closed: Closed, earlier: Sequence[Correction]) -> Stre
 
 def _part_start_ns(wanted: Wanted, closed: Closed, earlier: Sequence[Correction]) -> int | None:
     """The start of the first part with the price of the one that is said; None where all have one price."""
-    by_price = _parts(wanted, closed, earlier)
-    said = next((of for of in by_price.values() if wanted.part_start_ns in [each.start_ns for each in of]), None)
-    if said is not None or (wanted.part_start_ns is None and len(by_price) == 1):
-        return None if said is None or len(by_price) == 1 else said[0].start_ns
-    told = [f"{rfc3339(stretch.start_ns)} ({_told_price(price)})" for price, of in by_price.items() for stretch in of]
+    parts = _parts(wanted, closed, earlier)
+    said = next((of for of in parts.values() if wanted.part_start_ns in [each.start_ns for each in of]), None)
+    if said is not None or (wanted.part_start_ns is None and len(parts) == 1):
+        return None if said is None or len(parts) == 1 else said[0].start_ns
+    told = [f"{rfc3339(stretch.start_ns)} ({_told_price(price)})" for price, of in parts.items() for stretch in of]
+    counts = f"time of gpuClass {wanted.gpu_class}" if wanted.tokens is None else f"tokens of the model {wanted.model}"
     what = "its price changed within it" if wanted.part_start_ns is None else "none of them begins when --from says"
     raise CorrectionRefused(
         "WhichPart",
-        f"{wanted.report} has time of gpuClass {wanted.gpu_class} in the parts from {', '.join(told)}, and {what}; "
+        f"{wanted.report} has {counts} in the parts from {', '.join(told)}, and {what}; "
         "name the start of one with --from, and correct each for itself.",
     )
 
 
 def _told_price(price: PartPrice) -> str:
+    if price.rate is not None:
+        each = (plain(one) for one in (price.rate.prompt, price.rate.cached, price.rate.completion))
+        return f"{' / '.join(each)} {price.currency} for 1,000 prompt / cached / completion tokens"
     if price.hour is None:
         return "without a price"
     part = "" if price.hour.fraction == 1 else f" x {price.hour.fraction}"
@@ -255,20 +341,19 @@ def _told_price(price: PartPrice) -> str:
 
 
 def _refuse_too_much(wanted: Wanted, closed: Closed, earlier: Sequence[Correction], price: PartPrice) -> None:
-    """Who gives may be left with nothing of a class of GPU at a price, and not with less, and no tenant gets more money
-    back than he was billed. What came late may have left the platform with less than nothing: then nothing can be
-    billed, and all the same be given back."""
+    """Who gives may be left with nothing of a class of GPU at a price, and not with less. What came late may have left
+    the platform with less than nothing: then nothing can be billed, and all the same be given back."""
     cut = stretches(closed.plan, closed.period)
     to_tenant = [(each, each.gpu_ns) for each in earlier if each.tenant == closed.tenant]
     to_platform = [(each, -each.gpu_ns) for each in earlier]
     of_class = f" of the class {wanted.gpu_class}" if len(closed.gpu_classes) > 1 else ""
     of_class += "" if wanted.part_start_ns is None else f" at {_told_price(price)}"
-    billed_ns = left_ns(closed.status, cut, wanted.gpu_class, price, to_tenant)
-    carried_ns = left_ns(closed.platform, cut, wanted.gpu_class, price, to_platform)
+    billed_ns = left_ns(closed.status, cut, wanted.measure, price, to_tenant)
+    carried_ns = left_ns(closed.platform, cut, wanted.measure, price, to_platform)
     if wanted.gpu_ns < 0 and billed_ns + wanted.gpu_ns < 0:
         raise CorrectionRefused(
             "MoreThanBilled",
-            f"{wanted.report} holds {billed_ns} ns{of_class} with the corrections so far; {-wanted.gpu_ns} ns cannot "
+            f"{wanted.bill} holds {billed_ns} ns{of_class} with the corrections so far; {-wanted.gpu_ns} ns cannot "
             "be given back.",
         )
     if wanted.gpu_ns > 0 and carried_ns - wanted.gpu_ns < 0:
@@ -277,12 +362,42 @@ def _refuse_too_much(wanted: Wanted, closed: Closed, earlier: Sequence[Correctio
             f"The platform carries {carried_ns} ns{of_class} of that period with the corrections so far; "
             f"{wanted.gpu_ns} ns more than what was allocated cannot be billed.",
         )
-    left = left_amount(closed.status, cut, to_tenant)
-    back = price.hour.of_time(-wanted.gpu_ns) if price.hour is not None else Fraction(0)
-    if wanted.gpu_ns < 0 and back > left:
+
+
+def _refuse_too_many(
+    wanted: Wanted, of: Tokens, closed: Closed, earlier: Sequence[Correction], price: PartPrice
+) -> None:
+    """A tenant may be left with none of each kind of tokens of a model at a price, and not with fewer. How many more he
+    had nobody can say, but that the GPUs of the service computed them in that period."""
+    to_tenant = [each for each in earlier if each.tenant == closed.tenant]
+    left = left_tokens(closed.status, stretches(closed.plan, closed.period), wanted.measure, price, to_tenant) + of
+    if wanted.is_credit and min(left.prompt - left.cached, left.cached, left.completion) < 0:
+        had = left + -of
+        raise CorrectionRefused(
+            "MoreThanBilled",
+            f"{wanted.bill} holds {had.prompt} prompt tokens ({had.cached} of them cached) and {had.completion} of "
+            f"answers of the model {wanted.model} at that price with the corrections so far; {-of.prompt} "
+            f"({-of.cached}) and {-of.completion} cannot be given back.",
+        )
+    most = int(closed.platform["accounts"]["allocated"]) // TOKEN_NS
+    if not wanted.is_credit and left.prompt - left.cached + left.completion > most:
+        raise CorrectionRefused(
+            "MoreThanAllocated",
+            f"With these {wanted.bill} would have more tokens than the {most} that any device computes in the time "
+            "that the service was allocated in that period.",
+        )
+
+
+def _refuse_too_much_money(
+    wanted: Wanted, closed: Closed, earlier: Sequence[Correction], price: PartPrice, *, back: Fraction
+) -> None:
+    """No tenant gets more money back than he was billed."""
+    to_tenant = [each for each in earlier if each.tenant == closed.tenant]
+    left = left_amount(closed.status, stretches(closed.plan, closed.period), to_tenant)
+    if wanted.is_credit and back > left:
         none = "" if "amount" in closed.status else " (it has no amount, and its condition Priced says why)"
         raise CorrectionRefused(
             "MoreThanBilled",
-            f"{wanted.report} was billed {plain(rounded(left))} {price.currency}{none} with the corrections so far; "
+            f"{wanted.bill} was billed {plain(rounded(left))} {price.currency}{none} with the corrections so far; "
             f"{plain(rounded(back))} {price.currency} cannot be given back.",
         )

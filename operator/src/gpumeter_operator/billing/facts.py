@@ -7,6 +7,7 @@ Does not know where facts come from or what they cost.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from gpumeter_usage.balance import BALANCED, Open
 from gpumeter_usage.record import ENDED, Account, Kind, Record, Status
 
 PLATFORM = "_platform"
@@ -48,11 +49,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices."""
+    """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices; `open` of these is
+    what no account has booked yet."""
 
     began_ns: int = 0
     accounts_ns: int = 0
     slices_ns: int = 0
+    open: Open = BALANCED
 
 
 NOTHING = Spent()
@@ -61,7 +64,7 @@ NOTHING = Spent()
 @dataclass(frozen=True, slots=True)
 class BootFacts:
     """One boot's chain in the ledger: where it stands, how it was sealed (`Status.NONE` while it is not), and the time
-    that it has claimed by accounts and by sessions' slices."""
+    that it has claimed by accounts and by sessions' slices, of which no account has booked what is `open`."""
 
     boot_id: str
     started_ns: int
@@ -71,11 +74,12 @@ class BootFacts:
     sealed_ns: int = 0
     accounts_ns: int = 0
     slices_ns: int = 0
+    open: Open = BALANCED
 
     @property
     def spent(self) -> Spent:
         """What its records have claimed."""
-        return Spent(self.started_ns, self.accounts_ns, self.slices_ns)
+        return Spent(self.started_ns, self.accounts_ns, self.slices_ns, self.open)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +152,27 @@ class Adjustment:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of one model; `cached` is the part of `prompt` that came from the prefix cache."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def __add__(self, other: "Tokens") -> "Tokens":
+        return Tokens(self.prompt + other.prompt, self.cached + other.cached, self.completion + other.completion)
+
+    def __neg__(self) -> "Tokens":
+        return Tokens(-self.prompt, -self.cached, -self.completion)
+
+
+@dataclass(frozen=True, slots=True)
 class Correction:
     """What somebody found wrong with a Final report, booked in a later period: the tenant's time of the report's period
     is `gpu_ns` more (negative: less), and the platform's as much less.
+
+    Where the report was billed by standard rates it is of `tokens` of a `model` instead: their price moves between the
+    tenant and the platform, and no time does. One of time has no model.
 
     `report` is the name of that report, `report_digest` the SHA-256 of its bytes. It is of the part of that period that
     begins at `part_start_ns`, and has its price; the plan is the version of that part. None, as versions before booked
@@ -175,6 +197,25 @@ class Correction:
     actor: str
     made_ns: int
     part_start_ns: int | None = None
+    model: str | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    completion_tokens: int | None = None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """The tokens that it is of; None where it is of time."""
+        if self.model is None:
+            return None
+        return Tokens(self.prompt_tokens or 0, self.cached_tokens or 0, self.completion_tokens or 0)
+
+    @property
+    def told(self) -> str:
+        """By how much it corrects."""
+        of = self.tokens
+        if of is None:
+            return f"{self.gpu_ns:+d} ns"
+        return f"{of.prompt:+d} prompt tokens ({of.cached:+d} of them cached) and {of.completion:+d} of answers"
 
     @property
     def priced_ns(self) -> int:

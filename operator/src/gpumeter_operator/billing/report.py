@@ -19,7 +19,7 @@ from gpumeter_operator.billing.charges import Bill, PodStretch, Priced, bills, p
 from gpumeter_operator.billing.close import Phase, Verdict
 from gpumeter_operator.billing.energy import energy_mj
 from gpumeter_operator.billing.facts import PLATFORM, Adjustment, Correction, Line, Worker, sum_of_stated
-from gpumeter_operator.billing.statement import statement
+from gpumeter_operator.billing.statement import counted, statement
 from gpumeter_operator.billing.tariff import PeriodPlan, plain
 from gpumeter_operator.decide.names import (
     API_VERSION,
@@ -317,6 +317,8 @@ def _adjustment(each: Adjustment) -> Manifest:
 
 
 def _correction(each: Correction) -> Manifest:
+    of_time: Manifest = {"gpuNanoseconds": str(each.gpu_ns)}
+    moved = of_time if each.tokens is None else {"model": each.model, "tokens": counted(each.tokens)}
     return {
         "originalPeriodEnd": rfc3339(each.closed_end_ns),
         "id": each.id,
@@ -325,7 +327,7 @@ def _correction(each: Correction) -> Manifest:
         "reason": "Correction",
         "message": each.reason[:1024],
         "actor": each.actor,
-        "gpuNanoseconds": str(each.gpu_ns),
+        **moved,
         "pricePlan": {"name": each.plan_name, "version": each.plan_version, "hash": each.plan_hash},
     }
 

@@ -6,6 +6,7 @@ Owns how charges are written. Reckons nothing that billing.charges did not.
 from typing import Any
 
 from gpumeter_operator.billing.charges import Bill, Charge, ChargeKind, Priced
+from gpumeter_operator.billing.facts import Tokens
 from gpumeter_operator.billing.tariff import (
     BillingMode,
     PeriodPlan,
@@ -31,7 +32,7 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
     by_tokens = _by_tokens(bill, plan)
     if by_tokens:
         found["billingMode"] = BillingMode.STANDARD_RATE.value
-    shown = [charge for charge in bill.charges if charge.gpu_ns or charge.kind not in _OF_TIME]
+    shown = [each for each in bill.charges if each.gpu_ns or each.kind not in _OF_TIME or each.corrects_tokens]
     charges = [_charge(charge, by_tokens=by_tokens) for charge in shown]
     if charges and any(charge.stretch.version.plan for charge in bill.charges):
         found["charges"] = charges[:MAX_CHARGES]
@@ -45,7 +46,7 @@ def statement(plan: PeriodPlan, bill: Bill, priced: Priced, tokens: int) -> dict
         found["measuredAmount"] = plain(priced.measured)
     if priced.difference is not None:
         found["standardRateDifference"] = plain(priced.difference)
-    as_measured = priced.measured if by_tokens else priced.amount
+    as_measured = priced.amount if priced.measured is None and not by_tokens else priced.measured
     if tokens and as_measured is not None:
         found["pricePerThousandTokens"] = plain(per_thousand(as_measured, tokens))
     return found
@@ -55,10 +56,10 @@ _OF_TIME = (ChargeKind.USAGE, ChargeKind.IDLE, ChargeKind.PLATFORM, ChargeKind.C
 
 
 def _by_tokens(bill: Bill, plan: PeriodPlan) -> bool:
-    """Whether anything on a bill is billed by tokens."""
+    """Whether anything on a bill is billed by tokens, but for corrections of other bills."""
     if not bill.charges:
         return plan.terms.billing_mode is BillingMode.STANDARD_RATE
-    return any(charge.stretch.by_tokens for charge in bill.charges)
+    return any(charge.stretch.by_tokens for charge in bill.charges if not charge.corrects_tokens)
 
 
 def _charge(charge: Charge, *, by_tokens: bool) -> dict[str, Any]:
@@ -69,19 +70,23 @@ def _charge(charge: Charge, *, by_tokens: bool) -> dict[str, Any]:
     # A service may have been billed otherwise when late time was used: this line is a part of the amount, too.
     if by_tokens and charge.kind is ChargeKind.USAGE and charge.counted:
         found["billingMode"] = BillingMode.MEASURED.value
-    if charge.kind in _OF_TIME:
+    if charge.kind in _OF_TIME and not charge.corrects_tokens:
         found |= {"gpuClass": charge.of, "gpuNanoseconds": str(charge.gpu_ns)}
         if charge.price is not None:
             found["perGpuHour"] = plain(charge.price.whole)
             if charge.price.fraction != 1:
                 found["fraction"] = str(charge.price.fraction)
-    elif charge.kind is ChargeKind.TOKENS:
-        count = charge.tokens
-        found |= {"model": charge.of, "tokens": {"prompt": count.prompt, "cached": count.cached}}
-        found["tokens"] |= {"completion": count.completion, "total": count.prompt + count.completion}
+    elif charge.kind is not ChargeKind.DIFFERENCE:
+        found |= {"model": charge.of, "tokens": counted(charge.tokens)}
     if charge.exact is not None:
         found["amount"] = plain(rounded(charge.exact))
     return found
+
+
+def counted(of: Tokens) -> dict[str, int]:
+    """Tokens as a report states them."""
+    total = of.prompt + of.completion
+    return {"prompt": of.prompt, "cached": of.cached, "completion": of.completion, "total": total}
 
 
 def _versions(bill: Bill, plan: PeriodPlan) -> list[dict[str, Any]]:

@@ -67,6 +67,11 @@ class StandardRate:
     completion: Decimal
     effective_from_ns: int
 
+    def of_tokens(self, prompt: int, cached: int, completion: int) -> Fraction:
+        """Tokens at these prices, exactly; `cached` is a part of `prompt`. All may be negative."""
+        prices = (prompt - cached, self.prompt), (cached, self.cached), (completion, self.completion)
+        return sum((number * Fraction(each) for number, each in prices), Fraction(0)) / 1000
+
 
 @dataclass(frozen=True, slots=True)
 class HourPrice:

@@ -14,6 +14,7 @@ import click
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.correct import CorrectionRefused, Wanted
+from gpumeter_operator.billing.facts import Tokens
 from gpumeter_operator.cli.ledger import LEDGER, ledger_url, open_reader
 from gpumeter_operator.cli.span import Moment
 from gpumeter_operator.flow.correct import book, weigh
@@ -21,11 +22,16 @@ from gpumeter_operator.flow.correct import book, weigh
 
 @click.command()
 @click.option("--namespace", "-n", required=True, help="The namespace of the report.")
-@click.option("--gpu-ns", type=int, required=True, help="Nanoseconds that the tenant owes more; negative: gets back.")
+@click.option("--gpu-ns", type=int, help="Nanoseconds that the tenant owes more; negative: gets back.")
+@click.option("--prompt-tokens", type=int, help="The same of prompt tokens, where standard rates billed the report.")
+@click.option("--cached-tokens", type=int, help="The part of the prompt tokens that came from the prefix cache.")
+@click.option("--completion-tokens", type=int, help="The same of tokens of answers.")
 @click.option("--reason", required=True, help="Why, in a sentence; it stands in the reports of both sides.")
 @click.option("--actor", required=True, help="Who answers for it; it stands in the reports of both sides.")
 @click.option("--id", "correction_id", default="", help="An id of your own; default: made of all that is said here.")
 @click.option("--gpu-class", default="", help="The class of GPU, where the service had several in that period.")
+@click.option("--tenant", default="", help="Who is billed, where he has no report: REPORT is the platform's then.")
+@click.option("--model", default="", help="The model of the tokens, where the service had several in that period.")
 @click.option(
     "--from", "part", type=Moment(), help="The start of the part that it is of, where the price changed within."
 )
@@ -35,11 +41,16 @@ from gpumeter_operator.flow.correct import book, weigh
 def adjust(
     *,
     namespace: str,
-    gpu_ns: int,
+    gpu_ns: int | None,
+    prompt_tokens: int | None,
+    cached_tokens: int | None,
+    completion_tokens: int | None,
     reason: str,
     actor: str,
     correction_id: str,
     gpu_class: str,
+    tenant: str,
+    model: str,
     part: int | None,
     dry_run: bool,
     ledger: str | None,
@@ -47,10 +58,16 @@ def adjust(
 ) -> None:
     """Correct the Final REPORT of a tenant: it stays as it is, and the difference is booked in the next open period.
 
-    The platform's share moves the other way. It has the price of what it corrects. Booked once: the same again is
-    refused. Exit code 0; 1 where it is refused, 2 where the ledger cannot be written.
+    Say by how much GPU time, or by how many tokens where standard rates billed it. The platform's side moves the other
+    way. It has the price of what it corrects. Booked once: the same again is refused. Exit code 0; 1 where it is
+    refused, 2 where the ledger cannot be written.
     """
-    wanted = Wanted(namespace, report, gpu_ns, reason, actor, gpu_class, correction_id, part)
+    said = (prompt_tokens, cached_tokens, completion_tokens)
+    tokens = None if said == (None, None, None) else Tokens(*(each or 0 for each in said))
+    if gpu_ns is None and tokens is None:
+        raise click.UsageError("Say by how much: with --gpu-ns, or with --prompt-tokens and --completion-tokens.")
+    said_of = (gpu_class, correction_id, part, model, tokens, tenant)
+    wanted = Wanted(namespace, report, gpu_ns or 0, reason, actor, *said_of)
     try:
         if dry_run:
             click.echo(f"Would book {weigh(open_reader(ledger), wanted, time.time_ns()).told}")

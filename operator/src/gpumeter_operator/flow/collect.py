@@ -334,11 +334,13 @@ class Collector:
             page = await turn.answer(self._workers.page(turn.target, boot.boot_id, seq, limit))
             if page.boot_id != boot.boot_id:
                 raise PageRefused("ForeignBoot", f"boot {boot.boot_id:.64} was asked, {page.boot_id:.64} was sent")
+            whole = page.after + len(page.links) == boot.head_seq
             if gap:
-                after = partial(take_after_gap, self._ledger, worker, page, boot.acknowledged_hash, self._clock_ns())
+                last_hash, now_ns = boot.acknowledged_hash, self._clock_ns()
+                after = partial(take_after_gap, self._ledger, worker, page, last_hash, now_ns, whole=whole)
                 taken = await self._execute(after)
             else:
-                taken = await self._takes.put((worker, page))
+                taken = await self._takes.put((worker, page, whole))
         if taken.seq <= seq:
             raise PageRefused("NothingNew", f"boot {boot.boot_id:.64}: nothing after seq {seq} was sent")
         return taken

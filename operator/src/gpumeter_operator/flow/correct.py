@@ -5,6 +5,7 @@ collector's next round shows the correction in those of the period in which it i
 """
 
 import json
+from collections.abc import Container
 
 from gpumeter_operator.adapters.ledger import audit, corrections, prices
 from gpumeter_operator.adapters.ledger.corrections import FinalReport
@@ -24,6 +25,10 @@ from gpumeter_operator.billing.correct import (
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.billing.tariff import PeriodPlan
 from gpumeter_operator.flow.close import DEFAULT_PLAN
+from gpumeter_usage.tenant import tenant_problem
+
+NOTHING_BILLED = {"gpuNanoseconds": "0", "tokens": {"prompt": 0, "cached": 0, "completion": 0}}
+"""The status of who has no report."""
 
 
 def book(ledger: Ledger, wanted: Wanted, now_ns: int) -> Priced:
@@ -43,15 +48,18 @@ def weigh(reader: Reader, wanted: Wanted, now_ns: int) -> Priced:
     schedule, service = reader.schedule(), (of.namespace, of.service)
     booked_end_ns = corrections.next_open(reader, *service, now_ns)
     bodies = {tenant: body for tenant, _, body, _ in audit.reports_of_period(reader.engine, *service, of.end_ns)}
+    tenant = wanted.tenant or of.tenant
+    _refuse_tenant(wanted, of, bodies)
     closed = Closed(
         service=of.service,
-        tenant=of.tenant,
+        tenant=tenant,
         report_digest=of.digest,
-        status=json.loads(of.body)["status"],
+        status=NOTHING_BILLED if wanted.tenant else json.loads(of.body)["status"],
         platform=json.loads(bodies[PLATFORM])["status"],
         period=schedule.period_of(of.end_ns),
         plan=reader.period_plan(*service, of.end_ns) or PeriodPlan(DEFAULT_PLAN, None),
         gpu_classes=corrections.gpu_classes(reader, *service, of.end_ns),
+        models=corrections.models(reader, *service, of.end_ns),
         booked_end_ns=booked_end_ns,
         booked_currency=_currency(reader, service, booked_end_ns),
     )
@@ -72,6 +80,20 @@ def _currency(reader: Reader, service: tuple[str, str], end_ns: int) -> str:
     return "" if spec is None else str(json.loads(spec)["currency"])
 
 
+def _refuse_tenant(wanted: Wanted, of: FinalReport, bodies: Container[str]) -> None:
+    """Raise CorrectionRefused where the tenant that is said has a report to be named, or is none."""
+    if not wanted.tenant:
+        return
+    if wanted.tenant in bodies or of.tenant != PLATFORM:
+        raise CorrectionRefused(
+            "WhichTenant",
+            f"--tenant is for who has no report of the period of {wanted.report}, which is the platform's then. "
+            f"{wanted.tenant:.60} has one, or this is another tenant's; name the report of who is corrected, alone.",
+        )
+    if problem := tenant_problem(wanted.tenant):
+        raise CorrectionRefused("TenantInvalid", f"{problem}.")
+
+
 def final_report_of(reader: Reader, wanted: Wanted) -> FinalReport:
     """The report that a wish names. Raises CorrectionRefused where it is none that can be corrected."""
     found = corrections.final_report(reader, wanted.namespace, wanted.report)
@@ -85,6 +107,6 @@ def final_report_of(reader: Reader, wanted: Wanted) -> FinalReport:
     raise CorrectionRefused(
         "NoFinalReport",
         f"The ledger has no Final report {wanted.report:.120} in the namespace {wanted.namespace:.120}. A period that "
-        "is not Final yet needs no correction; a tenant without a report of that period is charged by one of his of "
-        "another period. `kubectl get usagereports -A` lists the names.",
+        "is not Final yet needs no correction; a tenant without a report of that period is billed by --tenant and the "
+        "platform's report of it. `kubectl get usagereports -A` lists the names.",
     )

@@ -71,7 +71,7 @@ class Total:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was used, charged or corrected."""
-        return not (self.records or self.cost.idle_ns or self.cost.adjusted_ns)
+        return not (self.records or self.cost.idle_ns or self.cost.adjusted_ns or any(self.cost.amounts.values()))
 
 
 def figures_of(key: tuple[str, ...], status: Mapping[str, Any]) -> Total:

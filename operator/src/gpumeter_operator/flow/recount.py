@@ -116,7 +116,11 @@ def recount_service(
     finals = {(end, tenant): (body, digest) for end, tenant, phase, body, digest in kept if phase == Phase.FINAL.value}
     inside = (each for each in by_hand if span.holds(each.booked_end_ns))
     yield from corrections_unproved(
-        inside, finals, lambda end_ns: corrections.gpu_classes(reader, *service, end_ns), final_ns
+        inside,
+        finals,
+        lambda end_ns: corrections.gpu_classes(reader, *service, end_ns),
+        lambda end_ns: corrections.models(reader, *service, end_ns),
+        final_ns,
     )
     folded = (pods, recounts, hashed, allocated_ns, chain)
     yield from _reports(reader, service, span, counts, folded, removed=removed)

@@ -161,7 +161,7 @@ def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked) -> 
 
 
 def _told(each: Correction) -> str:
-    by = f"{each.gpu_ns:+d} ns of {each.tenant}'s report {each.report}"
+    by = f"{each.told} of {each.tenant}'s report {each.report}"
     booked = f"booked in the period until {rfc3339(each.booked_end_ns)}"
     return f"correction {each.id} of {by}, {booked} by {each.actor}: {each.reason}"
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpumeter_usage.balance import BALANCED, SlicesDisagree, balance
 from gpumeter_usage.chain import GENESIS, Link, link
 from gpumeter_usage.page import MAX_PAGE_RECORDS, Acknowledgement, Boot, JournalStatus, Page
 from gpumeter_usage.record import Account, Kind, Record, Status, canonical
@@ -432,9 +433,14 @@ def _refuse_imbalance(flush: Flush, frontier_ns: int, devices: int) -> None:
             f"the accounts of the flush sum to {accounts_ns} ns, {flush.unmeasured_ns} ns were not measured, and the "
             f"time since the last one{on} is {passed_ns} ns"
         )
-    for account in (Account.ATTRIBUTED, Account.NONBILLABLE):
-        of_account = [record for record in flush.records if record.account == account]
-        slices_ns = sum(record.gpu_ns for record in of_account if record.kind is Kind.SESSION)
-        change_ns = sum(record.gpu_ns for record in of_account if record.kind is Kind.ACCOUNT)
-        if slices_ns != change_ns and (account is Account.ATTRIBUTED or slices_ns > change_ns):
-            raise FlushRefused(f"the slices sum to {slices_ns} ns, the account {account} changed by {change_ns} ns")
+    try:
+        left = balance(BALANCED, flush.records)
+    except SlicesDisagree as error:
+        raise FlushRefused(str(error)) from None
+    if left.gpu_ns:
+        raise FlushRefused(f"the sessions' slices sum to {left.gpu_ns} ns, the account attributed has none of it")
+    of_platform = [record for record in flush.records if record.account == Account.NONBILLABLE]
+    slices_ns = sum(record.gpu_ns for record in of_platform if record.kind is Kind.SESSION)
+    change_ns = sum(record.gpu_ns for record in of_platform if record.kind is Kind.ACCOUNT)
+    if slices_ns > change_ns:
+        raise FlushRefused(f"the slices sum to {slices_ns} ns, the account nonbillable changed by {change_ns} ns")

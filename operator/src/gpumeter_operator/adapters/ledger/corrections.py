@@ -6,7 +6,7 @@ Owns the table `corrections`. What may be corrected, and how it is priced, is bi
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
-from sqlalchemy import ColumnElement, Connection, and_, select
+from sqlalchemy import Column, ColumnElement, Connection, and_, select
 
 from gpumeter_operator.adapters.ledger import dialect, locks
 from gpumeter_operator.adapters.ledger import tables as t
@@ -53,15 +53,12 @@ def final_report(reader: Reader, namespace: str, name: str) -> FinalReport | Non
 
 def gpu_classes(reader: Reader, namespace: str, service: str, end_ns: int) -> list[str]:
     """The classes of GPU that the pods of a service had in a Final period, by name."""
-    p, w = t.pod_accounts.c, t.workers.c
-    query = (
-        select(w.gpu_class)
-        .distinct()
-        .join(t.pod_accounts, p.worker_uid == w.worker_uid)
-        .where(w.namespace == namespace, w.service == service, p.period_end_ns == end_ns)
-    )
-    with reading(reader.engine) as connection:
-        return list(connection.scalars(query.order_by(w.gpu_class)))
+    return _of_pods(reader, t.workers.c.gpu_class, namespace, service, end_ns)
+
+
+def models(reader: Reader, namespace: str, service: str, end_ns: int) -> list[str]:
+    """The models that the pods of a service had in a Final period, by name."""
+    return _of_pods(reader, t.workers.c.model, namespace, service, end_ns)
 
 
 def next_open(reader: Reader, namespace: str, service: str, now_ns: int) -> int:
@@ -101,6 +98,18 @@ def keep(ledger: Ledger, correction: Correction, *, made_from: Version) -> bool:
 
 def _version(connection: Connection, namespace: str, service: str) -> Version:
     return last_final_ns(connection, namespace, service), corrections_count(connection, namespace, service)
+
+
+def _of_pods(reader: Reader, column: Column[str], namespace: str, service: str, end_ns: int) -> list[str]:
+    p, w = t.pod_accounts.c, t.workers.c
+    query = (
+        select(column)
+        .distinct()
+        .join(t.pod_accounts, p.worker_uid == w.worker_uid)
+        .where(w.namespace == namespace, w.service == service, p.period_end_ns == end_ns)
+    )
+    with reading(reader.engine) as connection:
+        return list(connection.scalars(query.order_by(column)))
 
 
 def _corrections(connection: Connection, which: ColumnElement[bool]) -> tuple[Correction, ...]:

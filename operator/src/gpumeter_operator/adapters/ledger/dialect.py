@@ -6,7 +6,7 @@ Owns the choice between them, by the connection that is to run them. Knows no ta
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import Connection, String, Table
 from sqlalchemy.dialects.postgresql import insert as postgres_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
@@ -22,6 +22,11 @@ def keep_first_of_each(connection: Connection, table: Table, rows: Sequence[Mapp
     """The same for many rows, in one statement."""
     if rows:
         connection.execute(_insert(connection)(table).on_conflict_do_nothing(), rows)
+
+
+def text_type(connection: Connection, chars: int) -> String:
+    """Of a text column that is added to a table: in PostgreSQL it sorts by its bytes, like those of new tables."""
+    return String(collation="C") if connection.dialect.name == "postgresql" else String(chars)
 
 
 def put(connection: Connection, table: Table, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:

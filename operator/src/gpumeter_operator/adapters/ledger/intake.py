@@ -26,7 +26,9 @@ from gpumeter_usage.chain import GENESIS
 from gpumeter_usage.page import Page
 from gpumeter_usage.record import Status
 
-Given = tuple[Worker, Page]
+Given = tuple[Worker, Page, bool]
+"""A worker's page, and whether the journal ends with it (`whole` of `accept`)."""
+
 Refusal = PageRefused | LedgerUnavailable
 
 
@@ -52,7 +54,7 @@ def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken 
     Raises LedgerUnavailable where none of them was taken.
     """
     if len(given) == 1:
-        return [_alone(ledger, *given[0], now_ns)]
+        return [_alone(ledger, given[0], now_ns)]
     judged = _judge(ledger, given, now_ns)
     next_ones = [each for each in judged if isinstance(each, _Judged)]
     try:
@@ -60,13 +62,13 @@ def take_all(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[Taken 
     except (DayMissing, IntegrityError):
         moved = iter([False] * len(next_ones))  # none was committed; alone each makes its day, or tells its fault
     results: list[Taken | Refusal] = []
-    for each, (worker, page) in zip(judged, given, strict=True):
+    for each, one in zip(judged, given, strict=True):
         if isinstance(each, PageRefused):
             results.append(each)
         elif each is not None and next(moved):
             results.append(each.taken)
         else:
-            results.append(_alone(ledger, worker, page, now_ns))
+            results.append(_alone(ledger, one, now_ns))
     return results
 
 
@@ -91,7 +93,7 @@ def settle_all(ledger: Ledger, settled: Sequence[tuple[str, int]]) -> None:
 
 def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged | PageRefused | None]:
     """Each page as it is to be judged where its boot stands now; None where it is not the next one of its boot."""
-    uids = {worker.worker_uid for worker, _ in given}
+    uids = {worker.worker_uid for worker, _, _ in given}
     c = t.containers.c
     began = select(c.worker_uid, func.min(c.at_ns)).where(c.worker_uid.in_(uids), c.event == "started")
     with reading(ledger.engine) as connection:
@@ -99,7 +101,7 @@ def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged 
         since_ns = {row[0]: int(row[1]) for row in connection.execute(began.group_by(c.worker_uid))}
     met: set[tuple[str, str]] = set()
     judged: list[_Judged | PageRefused | None] = []
-    for worker, page in given:
+    for worker, page, whole in given:
         key = (worker.worker_uid, page.boot_id)
         boot = boots.get(key)
         seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
@@ -114,7 +116,8 @@ def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged 
             continue
         spent = boot.spent if boot else NOTHING
         try:
-            accepted = accept(page, worker, head_hash, now_ns, spent=spent, since_ns=since_ns.get(key[0], 0))
+            began_ns = since_ns.get(key[0], 0)
+            accepted = accept(page, worker, head_hash, now_ns, spent=spent, since_ns=began_ns, whole=whole)
         except PageRefused as refused:
             judged.append(refused)
             continue
@@ -150,9 +153,10 @@ def _boots(connection: Connection, worker_uids: Collection[str]) -> dict[str, tu
     return found
 
 
-def _alone(ledger: Ledger, worker: Worker, page: Page, now_ns: int) -> Taken | Refusal:
+def _alone(ledger: Ledger, given: Given, now_ns: int) -> Taken | Refusal:
+    worker, page, whole = given
     try:
-        return ledger.take(worker, page, now_ns)
+        return ledger.take(worker, page, now_ns, whole=whole)
     except (PageRefused, LedgerUnavailable) as refusal:
         return refusal
     except IntegrityError as error:  # a fault of this page or of the schema; others' pages must not wait for it

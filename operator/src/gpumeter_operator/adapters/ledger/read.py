@@ -33,6 +33,7 @@ from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Lin
 from gpumeter_operator.billing.report import digest_of
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan
+from gpumeter_usage.balance import Open
 from gpumeter_usage.period import Granularity
 from gpumeter_usage.record import Status
 
@@ -347,6 +348,7 @@ def boot_of(row: Row[Any]) -> BootFacts:
         sealed_ns=row.sealed_ns,
         accounts_ns=row.accounts_ns,
         slices_ns=row.slices_ns,
+        open=Open(row.open_ns, row.open_minute_ns, row.open_cut),
     )
 
 

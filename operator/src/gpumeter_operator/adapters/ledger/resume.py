@@ -4,6 +4,8 @@ Owns the transaction: the fact that they are missing is committed together with 
 cursor ever stands behind a gap that is not written down.
 """
 
+from dataclasses import replace
+
 from sqlalchemy import Connection, select
 
 from gpumeter_operator.adapters.ledger import locks, rows
@@ -15,20 +17,23 @@ from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.billing.accept import PageRefused, accept
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
 from gpumeter_operator.billing.gaps import gap_before, refuse_more_gaps
+from gpumeter_usage.balance import CUT
 from gpumeter_usage.page import Page
 from gpumeter_usage.record import Status
 
 
-def take_after_gap(ledger: Ledger, worker: Worker, page: Page, last_hash: str, now_ns: int) -> Taken:
+def take_after_gap(
+    ledger: Ledger, worker: Worker, page: Page, last_hash: str, now_ns: int, *, whole: bool = False
+) -> Taken:
     """Commit a page that does not follow what is here, and the fact that what lies between is missing.
 
     `last_hash` is that of record `page.after`, as the worker states it: what follows must be chained to it. Raises
-    PageRefused, with nothing taken; also where the boot has lost too much already.
+    PageRefused, with nothing taken; also where the boot has lost too much already. `whole` as for `accept`.
     """
     while True:
         boot = next((each for each in ledger.boots(worker.worker_uid) if each.boot_id == page.boot_id), None)
         if page.after <= (boot.committed_seq if boot else 0):
-            return ledger.take(worker, page, now_ns)  # another collector was faster
+            return ledger.take(worker, page, now_ns, whole=whole)  # another collector was faster
         if boot and boot.seal is not Status.NONE:
             raise PageRefused(
                 "AfterSeal", f"boot {page.boot_id:.64} goes on at seq {boot.committed_seq + 1} after its seal"
@@ -36,8 +41,8 @@ def take_after_gap(ledger: Ledger, worker: Worker, page: Page, last_hash: str, n
         if not page.links or not page.boot_id.isprintable():
             raise PageRefused("NothingNew", f"boot {page.boot_id!r:.80}: nothing after seq {page.after} was sent")
         since_ns = ledger.first_started_ns(worker.worker_uid)
-        spent = boot.spent if boot else NOTHING
-        accepted = accept(page, worker, last_hash, now_ns, spent=spent, since_ns=since_ns)
+        spent = replace(boot.spent if boot else NOTHING, open=CUT)
+        accepted = accept(page, worker, last_hash, now_ns, spent=spent, since_ns=since_ns, whole=whole)
         mine = (locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid))
         try:
             with ledger.writing(*mine) as connection:

@@ -154,6 +154,9 @@ def advance(connection: Connection, known: BootFacts | None, accepted: Accepted)
         "head_hash": accepted.head_hash,
         "accounts_ns": accepted.spent.accounts_ns,
         "slices_ns": accepted.spent.slices_ns,
+        "open_ns": accepted.spent.open.gpu_ns,
+        "open_minute_ns": accepted.spent.open.minute_ns,
+        "open_cut": accepted.spent.open.cut,
         "seal": last.status.value if sealed else "",
         "sealed_ns": last.ended_at if sealed else 0,
     }

@@ -65,11 +65,12 @@ class Ledger(Reader):
             connection.execute(insert(t.granularities).values(values))
             return from_ns
 
-    def take(self, worker: Worker, page: Page, now_ns: int) -> Taken:
+    def take(self, worker: Worker, page: Page, now_ns: int, *, whole: bool = False) -> Taken:
         """Commit a page: its new records, their place in a period, and the cursor, in one transaction.
 
         What is already there is compared and ignored. Raises PageRefused, with nothing taken: for a page that does not
         continue what is there, and for two different records under one key (both are kept, the second in an alarm).
+        `whole` as for `accept`.
         """
         refuse_foreign(worker, page.worker_uid, page.service)  # before anything is compared under its name
         if not page.boot_id.isprintable():
@@ -94,6 +95,7 @@ class Ledger(Reader):
                 now_ns,
                 spent=boot.spent if boot else NOTHING,
                 since_ns=since_ns,
+                whole=whole,
             )
             if not fresh:
                 return Taken(0, seq, head_hash)

@@ -11,6 +11,7 @@ lives (until when each pod may matter to a period; the database keeps it by trig
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Index,
     Integer,
@@ -72,6 +73,9 @@ boots = Table(
     Column("sealed_ns", BigInteger, nullable=False),
     Column("accounts_ns", BigInteger, nullable=False),  # claimed so far by account records, and by sessions' slices
     Column("slices_ns", BigInteger, nullable=False),
+    Column("open_ns", BigInteger, nullable=False),  # of slices that no account has booked yet, the end of the minute in
+    Column("open_minute_ns", BigInteger, nullable=False),  # which they end, and whether there may be more before them
+    Column("open_cut", Boolean, nullable=False),
     PrimaryKeyConstraint("worker_uid", "boot_id"),
 )
 
@@ -389,6 +393,10 @@ corrections = Table(
     Column("actor", _NAME, nullable=False),
     Column("made_ns", BigInteger, nullable=False),
     Column("part_start_ns", BigInteger),  # of the part whose price it has; NULL before 0013: the period's first
+    Column("model", _NAME),  # of tokens that it is of, where standard rates billed them; NULL where it is of time
+    Column("prompt_tokens", BigInteger),
+    Column("cached_tokens", BigInteger),
+    Column("completion_tokens", BigInteger),
 )
 Index("corrections_by_period", corrections.c.namespace, corrections.c.service, corrections.c.booked_end_ns)
 
