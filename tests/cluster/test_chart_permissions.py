@@ -44,7 +44,7 @@ EVERYWHERE: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     },
 }
 IN_THE_RELEASE = {
-    "gpumeter-gateway": {("", "secrets"): READ},
+    "gpumeter-gateway": {("", "secrets"): READ, ("", "events"): ("create",)},
     "gpumeter-operator": {
         ("discovery.k8s.io", "endpointslices"): ("list", "watch"),
         ("coordination.k8s.io", "leases"): ("create", "get", "patch"),
@@ -58,6 +58,7 @@ MAY = [
     ("gpumeter-collector", "delete", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-operator", "watch", "endpointslices.discovery.k8s.io", NAMESPACE),
     ("gpumeter-gateway", "list", "secrets", NAMESPACE),
+    ("gpumeter-gateway", "create", "events", NAMESPACE),
     ("gpumeter-gateway", "watch", "endpointslices.discovery.k8s.io", ELSEWHERE),
 ]
 MAY_NOT = [
@@ -78,6 +79,8 @@ MAY_NOT = [
     ("gpumeter-collector", "deletecollection", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-gateway", "get", "secrets", ELSEWHERE),
     ("gpumeter-gateway", "create", "secrets", NAMESPACE),
+    ("gpumeter-gateway", "create", "events", ELSEWHERE),
+    ("gpumeter-gateway", "patch", "events", NAMESPACE),
     ("gpumeter-gateway", "get", "usagereports.gpumeter.io", ELSEWHERE),
     ("gpumeter-gateway", "get", "pods", ELSEWHERE),
 ]

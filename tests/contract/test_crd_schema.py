@@ -92,6 +92,18 @@ def test_text_in_rules_has_a_bound(plural: str) -> None:
     assert unbound == []
 
 
+def test_each_figure_of_a_service_says_what_it_is_of_which_time_and_in_which_unit() -> None:
+    said = dict(own_fields("inferenceservices"))
+    for name, *words in (
+        ("gpuSeconds", "requests used", "attributed", "running hour", "seconds of one GPU"),
+        ("unaccounted", "nobody measured", "running hour", "seconds of one GPU"),
+        ("gpuHours", "pods held", "allocated", "running month", "hours of one GPU", "GPU-HOURS"),
+        ("cost", "reports", "running month", "currency", "COST"),
+    ):
+        text = said[f"status.usage.{name}"]["description"]
+        assert [word for word in words if word not in text] == [], name
+
+
 def test_the_text_of_a_report_promises_what_reports_hold() -> None:
     said = dict(own_fields("usagereports"))
     told = {name: said[f"status.{name}"]["description"] for name in TOLD}

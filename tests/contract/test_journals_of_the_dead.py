@@ -17,7 +17,7 @@ from gpumeter_operator.flow.collect import Collector
 from gpumeter_operator.flow.leftover import NOWHERE, Leftover, take_journal
 from gpumeter_usage.page import Acknowledgement
 from gpumeter_usage.period import Granularity
-from gpumeter_worker.metering.journal import Reader as JournalReader
+from gpumeter_worker.metering.journalpages import Reader as JournalReader
 from rigs.databases import Database
 from rigs.journal import SERVICE, START, WORKER, Boot
 from rigs.ledger import gone, inline, started

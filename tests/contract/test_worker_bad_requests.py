@@ -22,6 +22,7 @@ from rigs.worker import Ledger, WorkerProcess, hop_token, session_id, until, wor
 STREAMS = 32
 TOKENS = 64
 ROUNDS = 8
+HANDS = 4  # that misbehave at a time
 ANSWER_TIMEOUT_S = 60
 BASE: dict[str, Any] = {"model": "smollm2", "messages": CAPITAL, "max_tokens": 2}
 RUNNING = 'vllm:num_requests_running{model_name="smollm2"}'
@@ -37,6 +38,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     }
     with worker(tmp_path_factory.mktemp("worker"), room) as process:
         yield process.ready()
+
+
+@pytest.fixture(scope="module")
+def stalled(served: WorkerProcess) -> Iterator[Future[bytes]]:
+    """What a client is told whose body stops coming. It takes a while, in which something else is tested."""
+    with opened(served) as connection, ThreadPoolExecutor(1) as waiting:
+        connection.sendall(head(CHAT, body()) + body()[:20])
+        connection.settimeout(60)
+        yield waiting.submit(connection.recv, 65536)
 
 
 class Stream:
@@ -167,6 +177,7 @@ BODIES: list[tuple[str, bytes, int]] = [
 ODD: tuple[Any, ...] = ([], {}, "x", True, -7, 1.5, [[]], {"a": {}}, 10**30)
 
 
+@pytest.mark.usefixtures("stalled")
 def test_no_bad_request_changes_a_token_of_a_good_one(served: WorkerProcess) -> None:
     quiet = run_good(served, range(STREAMS))
     assert all(len(tokens) == TOKENS for tokens in quiet.values())
@@ -174,23 +185,32 @@ def test_no_bad_request_changes_a_token_of_a_good_one(served: WorkerProcess) -> 
     for number in (1, 7):
         assert run_good(served, range(number, number + 1)) == {number: quiet[number]}
 
+    alone = [partial(act, served) for act in (same_request_id, leave_in_the_middle, speak_no_http)]
     acts = list(misdeeds(served))
-    with Hangers(served):
+    with Hangers(served), ThreadPoolExecutor(HANDS) as hands:
         for _ in range(ROUNDS):
 
             def misbehave(running: list[Future[list[str]]]) -> None:
-                while acts and not any(one.done() for one in running):
-                    acts.pop(0)()
+                while alone and not _ended(running):
+                    alone.pop()()
+                while acts and not _ended(running):
+                    together, acts[:HANDS] = acts[:HANDS], []
+                    for done in [hands.submit(act) for act in together]:
+                        done.result()
 
             assert run_good(served, range(STREAMS), misbehave) == quiet
             if not acts:
                 break
-    assert not acts, f"{len(acts)} misdeeds are left; the machine is too slow for this test"
+    assert not alone and not acts, f"{len(acts)} misdeeds are left; the machine is too slow for this test"
     until(lambda: served.metrics()[RUNNING] == 0, "nothing runs")
     assert "Traceback" not in served.log
     ledger = Ledger()
     served.collect(ledger)
     ledger.check()
+
+
+def _ended(running: list[Future[list[str]]]) -> bool:
+    return any(one.done() for one in running)
 
 
 def answered(served: WorkerProcess, path: str, sent: bytes) -> int:
@@ -207,7 +227,7 @@ def answered(served: WorkerProcess, path: str, sent: bytes) -> int:
 
 
 def misdeeds(served: WorkerProcess) -> Iterator[Callable[[], None]]:
-    """Every bad kind as an act of its own."""
+    """Every bad kind of body as an act of its own; they may come at the same time."""
 
     def send(path: str, sent: bytes, *expected: int) -> None:
         status = answered(served, path, sent)
@@ -219,8 +239,6 @@ def misdeeds(served: WorkerProcess) -> Iterator[Callable[[], None]]:
         for value in ODD:
             if (name, value) != ("stream", True):
                 yield partial(send, CHAT, body(**{"max_tokens": 1, name: value}), 200, 400, 404)
-    for act in (same_request_id, leave_in_the_middle, speak_no_http):
-        yield partial(act, served)
 
 
 def same_request_id(served: WorkerProcess) -> None:
@@ -279,11 +297,8 @@ class Hangers:
             connection.close()
 
 
-def test_a_body_that_stops_coming_is_given_up(served: WorkerProcess) -> None:
-    with opened(served) as connection:
-        connection.sendall(head(CHAT, body()) + body()[:20])
-        connection.settimeout(60)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+def test_a_body_that_stops_coming_is_given_up(stalled: Future[bytes]) -> None:
+    assert stalled.result().startswith(b"HTTP/1.1 408")
 
 
 def opened(served: WorkerProcess) -> socket.socket:

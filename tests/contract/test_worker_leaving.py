@@ -19,7 +19,7 @@ from gpumeter_operator.decide.spec import GRACE_AFTER_DRAIN_S
 from gpumeter_usage.page import Page
 from gpumeter_usage.record import ENDED, Kind, Status, parse
 from gpumeter_worker.deadline import AFTER_DRAIN_S
-from gpumeter_worker.metering.journal import Reader
+from gpumeter_worker.metering.journalpages import Reader
 from rigs.worker import Ledger, WorkerProcess, hop_token, model_path, session_id, until, worker
 
 SECOND = 10**9

@@ -28,7 +28,8 @@ from gpumeter_usage.record import ENDED, Account, Kind, Record, Status, parse
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import Anchor
-from gpumeter_worker.metering.journal import Journal, Reader
+from gpumeter_worker.metering.journal import Journal
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.meter import Identity, Meter
 from gpumeter_worker.metering.parts import Part
 from rigs.ledger import START_NS, TOKEN, ended, gone, inline, open_ledger, started, worker

@@ -29,7 +29,8 @@ from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import Anchor, HostClock, StepClock, StepTime
-from gpumeter_worker.metering.journal import Journal, Reader
+from gpumeter_worker.metering.journal import Journal
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.meter import Identity, Meter, Totals
 from gpumeter_worker.metering.parts import Part
 from rigs.ledger import START_NS, ended, gone, started, worker

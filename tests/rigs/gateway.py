@@ -10,6 +10,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import jwt
@@ -18,6 +19,7 @@ from aiohttp import web
 from gpumeter_operator.decide.credentials import derive, internal_token
 from gpumeter_operator.gateway.app import Gateway
 from gpumeter_operator.gateway.keys import digest_of
+from gpumeter_operator.gateway.notices import Notices
 from gpumeter_operator.gateway.settings import Settings
 from gpumeter_operator.gateway.world import World
 
@@ -60,6 +62,10 @@ class HandMadeCluster:
     services: HandMadeMirror = field(init=False)
     slices: HandMadeMirror = field(init=False)
     keys: HandMadeMirror = field(init=False)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    async def create(self, manifest: dict[str, Any]) -> None:
+        self.events.append(manifest)
 
     def world(self) -> World:
         def services(changed: Callable[[], None]) -> HandMadeMirror:
@@ -74,7 +80,8 @@ class HandMadeCluster:
             self.keys = HandMadeMirror(changed)
             return self.keys
 
-        return World(services=services, slices=slices, keys=keys)
+        notices = Notices(self.create, clock=lambda: datetime.now(UTC))
+        return World(services=services, slices=slices, keys=keys, notices=notices)
 
     def add_service(
         self,

@@ -28,7 +28,8 @@ from gpumeter_worker.engine.sequence import Finish, Sampling
 from gpumeter_worker.metering.accounts import Phase
 from gpumeter_worker.metering.attribution import Rule, uncalibrated
 from gpumeter_worker.metering.clock import StepClock, StepTime
-from gpumeter_worker.metering.journal import Journal, Reader
+from gpumeter_worker.metering.journal import Journal
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.meter import Flush, Identity, Meter
 from rigs.ledger import START_NS, TOKEN, ended, gone, inline, open_ledger, started, worker
 

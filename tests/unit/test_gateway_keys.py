@@ -19,13 +19,13 @@ def test_a_key_belongs_to_the_tenant_of_its_secret() -> None:
     keyring = keyring_from([key_secret("a", "acme", "gm-1"), key_secret("b", "bolt", "gm-2")])
     assert tenant_of(keyring, "Bearer gm-1") == "acme"
     assert tenant_of(keyring, "bearer  gm-2 ") == "bolt"
-    assert keyring.problems == ()
+    assert keyring.ignored == ()
 
 
 def test_a_tenant_may_have_several_keys_and_the_same_key_twice() -> None:
     keyring = keyring_from([key_secret("a", "acme", "1"), key_secret("b", "acme", "2"), key_secret("c", "acme", "2")])
     assert [tenant_of(keyring, f"Bearer {key}") for key in "12"] == ["acme", "acme"]
-    assert keyring.problems == ()
+    assert keyring.ignored == ()
 
 
 def test_unknown_empty_and_differently_schemed_keys_have_no_tenant() -> None:
@@ -38,8 +38,9 @@ def test_one_key_of_two_tenants_belongs_to_neither_and_all_its_secrets_are_named
     keyring = keyring_from([key_secret("a", "acme", "same"), key_secret("b", "bolt", "same"), key_secret("c", "acme")])
     assert tenant_of(keyring, "Bearer same") is None
     assert tenant_of(keyring, "Bearer c") == "acme"
-    (problem,) = keyring.problems
-    assert "gpumeter/a, gpumeter/b" in problem and "acme, bolt" in problem
+    assert [(one.name, one.reason) for one in keyring.ignored] == [("a", "ApiKeyShared"), ("b", "ApiKeyShared")]
+    (sentence,) = {one.message for one in keyring.ignored}
+    assert "gpumeter/a, gpumeter/b" in sentence and "acme, bolt" in sentence
 
 
 def test_malformed_secrets_are_skipped_each_with_one_sentence_that_names_it() -> None:
@@ -55,10 +56,10 @@ def test_malformed_secrets_are_skipped_each_with_one_sentence_that_names_it() ->
     keyring = keyring_from([*broken, key_secret("good", "acme", "gm-1")])
     assert tenant_of(keyring, "Bearer gm-1") == "acme"
     assert len(keyring.tenants) == 1
-    assert len(keyring.problems) == len(broken)
-    for secret in broken:
-        name = f"gpumeter/{secret['metadata']['name']}"  # type: ignore[index]
-        assert sum(name in problem for problem in keyring.problems) == 1
+    names = {secret["metadata"]["name"] for secret in broken}  # type: ignore[index]
+    assert len(keyring.ignored) == len(broken) and {one.name for one in keyring.ignored} == names
+    for one in keyring.ignored:
+        assert one.reason == "ApiKeyInvalid" and f"gpumeter/{one.name} " in one.message
 
 
 def test_a_secret_that_is_being_deleted_is_revoked_already() -> None:

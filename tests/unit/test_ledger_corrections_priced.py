@@ -17,11 +17,11 @@ from gpumeter_operator.flow.correct import book, weigh
 from gpumeter_usage.period import SECOND_NS, rfc3339
 from gpumeter_usage.record import Account
 from rigs.audited import DIGESTED_NS, audited, digested
+from rigs.corrected import REPORT
 from rigs.databases import Database
 from rigs.ledger import FakeWorker, finals
 from rigs.pricing import SERVICE, PricedHour, at, check_parts, plan, rate
 
-REPORT = "smollm2-acme-20261121t10"
 ALL = Wanted("team-a", REPORT, -1200 * SECOND_NS, "All of it was a probe.", "bob")
 
 

@@ -1,10 +1,12 @@
 """What a round adds to the sums of open periods is what the ledger would sum anew, to the nanosecond."""
 
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from gpumeter_operator.billing.facts import FIGURES, Line
 from gpumeter_operator.flow.close import Closer, Pricing
 from gpumeter_operator.flow.folds import Folds
 from gpumeter_operator.flow.periods import open_periods
@@ -12,6 +14,10 @@ from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from rigs.ledger import START_NS, FakeWorker, live, open_ledger, started, worker
 
 SERVICE = ("team-a", "smollm2")
+
+
+def test_the_last_fields_of_a_line_are_the_figures_in_the_order_in_which_they_are_read() -> None:
+    assert tuple(field.name for field in fields(Line))[-len(FIGURES) :] == FIGURES
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,14 +9,9 @@ import pytest
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement
 from gpumeter_usage.record import Account, Kind, Status, parse
-from gpumeter_worker.metering.journal import (
-    AcknowledgementRefused,
-    FlushRefused,
-    Journal,
-    Reader,
-    RecordsGone,
-)
+from gpumeter_worker.metering.journal import AcknowledgementRefused, FlushRefused, Journal
 from gpumeter_worker.metering.journalfile import FILE_NAME, JournalUnusable, check_directory
+from gpumeter_worker.metering.journalpages import Reader, RecordsGone
 from gpumeter_worker.metering.meter import Identity
 from gpumeter_worker.metering.parts import Part
 from rigs.journal import START, Boot

@@ -10,8 +10,9 @@ import pytest
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement, Page
 from gpumeter_usage.record import Kind, Status, parse
-from gpumeter_worker.metering.journal import Journal, Reader
+from gpumeter_worker.metering.journal import Journal
 from gpumeter_worker.metering.journalfile import FILE_NAME, Damaged, JournalUnusable
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.writer import JournalWriter
 from rigs.journal import SERVICE, START, WORKER, Boot, Usage, identity
 

@@ -11,8 +11,8 @@ import pytest
 
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement
-from gpumeter_worker.metering.journal import Reader
 from gpumeter_worker.metering.journalfile import FILE_NAME, LOG_BYTES
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.writer import JournalWriter
 from rigs.journal import SERVICE, START, WORKER, Boot, Usage, identity
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement
 from gpumeter_usage.record import Status, parse
-from gpumeter_worker.metering.journal import Reader
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.journalfile import DiskFull, JournalUnusable
 from rigs.journal import START, Boot
 

@@ -1,7 +1,8 @@
 """One worker from process start to seal: joins engine, meter, journal and sessions.
 
-Owns what happens when: admission, the engine's events, drain. Speaks no HTTP (api.app calls it), computes no
-shares (metering does) and starts no engine (the supervisor does). Lives in the event loop of the API process.
+Owns what happens when: readiness, the engine's events, drain. Speaks no HTTP (api.app calls it), computes no shares
+(metering does), starts no engine (the supervisor does) and ends no session (inflight does). Lives in the event loop of
+the API process.
 """
 
 import asyncio
@@ -17,19 +18,11 @@ from gpumeter_worker import diagnosis
 from gpumeter_worker.api.errors import Refused, unavailable
 from gpumeter_worker.api.identity import Caller
 from gpumeter_worker.api.keeping import Keeping
-from gpumeter_worker.api.sessions import LINE_ENTRIES_MAX, Choice, End, Finished, Session, Sessions
+from gpumeter_worker.api.sessions import Choice, Session, Sessions
 from gpumeter_worker.api.tokenizer import Tokenizer
 from gpumeter_worker.deadline import Deadline, leave_by
-from gpumeter_worker.engine.messages import (
-    Cancel,
-    Ended,
-    Event,
-    PhaseEntered,
-    Ready,
-    StepReport,
-    Submit,
-)
-from gpumeter_worker.engine.sequence import Finish
+from gpumeter_worker.engine.messages import Ended, Event, PhaseEntered, Ready, StepReport
+from gpumeter_worker.inflight import InFlight
 from gpumeter_worker.launch import engine_options
 from gpumeter_worker.loading import Loading
 from gpumeter_worker.metering.accounts import Phase
@@ -39,9 +32,7 @@ from gpumeter_worker.metering.energy import Window
 from gpumeter_worker.metering.flushing import Flusher
 from gpumeter_worker.metering.lease import lease
 from gpumeter_worker.metering.meter import Identity, Meter
-from gpumeter_worker.metering.parts import Onward
 from gpumeter_worker.metering.profiles import Adopted, Profiles, adopt
-from gpumeter_worker.metering.running import Totals
 from gpumeter_worker.metering.writer import JournalWriter
 from gpumeter_worker.metrics import Observations, exposition
 from gpumeter_worker.readiness import Condition, Loss, Readiness, readiness
@@ -58,21 +49,6 @@ _CUT_OFF_S = 10.0
 _OPEN_S = 10.0
 """How long a seal waits for the journal to be opened: what start-up took is to be in it."""
 _ENGINE_STOP_S = 5.0
-
-_STATUS = {
-    Finish.STOP: Status.FINISHED,
-    Finish.LENGTH: Status.FINISHED,
-    Finish.CANCELLED: Status.CANCELLED,
-    Finish.FAILED: Status.FAILED,
-}
-
-
-_TOO_SLOW = Refused(
-    408,
-    "client_too_slow",
-    f"the client is {LINE_ENTRIES_MAX} tokens and log probabilities behind and was cut off; read faster, or ask for "
-    "less",
-)
 
 
 class Worker:
@@ -121,6 +97,14 @@ class Worker:
         self.wants_to_leave = asyncio.Event()
         self.flusher = Flusher(
             self.meter, self.journal, self._now_ns, settings.checkpoint_interval_ms, before=self._look_at_clock
+        )
+        self._in_flight = InFlight(
+            self.sessions,
+            self.meter,
+            self.observed,
+            utc_ns=self.anchor.utc_ns,
+            send=self.engines.send,
+            used=self.flusher.want,
         )
 
     async def run(self, path: Path | None) -> None:
@@ -184,45 +168,15 @@ class Worker:
     def submit(self, caller: Caller, choices: list[Choice]) -> Session:
         """Admit a request whose choices were checked against the model. Raises Refused."""
         engine, _ = self.refuse_unless_ready()
-        if self.sessions.sequences + len(choices) > engine.max_batch_size + self.settings.max_queue_length:
-            raise Refused(
-                429,
-                "queue_full",
-                f"{self.sessions.sequences} answers are being given or wait already, and {len(choices)} more are asked "
-                f"for (at most {engine.max_batch_size} and {self.settings.max_queue_length}); try again",
-                headers={"Retry-After": "1"},
-            )
-        if self.sessions.known(caller.session_id):
-            raise Refused(
-                409, "session_used", "this session was served already; every request needs a session of its own"
-            )
-        session = Session(caller.session_id, caller.tenant, choices)
-        self.meter.begin(session.session_id, session.tenant, self.anchor.utc_ns(session.begun_ns), len(choices))
-        self.sessions.add(session)
-        for index, choice in enumerate(choices):
-            self.engines.send(
-                Submit(session.session_id, choice.prompt, choice.sampling, index, caller.tenant, choice.counts_prompt)
-            )
-        return session
+        return self._in_flight.admit(caller, choices, engine.max_batch_size, self.settings.max_queue_length)
 
     def take_back(self, session: Session, outcome: Status, index: int | None = None) -> None:
         """Stop a session, or one choice of it, before the engine's next step. What has ended stays as it is."""
-        taken = [
-            choice
-            for number, choice in enumerate(session.choices)
-            if index in (None, number) and choice.finish is None and choice.outcome is None
-        ]
-        for choice in taken:
-            choice.outcome = outcome
-        if taken:
-            self.engines.send(Cancel(session.session_id, index))
+        self._in_flight.take_back(session, outcome, index)
 
     def cut_off(self, session: Session, why: Refused) -> None:
         """Stop a session as cancelled, and have its client told why. What it used stays billed."""
-        if session.end is None and session.cut_off is None:
-            log.warning("session %s is cut off: %s", session.session_id, why.message)
-            session.cut_off = why
-            self.take_back(session, Status.CANCELLED)
+        self._in_flight.cut_off(session, why)
 
     def metrics(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -263,14 +217,14 @@ class Worker:
             log.exception("a message of the engine (%s) was not understood", type(event).__name__)
             for session_id in _named_in(event):
                 if (session := self.sessions.get(session_id)) is not None:
-                    self._give_up(session)
+                    self._in_flight.give_up(session)
 
     def _take(self, event: Event) -> None:
         match event:
             case StepReport():
                 self._on_step(event)
             case Ended():
-                self._on_ended(event)
+                self._in_flight.ended(event)
             case PhaseEntered():
                 self._enter(event.phase, event.at_ns)
             case Ready():
@@ -279,59 +233,7 @@ class Worker:
     def _on_step(self, step: StepReport) -> None:
         self.meter.step(self.anchor.utc_ns(step.started_ns), self.anchor.utc_ns(step.ended_ns), step.gpu_ns, step.parts)
         self.observed.step(step)
-        now_ns = time.monotonic_ns()
-        for part in () if isinstance(step.parts, Onward) else step.parts:
-            if (session := self.sessions.get(part.session_id)) is not None:
-                session.stepped = True
-        for token in step.tokens:
-            if (session := self.sessions.get(token.session_id)) is not None:
-                choice = session.choices[token.choice]
-                self.observed.token(session.begun_ns, choice.last_token_ns, now_ns)
-                choice.last_token_ns = now_ns
-                if session.cut_off is not None:  # nothing may follow what it missed
-                    continue
-                if session.line.entries < LINE_ENTRIES_MAX:
-                    session.line.put_nowait(token)
-                else:
-                    self.cut_off(session, _TOO_SLOW)
-
-    def _on_ended(self, ended: Ended) -> None:
-        session = self.sessions.get(ended.session_id)
-        if session is not None:
-            self._finish(session, session.choices[ended.choice], ended.finish, ended.message)
-
-    def _finish(self, session: Session, choice: Choice, finish: Finish, message: str) -> None:
-        # What the API process took back is what it says; that the engine then saw a cancel is only how it was done.
-        # An answer that had come to its stop string is whole, even where the engine was lost before it said so.
-        kept = finish is Finish.CANCELLED or choice.outcome is Status.FINISHED
-        choice.outcome = choice.outcome if choice.outcome and kept else _STATUS[finish]
-        choice.finish, choice.message = finish, message
-        session.line.put_nowait(Finished(session.choices.index(choice), finish))
-        outcomes = [one.outcome for one in session.choices if one.finish is not None]
-        if len(outcomes) < len(session.choices):
-            return
-        status = next((one for one in (Status.FAILED, Status.CANCELLED) if one in outcomes), Status.FINISHED)
-        totals = self.meter.end(session.session_id, status, self._now_ns())
-        why = next((one.message for one in session.choices if one.message), "")
-        self.sessions.finish(session, End(status, totals, why, session.cut_off))
-        self.observed.session(status)
-        self.flusher.want()
-
-    def _give_up(self, session: Session) -> None:
-        """End a session of which this process no longer knows how it stands; what was metered of it stays metered."""
-        self.engines.send(Cancel(session.session_id))
-        for index, choice in enumerate(session.choices):
-            if choice.finish is None:
-                choice.finish, choice.outcome = Finish.FAILED, Status.FAILED
-                session.line.put_nowait(Finished(index, Finish.FAILED))
-        try:
-            totals = self.meter.end(session.session_id, Status.FAILED, self._now_ns())
-        except Exception:
-            log.exception("the end of session %s cannot be metered", session.session_id)
-            totals = Totals()
-        self.sessions.finish(session, End(Status.FAILED, totals, "the worker failed while it served this request"))
-        self.observed.session(Status.FAILED)
-        self.flusher.want()
+        self._in_flight.stepped(step)
 
     def _on_ready(self, ready: Ready) -> None:
         self._cuda_uuid = ready.gpu_uuid
@@ -361,20 +263,8 @@ class Worker:
             self.meter.lose(self._now_ns())
         except Exception:
             log.exception("what the lost engine was computing cannot be metered")
-        for session in self.sessions.all():
-            self._end_lost(session, loss)
+        self._in_flight.lost(loss)
         self._enter(Phase.DRAIN if self._draining else Phase.INIT, time.monotonic_ns())
-
-    def _end_lost(self, session: Session, loss: Loss) -> None:
-        """However it stands: one that stayed behind would be work that the next engine never does."""
-        try:
-            for choice in session.choices:
-                if choice.finish is None:
-                    self._finish(session, choice, Finish.FAILED, f"{loss.how} while it served this request")
-        except Exception:
-            log.exception("session %s cannot be ended as one that was lost with its engine", session.session_id)
-        if self.sessions.get(session.session_id) is session:
-            self._give_up(session)
 
     def _on_window(self, window: Window) -> None:
         self.meter.draw(window.attributed_mj, window.platform_mj)

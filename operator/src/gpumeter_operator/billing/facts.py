@@ -253,18 +253,11 @@ class Line:
         return self.tenant or PLATFORM
 
 
-_SUMMED = (
-    "records",
-    "sessions",
-    "gpu_ns",
-    "prefill_ns",
-    "decode_ns",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-    "batch_ns",
-)
-_STATED = ("kv_byte_s", "energy_mj")
+# Names of fields, each the same wherever records are summed; FIGURES are the last of a Line, in its order.
+COUNTED = ("records", "sessions")
+USED = ("gpu_ns", "prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
+STATED = ("kv_byte_s", "energy_mj")  # None where no record states them
+FIGURES = (*USED, "batch_ns", *STATED)
 
 
 def line_of(record: Record) -> Line:
@@ -307,8 +300,8 @@ def merge(lines: Iterable[Line]) -> tuple[Line, ...]:
         if known is None:
             merged[key] = line
             continue
-        sums = {name: getattr(known, name) + getattr(line, name) for name in _SUMMED}
-        sums |= {name: sum_of_stated((getattr(known, name), getattr(line, name))) for name in _STATED}
+        sums = {name: getattr(known, name) + getattr(line, name) for name in (*COUNTED, *USED, "batch_ns")}
+        sums |= {name: sum_of_stated((getattr(known, name), getattr(line, name))) for name in STATED}
         merged[key] = replace(
             known,
             first_seq=min(known.first_seq, line.first_seq),

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import partial
 
 import click
@@ -19,6 +20,7 @@ from gpumeter_operator.decide.credentials import derive, internal_token
 from gpumeter_operator.decide.names import API_KEY_LABEL, SERVICE_LABEL
 from gpumeter_operator.environment import Environment
 from gpumeter_operator.gateway.app import serve
+from gpumeter_operator.gateway.notices import Notices
 from gpumeter_operator.gateway.settings import Settings, settings_from
 from gpumeter_operator.gateway.world import World
 
@@ -62,4 +64,5 @@ def _world(cluster: Cluster, settings: Settings) -> World:
         keys=lambda changed: Mirror(
             cluster, SECRETS, namespace=settings.namespace, labels={API_KEY_LABEL: "true"}, on_change=changed
         ),
+        notices=Notices(cluster.create, clock=lambda: datetime.now(UTC)),
     )

@@ -20,6 +20,7 @@ from gpumeter_operator.adapters.ledger import usage as sums
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked
+from gpumeter_operator.billing.facts import USED
 from gpumeter_operator.billing.report import joules
 from gpumeter_operator.billing.tariff import plain
 from gpumeter_operator.cli.ledger import LEDGER, open_reader
@@ -235,8 +236,7 @@ def _of_session(found: list[Slice], session_id: str, output: str, told: list[str
     total = Total(())
     for each in found:
         if each.account == "attributed":
-            total.gpu_ns += each.gpu_ns
-            for name in ("prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens"):
+            for name in USED:
                 setattr(total, name, getattr(total, name) + getattr(each, name))
             if each.amount:
                 total.cost.add(Cost({each.amount[0]: each.amount[1]}))

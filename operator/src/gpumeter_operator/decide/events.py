@@ -1,4 +1,4 @@
-"""Events: one per (service, reason, message), however often it is told.
+"""Events: one per (object, reason, message), however often it is told.
 
 Owns the shape and the name of an event. The name is made from what the event says, so telling it again only renews it.
 """
@@ -12,23 +12,38 @@ from gpumeter_operator.decide.names import API_VERSION, SERVICE_KIND
 from gpumeter_operator.decide.owned import fingerprint
 
 MESSAGE_MAX = 1_024  # the API server's limit for an event
-COMPONENT = "gpumeter-operator"
+NAME_MAX = 253  # of any object; a Secret's may be as long as that
+SERVICE, SECRET = (API_VERSION, SERVICE_KIND), ("v1", "Secret")  # what events are about
+OPERATOR, GATEWAY = "gpumeter-operator", "gpumeter-gateway"  # who tells them
 
 
-def event(service: Mapping[str, Any], kind: str, reason: str, message: str, now: datetime) -> dict[str, Any]:
-    """A manifest for server-side apply; `kind` is Normal or Warning.
+def event(
+    about: Mapping[str, Any],
+    kind: str,
+    reason: str,
+    message: str,
+    now: datetime,
+    *,
+    of: tuple[str, str] = SERVICE,
+    source: str = OPERATOR,
+) -> dict[str, Any]:
+    """A manifest; `about` has the metadata of an object `of` this apiVersion and kind, `kind` is Normal or Warning.
 
     It is of the last time that this was told: `kubectl describe` takes an event's age from its first time and count.
     """
-    metadata = service["metadata"]
+    metadata = about["metadata"]
     told = {"uid": metadata["uid"], "kind": kind, "reason": reason, "message": message}
+    key = f".{fingerprint(told)[:16]}"
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{metadata['name']}.{fingerprint(told)[:16]}", "namespace": metadata["namespace"]},
+        "metadata": {
+            "name": metadata["name"][: NAME_MAX - len(key)].rstrip("-.") + key,
+            "namespace": metadata["namespace"],
+        },
         "involvedObject": {
-            "apiVersion": API_VERSION,
-            "kind": SERVICE_KIND,
+            "apiVersion": of[0],
+            "kind": of[1],
             "namespace": metadata["namespace"],
             "name": metadata["name"],
             "uid": metadata["uid"],
@@ -39,6 +54,6 @@ def event(service: Mapping[str, Any], kind: str, reason: str, message: str, now:
         "firstTimestamp": timestamp(now),
         "lastTimestamp": timestamp(now),
         "count": 1,
-        "source": {"component": COMPONENT},
-        "reportingComponent": COMPONENT,
+        "source": {"component": source},
+        "reportingComponent": source,
     }

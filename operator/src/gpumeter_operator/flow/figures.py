@@ -9,19 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 from gpumeter_operator.adapters.ledger.usage import Sum
-from gpumeter_operator.billing.facts import sum_of_stated
+from gpumeter_operator.billing.facts import COUNTED, USED, sum_of_stated
 from gpumeter_operator.billing.tariff import sum_of_amounts
-
-_ADDED = (
-    "records",
-    "sessions",
-    "gpu_ns",
-    "prefill_ns",
-    "decode_ns",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-)
 
 
 @dataclass(slots=True)
@@ -62,7 +51,7 @@ class Total:
 
     def add(self, other: "Total | Sum") -> None:
         """Add figures; what a line costs, too."""
-        for name in _ADDED:
+        for name in (*COUNTED, *USED):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if isinstance(other, Total):
             self.energy_mj = sum_of_stated((self.energy_mj, other.energy_mj))

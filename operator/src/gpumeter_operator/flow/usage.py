@@ -17,7 +17,7 @@ from gpumeter_operator.adapters.ledger import corrections
 from gpumeter_operator.adapters.ledger import usage as sums_of
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.usage import Asked
-from gpumeter_operator.billing.facts import Correction
+from gpumeter_operator.billing.facts import USED, Correction
 from gpumeter_operator.flow.billed import Plans, billed, bills_that_differ, measured
 from gpumeter_operator.flow.figures import Total
 from gpumeter_operator.flow.removed_usage import Days, Removed, left_out_note, of_removed
@@ -122,10 +122,7 @@ def slices(reader: Reader, session_id: str, plans: Plans) -> Iterator[Slice]:
         )
 
 
-_TOLD = (
-    *("service", "tenant", "model", "account", "status", "steps", "batch_ns", "gpu_ns", "prefill_ns", "decode_ns"),
-    *("prompt_tokens", "cached_tokens", "completion_tokens"),
-)
+_TOLD = ("service", "tenant", "model", "account", "status", "steps", "batch_ns", *USED)
 
 
 def notes(reader: Reader, services: Iterable[tuple[str, str]], asked: Asked) -> list[str]:

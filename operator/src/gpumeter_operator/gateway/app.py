@@ -66,6 +66,7 @@ class Gateway:
     async def start(self) -> None:
         """Listen. Requests are refused with 503 until the world is in sync."""
         telemetry = Telemetry()
+        telemetry.watch_ignored_keys(lambda: len(self._world.keyring().ignored))
         self._relay = Relay(
             connect_timeout_s=self._settings.connect_timeout_s,
             silence_timeout_s=self._settings.silence_timeout_s,

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpumeter_operator.decide.names import TENANT_LABEL
 from gpumeter_usage.tenant import tenant_problem
@@ -20,40 +20,55 @@ DIGEST_FIELD = "sha256"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
+INVALID, SHARED = "ApiKeyInvalid", "ApiKeyShared"  # why a Secret is ignored: by itself, or beside others
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ignored:
+    """A Secret that was left out, and why: one CamelCase word and a sentence. Secrets may share a sentence."""
+
+    reason: str
+    message: str
+    namespace: str
+    name: str
+    uid: str
+
+
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """Tenants by the hex SHA-256 of their keys, and one sentence for every Secret that was left out."""
+    """Tenants by the hex SHA-256 of their keys, and every Secret that was left out."""
 
     tenants: Mapping[str, str]
-    problems: tuple[str, ...] = ()
+    ignored: tuple[Ignored, ...] = ()
 
 
 def keyring_from(secrets: Iterable[Mapping[str, Any]]) -> Keyring:
     """Read the Secrets of API keys. One that is malformed is skipped, so that it cannot lock the others out."""
-    problems: list[str] = []
-    owners: dict[str, dict[str, list[str]]] = {}  # digest -> tenant -> Secrets
+    ignored: list[Ignored] = []
+    owners: dict[str, dict[str, list[_Named]]] = {}  # digest -> tenant -> Secrets
     for secret in secrets:
         metadata = secret.get("metadata", {})
         if metadata.get("deletionTimestamp"):
             continue  # revoked: a finalizer of somebody else must not keep a key alive
-        name = f"{metadata.get('namespace', '')}/{metadata.get('name', '')}"
+        named = _Named(metadata.get("namespace", ""), metadata.get("name", ""), metadata.get("uid", ""))
         tenant = (metadata.get("labels") or {}).get(TENANT_LABEL, "")
         digest = _digest_of(secret)
         if problem := _tenant_problem(tenant) or (digest is None and _NO_DIGEST) or "":
-            problems.append(f"The API key Secret {name} is ignored: {problem}")
+            ignored.append(Ignored(INVALID, f"The API key Secret {named} is ignored: {problem}", *named))
             continue
-        owners.setdefault(digest or "", {}).setdefault(tenant, []).append(name)
+        owners.setdefault(digest or "", {}).setdefault(tenant, []).append(named)
     tenants: dict[str, str] = {}
     for digest, by_tenant in owners.items():
         if len(by_tenant) == 1:
             tenants[digest] = next(iter(by_tenant))
             continue
-        names = ", ".join(sorted(name for each in by_tenant.values() for name in each))
-        problems.append(
-            f"The API key Secrets {names} are ignored: they hold the same key for the tenants "
+        alike = sorted(one for each in by_tenant.values() for one in each)
+        message = (
+            f"The API key Secrets {', '.join(map(str, alike))} are ignored: they hold the same key for the tenants "
             f"{', '.join(sorted(by_tenant))}, and a key can belong to one tenant only."
         )
-    return Keyring(tenants, tuple(sorted(problems)))
+        ignored += [Ignored(SHARED, message, *one) for one in alike]
+    return Keyring(tenants, tuple(sorted(ignored)))
 
 
 def tenant_of(keyring: Keyring, authorization: str) -> str | None:
@@ -68,6 +83,15 @@ def tenant_of(keyring: Keyring, authorization: str) -> str | None:
 def digest_of(key: str) -> str:
     """What a Secret holds of a key."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+
+
+class _Named(NamedTuple):
+    namespace: str
+    name: str
+    uid: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 def _tenant_problem(tenant: str) -> str:

@@ -58,6 +58,11 @@ class Telemetry:
         self._held = Gauge(
             "gpumeter_gateway_held_bytes", "Bytes of bodies of the requests that run now.", registry=self.registry
         )
+        self._ignored_keys = Gauge(
+            "gpumeter_gateway_ignored_keys",
+            "Secrets of API keys that are left out now; the log and an event at each of them say why.",
+            registry=self.registry,
+        )
         self._retries = Counter(
             "gpumeter_gateway_retries", "Second attempts, by the failure before.", ("failure",), registry=self.registry
         )
@@ -89,6 +94,10 @@ class Telemetry:
     def watch_held(self, read: Callable[[], int]) -> None:
         """Where the number of held bytes stands."""
         self._held.set_function(read)
+
+    def watch_ignored_keys(self, read: Callable[[], int]) -> None:
+        """Where the number of API keys' Secrets that are left out stands."""
+        self._ignored_keys.set_function(read)
 
     def retried(self, failure: str) -> None:
         """Count one second attempt."""

@@ -1,7 +1,7 @@
 """What the gateway knows of the cluster: services, their ready workers, and the keys of tenants.
 
 Owns the three mirrors' lifetimes and what is computed from them, again only after something changed. Does not know how
-a mirror is kept; it opens them through a port, which adapters.mirror.Mirror fills.
+a mirror is kept; it opens them through a port, which adapters.mirror.Mirror fills. Nor how what is wrong is told.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from gpumeter_operator.gateway.endpoints import Endpoint, endpoints_from
 from gpumeter_operator.gateway.keys import Keyring, keyring_from
 from gpumeter_operator.gateway.models import Catalogue, Service, catalogue_from
+from gpumeter_operator.gateway.notices import Notices
 from gpumeter_operator.gateway.outlook import Outlook, outlook
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,16 @@ OpenSource = Callable[[Callable[[], None]], Source]  # gets a function to call a
 class World:
     """The state of the cluster as far as requests need it."""
 
-    def __init__(self, *, services: OpenSource, slices: OpenSource, keys: OpenSource) -> None:
+    def __init__(self, *, services: OpenSource, slices: OpenSource, keys: OpenSource, notices: Notices) -> None:
         self._catalogue: _Derived[Catalogue] = _Derived(lambda: catalogue_from(self._services.objects.values()))
         self._endpoints: _Derived[dict[tuple[str, str], tuple[Endpoint, ...]]] = _Derived(
             lambda: endpoints_from(self._slices.objects.values())
         )
-        self._keyring: _Derived[Keyring] = _Derived(lambda: keyring_from(self._keys.objects.values()))
+        self._keyring: _Derived[Keyring] = _Derived(self._read_keys)
         self._all_endpoints: _Derived[frozenset[Endpoint]] = _Derived(
             lambda: frozenset(one for workers in self._endpoints.value().values() for one in workers)
         )
-        self._told: frozenset[str] = frozenset()
+        self._notices = notices
         self.on_services: Callable[[], None] | None = None  # called after a service has changed
         self.on_workers: Callable[[], None] | None = None  # the same for endpoints
         self._services = services(self._services_changed)
@@ -66,6 +67,7 @@ class World:
         async with asyncio.TaskGroup() as tasks:
             for source in sources:
                 tasks.create_task(source.run())
+            tasks.create_task(self._notices.run())
             for source in sources:
                 await source.synced()
             self.synced = True
@@ -91,17 +93,17 @@ class World:
         return self._all_endpoints.value()
 
     def keyring(self) -> Keyring:
-        """Tenants by key; every Secret that is left out is told once."""
-        keyring = self._keyring.value()
-        problems = frozenset(keyring.problems)
-        for problem in sorted(problems - self._told):
-            logger.warning("%s", problem)
-        self._told = problems
-        return keyring
+        """Tenants by key, and the Secrets that are left out."""
+        return self._keyring.value()
 
     def outlook(self, service: Service) -> Outlook:
         """Whether a service without a ready worker may get one, and what its Ready condition says."""
         return outlook(self._services.objects.get((service.namespace, service.name), {}))
+
+    def _read_keys(self) -> Keyring:
+        keyring = keyring_from(self._keys.objects.values())
+        self._notices.show(keyring.ignored)
+        return keyring
 
     def _services_changed(self) -> None:
         self._catalogue.forget()

@@ -17,8 +17,9 @@ from gpumeter_worker.api.app import read_body, translate_errors
 from gpumeter_worker.api.desk import UsageDesk
 from gpumeter_worker.api.errors import Refused, bad_parameter
 from gpumeter_worker.api.identity import is_collector
-from gpumeter_worker.metering.journal import AcknowledgementRefused, RecordsGone
+from gpumeter_worker.metering.journal import AcknowledgementRefused
 from gpumeter_worker.metering.journalfile import JournalUnusable
+from gpumeter_worker.metering.journalpages import RecordsGone
 
 _MAX_ACKNOWLEDGEMENT_BYTES = 4096
 

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from gpumeter_usage.page import Acknowledgement, JournalStatus, Page
 from gpumeter_usage.record import Record, canonical
-from gpumeter_worker.metering.journal import FlushRefused, Head, Journal, Reader
+from gpumeter_worker.metering.journal import FlushRefused, Head, Journal
 from gpumeter_worker.metering.journalfile import Damaged, DiskFull, JournalUnusable
+from gpumeter_worker.metering.journalpages import Reader
 from gpumeter_worker.metering.meter import Flush, Identity
 
 T = TypeVar("T")

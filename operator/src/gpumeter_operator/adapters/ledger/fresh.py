@@ -4,12 +4,13 @@ Owns two queries, each over a span of an index. Changes nothing; raises LedgerUn
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Engine, Row, func, select
 
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
+from gpumeter_operator.billing.facts import FIGURES
 
 Chain = tuple[str, str]
 """(worker_uid, boot_id)."""
@@ -32,11 +33,10 @@ def rows_between(
     """The records of chains after a seq and up to another, in portions."""
     r = t.records.c
     columns = (r.booked_end_ns, r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock, r.seq, r.status)
-    sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
-    stated = (r.kv_byte_s, r.energy_mj)
+    figures = [r[name] for name in FIGURES]
     with reading(engine) as connection:
         for (worker_uid, boot_id), (after, until) in spans.items():
-            query = select(*columns, *sums, *stated).where(
+            query = select(*columns, *figures).where(
                 r.worker_uid == worker_uid,
                 r.boot_id == boot_id,
                 r.seq > after,
@@ -44,5 +44,4 @@ def rows_between(
                 r.service == service_key,
             )
             result = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(query)
-            for rows in result.partitions():
-                yield cast(Sequence[Row[Any]], rows)
+            yield from result.partitions()

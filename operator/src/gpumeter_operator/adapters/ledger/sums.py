@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, and_, case, func, select
 
 from gpumeter_operator.adapters.ledger import tables as t
-from gpumeter_operator.billing.facts import Line
+from gpumeter_operator.billing.facts import FIGURES, Line
 from gpumeter_usage.record import ENDED, Account, Kind
 
 HALF = 2**31
@@ -26,11 +26,10 @@ def sums_of_period(
     in_time += [r.ended_at <= until_ns] if until_ns is not None else []
     key = (r.worker_uid, r.boot_id, r.kind, r.account, r.tenant, r.clock)
     ended = and_(r.status.in_([status.value for status in ENDED]), r.account == Account.ATTRIBUTED.value)
-    sums = (r.gpu_ns, r.prefill_ns, r.decode_ns, r.prompt_tokens, r.cached_tokens, r.completion_tokens, r.batch_ns)
-    stated = (r.kv_byte_s, r.energy_mj)  # NULL where no row states it
+    figures = [r[name] for name in FIGURES]  # of STATED, NULL where no row states it
     # Each is summed in two halves: SQLite refuses a sum beyond 64 bits, and with it the whole query, and no worker may
     # have the means to do that to its service.
-    halves = [half for column in (*sums, *stated) for half in (func.sum(column // HALF), func.sum(column % HALF))]
+    halves = [half for column in figures for half in (func.sum(column // HALF), func.sum(column % HALF))]
     counts = (func.count(), func.min(r.seq), func.max(r.seq), func.sum(case((ended, 1), else_=0)))
     query = (
         select(*key, *counts, *halves)
@@ -42,30 +41,10 @@ def sums_of_period(
 
 
 def _line(row: tuple[Any, ...]) -> Line:
-    key, (records, first, last, sessions), halves = row[:6], (int(number) for number in row[6:10]), row[10:]
-    *sums, kv_byte_s, energy_mj = (_joined(high, low) for high, low in zip(halves[::2], halves[1::2], strict=True))
-    gpu_ns, prefill_ns, decode_ns, prompt, cached, completion, batch_ns = (each or 0 for each in sums)
-    return Line(
-        worker_uid=key[0],
-        boot_id=key[1],
-        kind=Kind(key[2]),
-        account=key[3],
-        tenant=key[4],
-        clock=key[5],
-        records=records,
-        first_seq=first,
-        last_seq=last,
-        sessions=sessions,
-        gpu_ns=gpu_ns,
-        prefill_ns=prefill_ns,
-        decode_ns=decode_ns,
-        prompt_tokens=prompt,
-        cached_tokens=cached,
-        completion_tokens=completion,
-        batch_ns=batch_ns,
-        kv_byte_s=kv_byte_s,
-        energy_mj=energy_mj,
-    )
+    worker_uid, boot_id, kind, account, tenant, clock = row[:6]
+    counts, halves = (int(number) for number in row[6:10]), row[10:]
+    figures: list[Any] = [_joined(high, low) for high, low in zip(halves[::2], halves[1::2], strict=True)]
+    return Line(worker_uid, boot_id, Kind(kind), account, tenant, clock, *counts, *figures)
 
 
 def _joined(high: Any, low: Any) -> int | None:

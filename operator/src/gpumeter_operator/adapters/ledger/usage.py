@@ -13,13 +13,12 @@ from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.engine import reading
 from gpumeter_operator.adapters.ledger.sums import HALF
 from gpumeter_operator.billing.close import Phase
-from gpumeter_operator.billing.facts import PLATFORM
+from gpumeter_operator.billing.facts import PLATFORM, USED
 from gpumeter_usage.period import DAY_NS
 from gpumeter_usage.record import ENDED, Account, Kind
 
 _READ_AT_ONCE = 5_000
 _LAST_NS = 2**62
-_SUMMED = ("gpu_ns", "prefill_ns", "decode_ns", "prompt_tokens", "cached_tokens", "completion_tokens")
 _NAMED = {
     "tenant": t.records.c.tenant,
     "service": t.records.c.service,
@@ -73,7 +72,7 @@ def sums(engine: Engine, by: Sequence[str], asked: Asked, edges_ns: Sequence[int
         group.append(case(*((r.ended_at <= edge, edge) for edge in edges), else_=literal_column(str(_LAST_NS))))
     ended = case((r.status.in_([status.value for status in ENDED]), 1), else_=0)
     # In two halves, for SQLite refuses a sum beyond 64 bits.
-    halves = [half for name in _SUMMED for half in (func.sum(r[name] // HALF), func.sum(r[name] % HALF))]
+    halves = [half for name in USED for half in (func.sum(r[name] // HALF), func.sum(r[name] % HALF))]
     query = (
         select(*group, func.count(), func.sum(ended), *halves)
         .select_from(t.records.join(t.workers, w.worker_uid == r.worker_uid))
