@@ -146,6 +146,9 @@ class World:
     def load(self, uid: str) -> Load | None:
         return Load(int(now_s() * 1_000), 0, 0)
 
+    def silent_since(self, uid: str) -> int | None:
+        return None
+
     def asked(self) -> Mapping[str, AtDoor]:
         return {f"{NAMESPACE}/{NAME}": AtDoor(self.waiting)} if self.waiting else {}
 
