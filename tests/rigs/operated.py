@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Manifest, Manifests, Resource
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Keep, Labels, Manifest, Manifests, Resource, whole
 from gpumeter_operator.adapters.mirror import Mirror
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.decide.conditions import timestamp
@@ -69,10 +69,14 @@ class Doomed:
         return await self._call(f"list {resource.kind}", lambda: self._api.list(resource, namespace, labels))
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[Manifests, str]:
         self._die()
-        return await self._api.list_at(resource, namespace, labels)
+        return await self._api.list_at(resource, namespace, labels, keep)
 
     async def watch(self, resource: Resource, namespace: str | None, labels: Labels | None, version: str) -> Any:
         async for change in self._api.watch(resource, namespace, labels, version):
@@ -145,6 +149,9 @@ class World:
 
     def load(self, uid: str) -> Load | None:
         return Load(int(now_s() * 1_000), 0, 0)
+
+    def silent_since(self, uid: str) -> int | None:
+        return None
 
     def asked(self) -> Mapping[str, AtDoor]:
         return {f"{NAMESPACE}/{NAME}": AtDoor(self.waiting)} if self.waiting else {}

@@ -76,6 +76,7 @@ class ScalingWorld:
         self.answers: asyncio.Event | None = None  # until it is set, workers that are asked say nothing
         self.written: asyncio.Event | None = None  # until it is set, the reconciler's write takes
         self.gateway_silent = False
+        self.asked_from_s = 0.0  # until then thousands of other workers are asked before ours
         self.events: list[tuple[str, str]] = []
         self.told_s: list[float] = []
         self.counted: list[str] = []
@@ -113,9 +114,12 @@ class ScalingWorld:
 
     def load(self, uid: str) -> Load | None:
         pod = next((one for one in self.pods if one.manifest["metadata"]["uid"] == uid), None)
-        if pod is None or pod.silent or not pod.ready:
+        if pod is None or pod.silent or self.now_s < self.asked_from_s or not pod.ready:
             return None
         return Load(int(self.now_s * 1_000), len(pod.waiting), len(pod.ends_s), None, pod.ended)
+
+    def silent_since(self, uid: str) -> int | None:
+        return None if self.now_s < self.asked_from_s else int(self.asked_from_s * 1_000)
 
     def asked(self) -> Mapping[str, AtDoor]:
         in_flight = sum(pod.in_flight for pod in self.pods)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, Refused, Resource
+from gpumeter_operator.adapters.kubernetes import Keep, Labels, Manifest, Manifests, Refused, Resource, whole
 
 Key = tuple[str, str, str]
 Path = tuple[str, ...]
@@ -47,10 +47,14 @@ class SharedApi:
         return (await self.list_at(resource, namespace, labels))[0]
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[Manifests, str]:
         found = [one for key, one in self.objects.items() if key[0] == resource.kind and namespace in (None, key[1])]
-        return [copy.deepcopy(one) for one in found if _matches(one, labels)], str(self._version)
+        return [keep(copy.deepcopy(one)) for one in found if _matches(one, labels)], str(self._version)
 
     async def watch(
         self, resource: Resource, namespace: str | None, labels: Labels | None, version: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Labels, Manifest, Refused, Resource
+from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Keep, Labels, Manifest, Refused, Resource, whole
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide.access import Monitoring, Peers
@@ -38,11 +38,15 @@ class ApiInMemory:
         self._watches: dict[str, list[asyncio.Queue[tuple[str, Manifest]]]] = {}
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[list[Manifest], str]:
         if resource.kind in self.unknown:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
-        found = [copy.deepcopy(one) for (kind, _, _), one in self.objects.items() if kind == resource.kind]
+        found = [keep(copy.deepcopy(one)) for (kind, _, _), one in self.objects.items() if kind == resource.kind]
         return found, str(self._version)
 
     async def watch(

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from gpumeter_operator.adapters.access import Access
-from gpumeter_operator.adapters.kubernetes import CONFIG_MAPS, PAGE_SIZE, Cluster, Refused, Unreachable
+from gpumeter_operator.adapters.kubernetes import CONFIG_MAPS, PAGE_SIZE, Cluster, Manifest, Refused, Unreachable
 from gpumeter_operator.cli.main import LEVELS_MAX, allow_deep_objects
 
 
@@ -59,6 +59,25 @@ async def test_a_list_is_read_page_by_page_and_loses_its_managed_fields() -> Non
     assert found[0]["kind"] == "ConfigMap"
     assert asked[0] == {"limit": str(PAGE_SIZE), "labelSelector": "a=b,c"}
     assert asked[1]["continue"] == "more"
+
+
+async def test_what_is_kept_of_a_page_is_made_before_the_next_page_comes() -> None:
+    """Made at the end it would lie among all that is not kept, whose memory then stays with the process."""
+    order: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        order.append("page")
+        metadata = {"resourceVersion": "77", **({"continue": "more"} if order.count("page") == 1 else {})}
+        return web.json_response({"metadata": metadata, "items": [item("m")]})
+
+    def keep(one: Manifest) -> Manifest:
+        order.append("kept")
+        return {"metadata": {"name": one["metadata"]["name"]}}
+
+    async with served(answer) as cluster:
+        found, _ = await cluster.list_at(CONFIG_MAPS, keep=keep)
+    assert order == ["page", "kept", "page", "kept"]
+    assert found == [{"metadata": {"name": "m"}}] * 2
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Resource
+from gpumeter_operator.adapters.kubernetes import Keep, Labels, Manifest, Resource, whole
 from gpumeter_operator.decide.access import Peers
 from gpumeter_operator.decide.credentials import credentials_of
 from gpumeter_operator.decide.spec import read
@@ -29,9 +29,13 @@ class Lists:
         self._text = json.dumps(objects)
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[list[Manifest], str]:
-        return [one for one in json.loads(self._text) if one["kind"] == resource.kind], "7"
+        return [keep(one) for one in json.loads(self._text) if one["kind"] == resource.kind], "7"
 
     async def watch(
         self, resource: Resource, namespace: str | None, labels: Labels | None, version: str

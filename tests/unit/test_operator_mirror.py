@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from gpumeter_operator.adapters.kubernetes import PODS, Labels, Manifest, Refused, Resource, Unreachable
+from gpumeter_operator.adapters.kubernetes import PODS, Keep, Labels, Manifest, Refused, Resource, Unreachable, whole
 from gpumeter_operator.adapters.mirror import BACKOFF_S, Mirror
 
 Step = tuple[str, Manifest] | Exception
@@ -24,7 +24,11 @@ class ScriptedSource:
         self.exhausted = asyncio.Event()
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[list[Manifest], str]:
         if not self.lists:
             self.exhausted.set()
@@ -32,7 +36,7 @@ class ScriptedSource:
         answer = self.lists.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer, f"v{len(self.lists)}"
+        return [keep(one) for one in answer], f"v{len(self.lists)}"
 
     async def watch(
         self, resource: Resource, namespace: str | None, labels: Labels | None, version: str

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from gpumeter_operator.adapters.packed import packed, unpacked, without_bulk
+from gpumeter_operator.adapters.packed import packed, packed_workload, unpacked, unpacked_workload, without_bulk
+from gpumeter_operator.decide.credentials import credentials_of
+from gpumeter_operator.decide.spec import read
+from gpumeter_operator.decide.workload import Installation, build
 
 OWNER = {"apiVersion": "gpumeter.io/v1alpha1", "kind": "InferenceService", "name": "a", "uid": "s", "controller": True}
 DEPLOYMENT: dict[str, Any] = {
@@ -44,6 +47,14 @@ def test_the_whole_of_a_packed_object_comes_back_and_its_short_form_has_what_is_
     assert (kept["apiVersion"], kept["kind"]) == ("apps/v1", "Deployment")
     assert packed(DEPLOYMENT) == kept, "a list that found nothing new is seen to be the same"
     assert packed({"metadata": {"name": "a", "uid": "u"}})["metadata"] == {"name": "a", "uid": "u"}
+
+
+def test_a_packed_workload_comes_back_as_it_was_built_in_less_than_a_third_of_its_text() -> None:
+    metadata = {"namespace": "n", "name": "a", "uid": "u", "generation": 1}
+    spec, _ = read({"metadata": metadata, "spec": {"model": {"uri": "hf://o/n"}, "scaling": {"maxReplicas": 4}}})
+    built = build(spec, 2, Installation("i", "IfNotPresent", ""), credentials_of(b"k" * 32, spec.uid))
+    assert unpacked_workload(packed_workload(built)) == built
+    assert len(packed_workload(built)) * 3 < len(repr(built))
 
 
 def test_a_pod_keeps_what_tells_of_its_life_and_of_the_model_that_its_worker_serves() -> None:

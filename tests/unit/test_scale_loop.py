@@ -118,6 +118,25 @@ async def test_a_worker_that_got_ready_since_all_were_asked_is_called_silent_onl
     assert [reason for reason, _ in world.events] == ["SignalsMissing"] == [words(world)[0]]
 
 
+async def test_after_a_restart_silence_counts_from_the_first_question_and_not_from_the_start() -> None:
+    """Asking thousands of workers takes longer than silence may last before it is told."""
+    world = ScalingWorld(start_s=2)
+    await world.run(20)
+    await world.reconcile(world.service)
+    before = words(world), status(world)["queueLength"]
+    world.restart()
+    world.asked_from_s = world.now_s + 60
+    await world.run(58)
+    assert (world.events, words(world), status(world)["queueLength"]) == ([], *before)
+    [pod] = world.ready()
+    pod.silent = True
+    await world.run(10)
+    assert world.events == [], "silence lasts before it is told, as it does otherwise"
+    await world.run(4)
+    assert [reason for reason, _ in world.events] == ["SignalsMissing"] == [words(world)[0]]
+    assert status(world)["queueLength"] is None
+
+
 async def test_a_stopped_service_is_not_scaled_and_scales_again_when_it_is_no_longer() -> None:
     world = ScalingWorld(start_s=2)
     await world.run(20)

@@ -99,6 +99,24 @@ async def test_a_worker_that_falls_silent_is_known_for_six_seconds_and_then_not(
     await signals.close()
 
 
+async def test_one_that_leaves_two_questions_unanswered_is_silent_since_the_first_of_them_until_it_answers(
+    worker: StandIn,
+) -> None:
+    now_ms = [1_000]
+    signals = Signals(worker.port, lambda: now_ms[0])
+    worker.answer = None
+    await signals.ask({"u": "127.0.0.1"}, 5)
+    assert signals.silent_since("u") is None, "one may be lost"
+    now_ms[0] += 2_000
+    await signals.ask({"u": "127.0.0.1"}, 5)
+    assert signals.silent_since("u") == 1_000
+    worker.answer = TEXT
+    now_ms[0] += 4_000
+    await signals.ask({"u": "127.0.0.1"}, 5)
+    assert signals.silent_since("u") is None
+    await signals.close()
+
+
 async def test_one_that_does_not_answer_is_asked_ever_less_often_until_it_does(worker: StandIn) -> None:
     now_ms = [0]
     signals = Signals(worker.port, lambda: now_ms[0])

@@ -1,6 +1,8 @@
 """A page read again and again over a kept connection, from servers that behave in every way that a server can."""
 
 import asyncio
+import gc
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -73,6 +75,23 @@ async def test_one_connection_serves_many_questions(server: Server, scraper: Scr
     assert server.requests == [b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % server.port] * 5
     scraper.close()
     await eventually(lambda: server.ended == 1)
+
+
+async def test_a_connection_that_is_kept_does_not_keep_the_page_that_came_over_it(server: Server) -> None:
+    """Of five thousand connections the pages alone would be 50 MiB."""
+    server.answer = saying(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + 1_000_000 * b"x")
+    scraper = Scraper(server.port, "/metrics", 1_000_000)
+    await scraper.get(HERE)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await scraper.get(HERE)
+        await asyncio.sleep(0.01)  # the loop itself holds it until this task's next step
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 500_000
+    finally:
+        tracemalloc.stop()
+        scraper.close()
 
 
 @pytest.mark.parametrize("size", [1, 7, 300])

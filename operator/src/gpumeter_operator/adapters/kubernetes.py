@@ -8,7 +8,7 @@ them, and they are half of an object. How deep an object may be is said where pr
 
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,8 @@ from gpumeter_operator.adapters import access
 Manifest = dict[str, Any]
 Decoded = TypeVar("Decoded")
 Manifests = list[Manifest]
+Keep = Callable[[Manifest], Manifest]
+"""What stays of an object."""
 Labels = Mapping[str, str | None]
 """A label selector: a value that must be equal, or None where it is enough that the label exists."""
 
@@ -100,6 +102,11 @@ class Unreachable(Exception):
     """The API server did not answer, or what answered was not an API server."""
 
 
+def whole(item: Manifest) -> Manifest:
+    """The object as it is, for those who keep all of it."""
+    return item
+
+
 class _Metadata(msgspec.Struct):
     resourceVersion: str = ""
     continued: str = msgspec.field(name="continue", default="")
@@ -154,16 +161,22 @@ class Cluster:
         return (await self.list_at(resource, namespace, labels))[0]
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[Manifests, str]:
-        """All objects and the resource version at which the list was true, for `watch` to go on from."""
+        """All objects, of each what `keep` makes of it, and the version at which the list was true, for `watch`."""
         path, query = _path(resource, namespace), {"limit": str(PAGE_SIZE), **_selector(labels)}
         found: Manifests = []
         while True:
             page = _decoded(await self._answer("GET", path, query), _PAGE)
-            # Page by page: of a list of thousands the managed fields are hundreds of megabytes.
+            # Page by page: of a list of thousands the managed fields are hundreds of megabytes; and the little that is
+            # kept, put among all the rest, would keep its memory from being given back.
             found += [
-                _slim({**item, "apiVersion": resource.api_version, "kind": resource.kind}) for item in page.items or ()
+                keep(_slim({**item, "apiVersion": resource.api_version, "kind": resource.kind}))
+                for item in page.items or ()
             ]
             if not page.metadata.continued:
                 return found, page.metadata.resourceVersion

@@ -11,7 +11,16 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Protocol
 
-from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, Refused, Resource, Unreachable
+from gpumeter_operator.adapters.kubernetes import (
+    Keep,
+    Labels,
+    Manifest,
+    Manifests,
+    Refused,
+    Resource,
+    Unreachable,
+    whole,
+)
 
 STEADY_NS = 30_000_000_000  # a watch that lived this long was sound; the next failure starts the back-off anew
 BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # between attempts of an informer; 10 s keeps recovery within one look
@@ -25,9 +34,13 @@ class Source(Protocol):
     """What a Mirror needs of a cluster."""
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[Manifests, str]:
-        """All objects and the version at which the list was true."""
+        """All objects, of each what `keep` makes of it, and the version at which the list was true."""
         ...
 
     def watch(
@@ -145,8 +158,8 @@ class Mirror:
 
     async def _list(self) -> str:
         # By itself, so that nothing holds the list any more while the watch goes on: unpacked it is most of the memory.
-        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels)
-        self._replace_all({_key(item): self._kept(item) for item in listed})
+        listed, version = await self._cluster.list_at(self._resource, self._namespace, self._labels, self._kept)
+        self._replace_all({_key(item): item for item in listed})
         self._version = _number(version)
         return version
 

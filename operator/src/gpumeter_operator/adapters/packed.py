@@ -12,6 +12,7 @@ import msgspec
 
 from gpumeter_operator.adapters.kubernetes import Manifest
 from gpumeter_operator.decide.names import MODEL_VARIABLE, REVISION_VARIABLE, SERVICE_LABEL, TEMPLATE_ANNOTATION
+from gpumeter_operator.decide.workload import Workload
 
 _WHOLE = "packed"
 _METADATA = ("name", "namespace", "uid", "resourceVersion", "deletionTimestamp")
@@ -20,6 +21,7 @@ _POD = ("nodeName", "terminationGracePeriodSeconds")
 _ENVIRONMENT = (MODEL_VARIABLE, REVISION_VARIABLE)
 _FAST = 1  # zlib's level: a third of the JSON in 50 us; higher ones save little more
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_workload = msgspec.json.Decoder(Workload).decode
 
 
 def packed(item: Manifest) -> Manifest:
@@ -44,6 +46,16 @@ def packed(item: Manifest) -> Manifest:
 def unpacked(item: Manifest) -> Manifest:
     """The whole of what `packed` gave."""
     return _decode(zlib.decompress(item[_WHOLE]))
+
+
+def packed_workload(workload: Workload) -> bytes:
+    """All manifests of a service that gets them: a tenth of what they take as dicts, for `unpacked_workload`."""
+    return zlib.compress(msgspec.json.encode(workload), _FAST)
+
+
+def unpacked_workload(packed: bytes) -> Workload:
+    """What `packed_workload` was given; a third of what it costs to build it anew."""
+    return _decode_workload(zlib.decompress(packed))
 
 
 def without_bulk(pod: Manifest) -> Manifest:

@@ -82,20 +82,20 @@ class _Line(asyncio.Protocol):
         self._bytes_max = bytes_max
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
-        self._answer: asyncio.Future[bytes] | None = None
+        self._answer: asyncio.Future[bytes] | None = None  # of a question that has none yet
         self._body = bytearray()
         self._fed_bytes = 0
         self._begun = False
 
     def ask(self) -> asyncio.Future[bytes]:
         """The body of the answer; fails with Unanswered."""
-        self._answer = asyncio.get_running_loop().create_future()
+        answer = self._answer = asyncio.get_running_loop().create_future()
         self._begun, self._fed_bytes = False, 0
         if self._transport is None or self.closed:
             self._fail(_Closed("the connection is closed"))
         else:
             self._transport.write(self._request)
-        return self._answer
+        return answer
 
     def close(self) -> None:
         """End the connection."""
@@ -142,11 +142,13 @@ class _Line(asyncio.Protocol):
             return  # 100 Continue and its kind come before the answer
         if not self._parser.should_keep_alive():
             self.close()
-        if self._answer is not None and not self._answer.done():
+        # Not kept until the next question: a page each is what thousands of connections would take most memory for.
+        answer, self._answer = self._answer, None
+        if answer is not None and not answer.done():
             if status == 200:
-                self._answer.set_result(bytes(self._body))
+                answer.set_result(bytes(self._body))
             else:
-                self._answer.set_exception(Unanswered(f"it answered with status {status}"))
+                answer.set_exception(Unanswered(f"it answered with status {status}"))
         self._body.clear()
 
     def _fail(self, why: Unanswered) -> None:

@@ -1,8 +1,9 @@
 """Asks workers for their load over HTTP: the autoscaler's side of a worker's /metrics.
 
-Owns when a worker is asked, how many at once, which of its metrics are a load, and when a load is too old to mean
-anything: a worker that does not answer is silent, not idle. Reads the names that every engine has
-(vllm:num_requests_waiting and vllm:num_requests_running), and gpumeter's own for the rest. Does not decide.
+Owns when a worker is asked, how many at once, which of its metrics are a load, when a load is too old to mean
+anything, and since when a worker is silent: one that does not answer is, and not one whose turn is still to come. Reads
+the names that every engine has (vllm:num_requests_waiting and vllm:num_requests_running), and gpumeter's own for the
+rest. Does not decide.
 """
 
 import asyncio
@@ -10,9 +11,9 @@ import logging
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from gpumeter_operator.adapters.scraping import Scraper, Unanswered
 from gpumeter_operator.decide.crew import Load
@@ -24,6 +25,7 @@ TIMEOUT_S = 1.5  # below EVERY_MS, so that an answer is never older than the nex
 PARALLEL = 64  # questions at a time: a thousand workers are asked in a second, and no burst fills the event loop
 BODY_BYTES_MAX = 2**20
 BACKOFF_MAX_MS = 16_000  # a worker that does not answer is asked ever less often, or dead ones would hold all slots
+SILENT_AFTER = 2  # questions in a row: one may be lost here, where a start holds up the event loop for a second
 
 # Begins with the end of the line before: that is searched for four times as fast as the begin of any line.
 _WANTED = re.compile(
@@ -42,20 +44,47 @@ class _Round:
     over: asyncio.Future[None]
 
 
+@dataclass(slots=True)
+class _Missed:
+    """Questions in a row that a worker left unanswered: when the first was asked, how many, when the next may be."""
+
+    since_ms: int
+    times: int = 0
+    again_ms: int = 0
+
+
+class Pages(Protocol):
+    """Who brings a worker's page: adapters.scraping.Scraper."""
+
+    async def get(self, address: str) -> bytes:
+        """The page of the worker at this address; raises Unanswered or OSError."""
+        ...
+
+    def keep(self, addresses: Collection[str]) -> None:
+        """No others are asked any more."""
+        ...
+
+    def close(self) -> None:
+        """Nobody is."""
+        ...
+
+
 class Signals:
     """The last load of every worker. `clock_ms` never goes back."""
 
     def __init__(
-        self, port: int = HTTP_PORT, clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+        self,
+        port: int = HTTP_PORT,
+        clock_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
+        pages: Pages | None = None,
     ) -> None:
         self._clock_ms = clock_ms
-        self._scraper = Scraper(port, "/metrics", BODY_BYTES_MAX)
+        self._pages = pages or Scraper(port, "/metrics", BODY_BYTES_MAX)
         self._loads: dict[str, Load] = {}
         self._asking: set[str] = set()  # uids, of `_questions` too
         self._questions: deque[tuple[str, str, _Round]] = deque()
         self._askers: set[asyncio.Task[None]] = set()
-        self._failures: dict[str, int] = {}
-        self._again_ms: dict[str, int] = {}
+        self._missed: dict[str, _Missed] = {}
 
     async def ask(self, workers: Mapping[str, str], within_s: float) -> None:
         """Ask all `workers` (uid -> address) and return when they have answered, at the latest after `within_s`.
@@ -65,8 +94,8 @@ class Signals:
         """
         now_ms = self._clock_ms()
         self._forget(workers)
-        self._scraper.keep(workers.values())
-        due = [uid for uid in workers if uid not in self._asking and self._again_ms.get(uid, 0) <= now_ms]
+        self._pages.keep(workers.values())
+        due = [uid for uid in workers if uid not in self._asking and not self._rests(uid, now_ms)]
         together = _Round(len(due), asyncio.get_running_loop().create_future())
         self._asking.update(due)
         self._questions.extend((uid, workers[uid], together) for uid in due)
@@ -82,6 +111,15 @@ class Signals:
         load = self._loads.get(uid)
         return load if load is not None and self._clock_ms() - load.at_ms <= TOO_OLD_MS else None
 
+    def silent_since(self, uid: str) -> int | None:
+        """When (milliseconds of the clock) the first of the questions was asked that it has left unanswered since.
+
+        None while it had no chance to tell: when thousands are asked one after the other, as after a start, who waits
+        for its turn is not silent, however long it has told nothing.
+        """
+        missed = self._missed.get(uid)
+        return missed.since_ms if missed is not None and missed.times >= SILENT_AFTER else None
+
     async def close(self) -> None:
         """End what is being asked, and the connections."""
         for *_, together in self._questions:
@@ -92,7 +130,7 @@ class Signals:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._asking.clear()
-        self._scraper.close()
+        self._pages.close()
 
     async def _ask_on(self) -> None:
         """One of those who ask, until nobody is left to be asked; who leaves is none of them from that moment on."""
@@ -111,10 +149,10 @@ class Signals:
             self._askers.discard(cast(asyncio.Task[None], asyncio.current_task()))
 
     async def _ask(self, uid: str, address: str) -> None:
-        body = b""
+        body, asked_ms = b"", self._clock_ms()
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                body = await self._scraper.get(address)
+                body = await self._pages.get(address)
         except (Unanswered, OSError, TimeoutError):
             pass
         finally:
@@ -122,17 +160,21 @@ class Signals:
         now_ms = self._clock_ms()
         if (load := read_load(body, now_ms)) is not None:
             self._loads[uid] = load
-            self._failures.pop(uid, None)
-            self._again_ms.pop(uid, None)
+            self._missed.pop(uid, None)
             return
-        failures = self._failures[uid] = self._failures.get(uid, 0) + 1
-        self._again_ms[uid] = now_ms + min(EVERY_MS * 2 ** (failures - 1), BACKOFF_MAX_MS) - EVERY_MS // 2
+        missed = self._missed.setdefault(uid, _Missed(asked_ms))
+        missed.times += 1
+        missed.again_ms = now_ms + min(EVERY_MS * 2 ** (missed.times - 1), BACKOFF_MAX_MS) - EVERY_MS // 2
+
+    def _rests(self, uid: str, now_ms: int) -> bool:
+        missed = self._missed.get(uid)
+        return missed is not None and missed.again_ms > now_ms
 
     def _forget(self, workers: Iterable[str]) -> None:
         named = set(workers)
-        for uid in [uid for uid in self._loads.keys() | self._failures.keys() if uid not in named]:
-            for known in (self._loads, self._failures, self._again_ms):
-                known.pop(uid, None)
+        for known in (self._loads, self._missed):
+            for uid in known.keys() - named:
+                del known[uid]
 
 
 def read_load(body: bytes, now_ms: int) -> Load | None:

@@ -101,6 +101,7 @@ class _Why:
 
 STEADY = "WithinTarget"
 AT_ZERO = "ScaledToZero"
+SILENT = "SignalsMissing"
 ROLLING = (
     "Nothing was asked for long enough to go to zero, but no worker of the new version is ready in place of the former "
     "ones, which could not be started again; they stay until it is."
@@ -189,7 +190,7 @@ def _recommend(scaling: Scaling, sight: Sight, counts: _Counts, memory: Memory, 
     current = sight.replicas
     if counts.ready and counts.silent == counts.ready and not counts.door:
         return current, Problem(
-            "SignalsMissing",
+            SILENT,
             "No ready worker has told its load lately, so the number of workers stays; a silent worker is not an idle "
             "one. Check that the operator reaches the workers' port 8000 (network policies).",
         )
@@ -273,14 +274,14 @@ def _worded(scaling: Scaling, current: int, wanted: int, allowed: int, because: 
         if limit == "TooManyReplicas" or wanted > current == scaling.most:
             message = f"More than {_workers(scaling.most)} are asked for; spec.scaling.maxReplicas allows no more."
             return Decision(current, current, "AtMaximum", message)
-        if why.reason in ("SignalsMissing", "GpuBusy", "BatchesFull"):
-            return Decision(current, current, why.reason, why.message, able=why.reason != "SignalsMissing")
+        if why.reason in (SILENT, "GpuBusy", "BatchesFull"):
+            return Decision(current, current, why.reason, why.message, able=why.reason != SILENT)
         return Decision(current, current, STEADY, following(scaling))
     if current > scaling.most:
         why = Problem("AboveMaximum", f"spec.scaling.maxReplicas is {scaling.most}.")
     elif current < scaling.least:
         why = Problem("BelowMinimum", f"spec.scaling.minReplicas is {scaling.least}.")
-    elif (allowed > current) != (wanted > current) or why.reason in ("GpuBusy", "BatchesFull", "SignalsMissing"):
+    elif (allowed > current) != (wanted > current) or why.reason in ("GpuBusy", "BatchesFull", SILENT):
         # A window held the number back until now, and the moment's own recommendation says something else.
         word = "QueueAboveTarget" if allowed > current else "QueueBelowTarget"
         window = "scaleUp" if allowed > current else "scaleDown"

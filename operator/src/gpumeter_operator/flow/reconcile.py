@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Manifest, Refused
 from gpumeter_operator.adapters.mirror import version_of
 from gpumeter_operator.adapters.operator_metrics import OperatorMetrics
+from gpumeter_operator.adapters.packed import packed_workload, unpacked_workload
 from gpumeter_operator.adapters.starting import Answer
 from gpumeter_operator.decide import status as decide
 from gpumeter_operator.decide.credentials import credentials_of
@@ -56,7 +57,7 @@ class Known:
     calm: tuple[Any, ...] | None = None  # what there was to see when a look found all well and nothing to write
     calm_ns: int = 0
     held_ns: int | None = None  # since when a status that only tells of progress waits
-    workload: tuple[tuple[Any, ...], Workload] | None = None
+    workload: tuple[tuple[Any, ...], bytes] | None = None  # packed, with what it was built from
     version: int = 0  # of the newest copy of the service that was looked at
     problem: Problem | None = None  # why the last look could not write the Deployment
 
@@ -270,16 +271,19 @@ class Reconciler:
         return replace(pod, loading=answer.progress)
 
     def _workload(self, spec: ServiceSpec, replicas: Replicas, known: Known, *, marked: bool) -> Workload:
-        """Manifests are built once per generation: they are the costly part of a look that finds nothing to do."""
+        """Manifests are built once per generation: they are the costly part of a look that finds nothing to do.
+
+        What of them stays until the next look is packed. As dicts of thousands that start they lie among what is kept
+        for good, and the memory of neither can be given back when they are dropped.
+        """
         monitored = self._fleet.has_pod_monitors
         key = (spec.generation, replicas.wanted, marked, monitored)
-        if known.workload is None or known.workload[0] != key:
-            credentials = credentials_of(self._master_key, spec.uid)
-            known.workload = (
-                key,
-                build(spec, replicas.wanted, self._installation, credentials, marked=marked, monitored=monitored),
-            )
-        return known.workload[1]
+        if known.workload is not None and known.workload[0] == key:
+            return unpacked_workload(known.workload[1])
+        credentials = credentials_of(self._master_key, spec.uid)
+        built = build(spec, replicas.wanted, self._installation, credentials, marked=marked, monitored=monitored)
+        known.workload = key, packed_workload(built)
+        return built
 
     async def _tell(self, service: Manifest, seen: decide.Seen, known: Known, now: datetime) -> bool:
         former = service.get("status") or {}

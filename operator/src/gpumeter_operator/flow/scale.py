@@ -275,7 +275,8 @@ class Scaler:
         held = self._hold(service)
         crew = self._sights.crew(service)
         loads = {one.uid: load for one in crew if (load := self._loads.load(one.uid)) is not None}
-        self._measure(held, crew, loads)
+        silent_since_ms = self._silent_since(crew, loads)
+        self._measure(held, crew, loads, silent_since_ms)
         if held.acting is not None and not held.acting.done():
             held.again = True
             return
@@ -285,7 +286,7 @@ class Scaler:
         now, now_ms = self._clock(), self._clock_ms()
         sight = self._sights.sight(held, crew, loads)
         decision, held.memory = decide(held.spec.scaling, sight, held.memory, now_ms)
-        if (news := note(held, decision, now, now_ms)) is not None:
+        if (news := note(held, decision, now, now_ms, silent_since_ms)) is not None:
             held.news.append((news, decision.able, now))
         if decision.changes:
             self._count(decision.reason)
@@ -315,15 +316,26 @@ class Scaler:
         if to_do.unmark:
             held.acting = asyncio.create_task(self._act(service, held, to_do, now))
 
-    def _measure(self, held: Held, crew: list[Replica], loads: Mapping[str, Load]) -> None:
+    def _silent_since(self, crew: list[Replica], loads: Mapping[str, Load]) -> int | None:
+        """Since when all ready workers without a load are silent; None while one of them had no chance to tell."""
+        since_ms = 0
+        for one in crew:
+            if one.ready and one.uid not in loads:
+                if (one_ms := self._loads.silent_since(one.uid)) is None:
+                    return None
+                since_ms = max(since_ms, one_ms)
+        return since_ms
+
+    def _measure(self, held: Held, crew: list[Replica], loads: Mapping[str, Load], silent_since_ms: int | None) -> None:
         now_ms = self._clock_ms()
         if held.figures is not None and now_ms - held.figures_ms < FIGURES_EVERY_MS:
             return
         door = self._sights.door(held.spec)
         told = [loads[one.uid] for one in crew if one.ready and one.uid in loads]
         unknown = not told and not door.waiting and held.wanted != 0
-        if unknown and held.is_queue_known and now_ms - held.figures_ms < UNKNOWN_AFTER_MS:
-            return  # who answers late once is not silent
+        recent = now_ms - held.figures_ms < UNKNOWN_AFTER_MS or silent_since_ms is None
+        if unknown and held.is_queue_known and recent:
+            return  # who answers late once is not silent, nor who was not asked yet
         gpus = [load.gpu_percent for load in told if load.gpu_percent is not None]
         held.figures_ms = now_ms
         held.figures = Figures(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from gpumeter_operator.decide.autoscale import AT_ZERO, STEADY, Decision, Memory
+from gpumeter_operator.decide.autoscale import AT_ZERO, SILENT, STEADY, Decision, Memory
 from gpumeter_operator.decide.conditions import timestamp
 from gpumeter_operator.decide.reasons import NOT_AUTOSCALED
 from gpumeter_operator.decide.replicas import HINDERED
@@ -72,10 +72,11 @@ def recall(held: Held, status: Mapping[str, Any], now_ms: int) -> None:
             held.able = condition.get("status") == "True"
 
 
-def note(held: Held, decision: Decision, now: datetime, now_ms: int) -> Problem | None:
+def note(held: Held, decision: Decision, now: datetime, now_ms: int, silent_since_ms: int | None) -> Problem | None:
     """Take a decision over; what of it is news: a change, or that something keeps the autoscaler from one.
 
-    The other reasons that change nothing stand in the condition alone.
+    The other reasons that change nothing stand in the condition alone. `silent_since_ms` is since when all that told no
+    load were asked for it in vain; with None, for some had no chance to tell, what was told last is told still.
     """
     said = Problem(decision.reason, decision.message)
     if decision.changes:
@@ -95,9 +96,11 @@ def note(held: Held, decision: Decision, now: datetime, now_ms: int) -> Problem 
         held.holding = decision.reason, now_ms
     if calm and held.words is not None:
         said = held.words
-    # The first words need not last, unless they are of trouble: a worker that got ready since all were asked has told
-    # nothing yet, and is not silent.
-    lasts = now_ms - held.holding[1] >= HOLDS_MS
+    if silent_since_ms is None:
+        return None
+    since_ms = max(held.holding[1], silent_since_ms) if decision.reason == SILENT else held.holding[1]
+    # The first words need not last, unless they are of trouble.
+    lasts = now_ms - since_ms >= HOLDS_MS
     if said == held.told or not (lasts or (held.told is None and decision.able)):
         return None
     held.told, held.able = said, decision.able

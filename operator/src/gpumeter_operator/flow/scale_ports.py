@@ -31,7 +31,12 @@ class Loads(Protocol):
         ...
 
     def load(self, uid: str) -> Load | None:
-        """What a worker last told; None where it is silent."""
+        """What a worker last told; None where that is too old, or nothing."""
+        ...
+
+    def silent_since(self, uid: str) -> int | None:
+        """Since when (milliseconds of the reader's clock) a worker without a load was asked and has not answered; None
+        for one that had no chance to."""
         ...
 
 

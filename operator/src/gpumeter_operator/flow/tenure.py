@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from gpumeter_operator.adapters.kubernetes import Labels, Manifest, Manifests, Resource
+from gpumeter_operator.adapters.kubernetes import Keep, Labels, Manifest, Manifests, Resource, whole
 from gpumeter_operator.flow.api import Api
 from gpumeter_operator.flow.scale_ports import Marks
 
@@ -96,10 +96,14 @@ class InTenure:
         return await self._cluster.list(resource, namespace, labels)
 
     async def list_at(
-        self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        labels: Labels | None = None,
+        keep: Keep = whole,
     ) -> tuple[Manifests, str]:
-        """All objects and the version at which the list was true."""
-        return await self._cluster.list_at(resource, namespace, labels)
+        """All objects, of each what `keep` makes of it, and the version at which the list was true."""
+        return await self._cluster.list_at(resource, namespace, labels, keep)
 
     def watch(
         self, resource: Resource, namespace: str | None, labels: Labels | None, version: str
