@@ -133,10 +133,10 @@ def test_a_server_that_ended_the_transaction_is_told_with_what_to_do(database: D
         return  # a file has no server that ends transactions
     reader = Reader(database.url, one_state=True)
     assert reader.services() == []
-    database.run(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name AND state LIKE 'idle in%'",
-        name=database.name,
-    )
+    end = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :name AND state LIKE 'idle in%'"
+    with database.raw() as connection:
+        ended = connection.scalars(text(end), {"name": database.name}).all()
+    assert ended == [True], "it is gone, and not only told to go"
     with pytest.raises(LedgerUnavailable, match="run it again"):
         reader.services()
     reader.close()
