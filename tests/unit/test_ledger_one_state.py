@@ -1,7 +1,8 @@
 """A command beside a running collector sees one state of the ledger, whatever is written between two of its queries."""
 
 import pytest
-from sqlalchemy import event
+from psycopg import Connection
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
 from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
@@ -107,15 +108,35 @@ def test_whoever_asks_again_sees_what_came_since(database: Database) -> None:
     ledger.close()
 
 
+def test_a_state_that_could_not_be_kept_is_fixed_by_whoever_asks_again(database: Database) -> None:
+    if database.kind == "sqlite":
+        return  # a file has no server that ends a connection before it lends its state
+    taken: list[int] = []
+
+    def cut_the_second(driver: Connection[object], *_: object) -> None:
+        """The first one is the reader's own; the second one is to keep the state."""
+        taken.append(driver.info.backend_pid)
+        if len(taken) == 2:
+            with database.raw() as connection:
+                assert connection.scalar(text(f"SELECT pg_terminate_backend({taken[1]}, 5000)"))
+
+    reader = Reader(database.url, one_state=True)
+    event.listen(reader.engine, "checkout", cut_the_second)
+    with pytest.raises(LedgerUnavailable):
+        reader.services()
+    assert reader.services() == []
+    reader.close()
+
+
 def test_a_server_that_ended_the_transaction_is_told_with_what_to_do(database: Database) -> None:
     if database.kind == "sqlite":
         return  # a file has no server that ends transactions
     reader = Reader(database.url, one_state=True)
     assert reader.services() == []
-    database.run(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name AND state LIKE 'idle in%'",
-        name=database.name,
-    )
+    end = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :name AND state LIKE 'idle in%'"
+    with database.raw() as connection:
+        ended = connection.scalars(text(end), {"name": database.name}).all()
+    assert ended == [True], "it is gone, and not only told to go"
     with pytest.raises(LedgerUnavailable, match="run it again"):
         reader.services()
     reader.close()

@@ -6,7 +6,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from gpumeter_operator.cli.main import COMMANDS, main
+from gpumeter_operator.cli.main import COMMANDS, deep_objects_problem, main
 
 
 def test_help_lists_every_command_without_importing_any() -> None:
@@ -36,6 +36,37 @@ def test_a_command_lets_its_process_read_the_deepest_object_and_an_import_change
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_python_that_decodes_no_deep_objects_is_told_with_what_to_do_and_another_is_not() -> None:
+    asked: list[str] = []
+
+    def stops_in_c(text: str) -> object:
+        asked.append(text)
+        raise RecursionError("maximum recursion depth exceeded while decoding a JSON array from a unicode string")
+
+    told = deep_objects_problem("3.12.1", stops_in_c)
+    assert told is not None
+    assert told.startswith("Python 3.12.1 decodes no JSON of 9,990 levels")
+    assert told.endswith("run gpumeter on Python 3.11 or 3.13.")
+    assert asked == ["[" * 9_990 + "]" * 9_990]
+    assert deep_objects_problem("3.13.0", lambda text: []) is None
+
+
+def test_a_command_that_runs_for_long_asks_its_python_for_deep_objects_and_warns() -> None:
+    code = (
+        "import json, sys\n"
+        "from click.testing import CliRunner\n"
+        "from gpumeter_operator.cli import start\n"
+        "from gpumeter_operator.cli.main import allow_deep_objects\n"
+        "if sys.argv[1] == 'as commands do':\n"
+        "    allow_deep_objects()\n"
+        "assert start.settings_or_exit(lambda environ: 'settings') == 'settings'\n"
+    )
+    for given, warned in (("as commands do", False), ("with a limit of 1,000", sys.version_info < (3, 12))):
+        done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("decodes no JSON of 9,990 levels" in done.stderr) == warned, done.stderr
 
 
 def test_an_unknown_command_is_said_to_be_unknown() -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -34,6 +36,7 @@ class ApiInMemory:
         self.refusals: dict[str, Refused] = {}
         self.unseen_pods: list[Manifest] = []
         self.unknown: set[str] = set()
+        self.asked: Counter[str] = Counter()
         self._version = 100
         self._watches: dict[str, list[asyncio.Queue[tuple[str, Manifest]]]] = {}
 
@@ -44,6 +47,7 @@ class ApiInMemory:
         labels: Labels | None = None,
         keep: Keep = whole,
     ) -> tuple[list[Manifest], str]:
+        self.asked[resource.kind] += 1
         if resource.kind in self.unknown:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         found = [keep(copy.deepcopy(one)) for (kind, _, _), one in self.objects.items() if kind == resource.kind]
@@ -56,6 +60,13 @@ class ApiInMemory:
         self._watches.setdefault(resource.kind, []).append(queue)
         while True:
             yield await queue.get()
+            queue.task_done()  # who watches has taken it
+
+    async def settled(self) -> None:
+        """Until whoever watches has taken all that was told."""
+        async with asyncio.timeout(60):  # a mirror that has ended takes nothing any more
+            for queue in [queue for of_kind in self._watches.values() for queue in of_kind]:
+                await queue.join()
 
     async def list(
         self, resource: Resource, namespace: str | None = None, labels: Labels | None = None
@@ -140,7 +151,7 @@ class World:
 
     async def look(self) -> list[str]:
         """Reconcile once; the kinds that were written."""
-        await asyncio.sleep(0.01)  # the watches of the mirrors have their turn
+        await self.api.settled()
         before = len(self.api.writes)
         await self.reconciler.reconcile(self.service())
         return self.api.writes[before:]
@@ -148,6 +159,13 @@ class World:
     def ready(self) -> dict[str, Any]:
         one: dict[str, Any] = self.service()["status"]["conditions"][0]
         return one
+
+
+async def eventually(seen: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Until it is so."""
+    async with asyncio.timeout(timeout_s):
+        while not seen():  # noqa: ASYNC110 - what is waited for is asked, and tells nobody
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -162,6 +180,7 @@ async def world() -> AsyncIterator[World]:
         }
     )
     await one.fleet.start()
+    await eventually(lambda: one.fleet.has_pod_monitors and one.fleet.has_plan("any") is not None)
     yield one
     await one.fleet.stop()
 
@@ -224,7 +243,7 @@ async def test_a_service_that_is_well_is_not_due_until_something_of_it_changes(w
 
     for what, change in changes:
         change()
-        await asyncio.sleep(0.01)
+        await world.api.settled()
         assert world.reconciler.is_due(world.service()), what
         while await world.look():
             pass
@@ -388,22 +407,18 @@ async def test_pod_monitors_are_made_from_the_moment_at_which_the_cluster_knows_
     api.unknown.add("PodMonitor")
     one = Fleet(api)
     await one.start()
-    await asyncio.sleep(0.05)
+    await eventually(lambda: api.asked["PodMonitor"] > 1)
     assert not one.has_pod_monitors
     assert one.unsynced() is None, "nobody waits for what may never come"
     api.unknown.clear()
-    async with asyncio.timeout(10):
-        while True:
-            await asyncio.sleep(0.01)
-            if one.has_pod_monitors:
-                break
+    await eventually(lambda: one.has_pod_monitors)
     await one.stop()
 
 
 async def test_a_status_that_someone_changed_meanwhile_is_decided_again_and_not_announced_twice(world: World) -> None:
     old = world.service()
     world.api.put(world.service())
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     await world.reconciler.reconcile(old)
     assert "status" not in world.api.writes
     assert "Event" not in world.api.writes
@@ -422,12 +437,12 @@ async def test_an_older_copy_of_a_service_overwrites_no_newer_edit(world: World)
     assert world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["replicas"] == 3
     assert world.service()["status"]["observedGeneration"] == 2
     world.api.remove("Deployment", "team-a", "smollm2")
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     await world.reconciler.reconcile(old)
     assert world.api.objects["Deployment", "team-a", "smollm2"]["spec"]["replicas"] == 3, "it goes by the newest"
     world.api.remove("InferenceService", "team-a", "smollm2")
     world.api.remove("Deployment", "team-a", "smollm2")
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     await world.reconciler.reconcile(old)
     assert ("Deployment", "team-a", "smollm2") not in world.api.objects
 
@@ -700,13 +715,13 @@ async def test_a_price_plan_that_comes_and_goes_is_told_by_condition_and_event_a
 async def test_a_service_that_is_well_is_due_when_its_price_plan_goes(world: World) -> None:
     plan = {"apiVersion": "gpumeter.io/v1alpha1", "kind": "PricePlan", "metadata": {"name": "default"}, "spec": {}}
     world.api.put(plan)
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     await a_calm_service(world)
     world.api.put({**plan, "spec": {"currency": "USD"}})
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     assert not world.reconciler.is_due(world.service()), "its content is the collector's concern"
     world.api.remove("PricePlan", "", "default")
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     assert world.reconciler.is_due(world.service())
 
 
@@ -736,37 +751,44 @@ async def test_nothing_is_kept_of_a_service_that_is_gone_though_its_finalizer_wa
     for kind, namespace, name in list(world.api.objects):
         world.api.remove(kind, namespace, name)
     world.reconciler.drop(metadata)
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     assert not world.reconciler._known and not world.reconciler._children._settled and not world.fleet._changes
 
 
 async def test_a_service_that_comes_again_shows_another_version_than_before(world: World) -> None:
     await world.look()
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     seen = set()
     for _ in range(3):
         seen.add(world.fleet.version("team-a", "smollm2"))
         world.api.put(worker())
-        await asyncio.sleep(0.01)
+        await world.api.settled()
         seen.add(world.fleet.version("team-a", "smollm2"))
         for kind, namespace, name in list(world.api.objects):
             world.api.remove(kind, namespace, name)
-        await asyncio.sleep(0.01)
+        await world.api.settled()
         assert world.fleet.version("team-a", "smollm2") == 0
         world.api.put(worker())
-        await asyncio.sleep(0.01)
+        await world.api.settled()
     assert len(seen) == 6
 
 
 async def test_a_service_is_let_go_when_the_look_under_way_has_ended(world: World) -> None:
+    begun, answers, apply = asyncio.Event(), asyncio.Event(), world.api.apply
+
+    async def slowly(manifest: Manifest, **options: Any) -> Manifest:
+        begun.set()
+        await answers.wait()
+        return await apply(manifest, **options)
+
+    world.api.apply = slowly  # type: ignore[method-assign]
     looking = asyncio.create_task(world.look())
-    await asyncio.sleep(0.011)
-    known = world.reconciler._known["u-1"]
-    async with known.lock:
-        leaving = asyncio.create_task(world.reconciler.leave(world.service()))
-        await asyncio.sleep(0)
-        assert not leaving.done()
-    await asyncio.gather(looking, leaving)
+    await begun.wait()
+    leaving = asyncio.create_task(world.reconciler.leave(world.service()))
+    await asyncio.sleep(0)  # its turn
+    assert not leaving.done()
+    answers.set()
+    assert (await asyncio.gather(looking, leaving))[0] == ALL
     assert await world.look() == []
 
 
@@ -793,10 +815,11 @@ async def test_services_that_wait_for_their_turn_are_no_frozen_loop_as_long_as_l
     async with asyncio.timeout(30):  # no look ends: that is a frozen one
         while not (world.reconciler.overdue(0.5) or "").startswith("18 services"):  # noqa: ASYNC110 - a clock's words
             await asyncio.sleep(0.05)
+    answered_s = time.monotonic()
     answers.release()
     await asyncio.wait(looks, return_when=asyncio.FIRST_COMPLETED)
     await asyncio.sleep(0)
-    late = world.reconciler.overdue(0.5) or ""
+    late = world.reconciler.overdue(time.monotonic() - answered_s + 0.25) or ""
     assert late.startswith("15 services"), "one was looked at, one has its turn since just now, and one waits"
     for _ in looks:
         answers.release()
@@ -857,7 +880,7 @@ async def test_a_release_is_forced_after_the_longest_grace_period_and_a_minute_a
     pod["metadata"]["deletionTimestamp"] = "2026-11-21T10:05:00Z"  # as Kubernetes has it: the end of its grace period
     world.api.put(pod)
     service = deleted(world)
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     world.now = DELETED_AT + timedelta(seconds=300 + 59)
     task = asyncio.create_task(releaser(world).release(service))
     done, _ = await asyncio.wait([task], timeout=1)
@@ -875,18 +898,19 @@ async def test_an_operator_that_was_away_past_the_limit_gives_the_workers_their_
     await world.look()
     world.api.put(worker())
     service = deleted(world)
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     back = world.now = DELETED_AT + timedelta(hours=1)
     task = asyncio.create_task(releaser(world).release(service))
     done, _ = await asyncio.wait([task], timeout=0.7)
     assert not done, "the workers were told to go only now"
     assert ("Deployment", "team-a", "smollm2") not in world.api.objects
     task.cancel()
+    await asyncio.wait([task])
     # Another operator comes: the Deployment is gone, and when the pod's time is over says the pod itself.
     pod = worker()
     pod["metadata"]["deletionTimestamp"] = "2026-11-21T11:02:45Z"
     world.api.put(pod)
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     world.now = back + timedelta(seconds=165 + 59)
     task = asyncio.create_task(releaser(world).release(service))
     done, _ = await asyncio.wait([task], timeout=0.7)
@@ -905,7 +929,7 @@ async def test_a_deletion_that_the_cluster_refuses_to_carry_out_has_its_limit_to
     world.api.put(worker())
     service = deleted(world)
     world.api.refusals["delete"] = Refused(403, "Forbidden", "a webhook denied the request")
-    await asyncio.sleep(0.01)
+    await world.api.settled()
     one = releaser(world)
     with pytest.raises(Refused):
         await one.release(service)

@@ -117,7 +117,10 @@ class Candidate:
         # more must not keep the process, either: whoever holds its lock may be what stands still.
         ends = threading.Timer(LAST_WORDS_S, os._exit, (LEASE_LOST,))
         ends.daemon = True
-        ends.start()
+        try:
+            ends.start()
+        except RuntimeError:  # no thread is to be had, so nobody would end a process whose log hangs
+            os._exit(LEASE_LOST)
         say()
         logging.shutdown()
         os._exit(LEASE_LOST)

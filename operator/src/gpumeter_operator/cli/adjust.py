@@ -72,7 +72,7 @@ def adjust(
         if dry_run:
             click.echo(f"Would book {weigh(open_reader(ledger), wanted, time.time_ns()).told}")
             return
-        opened = Ledger(ledger_url(ledger))
+        opened = Ledger(ledger_url(ledger), migrate=False)
         try:
             click.echo(f"Booked {book(opened, wanted, time.time_ns()).told}")
         finally:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import click
 
 from gpumeter_operator.adapters.journals import journals_in
-from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, open_engine
+from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.cli.ledger import LEDGER, ledger_url
 from gpumeter_operator.flow.leftover import Leftover, take_journal
@@ -51,8 +51,7 @@ def journal(*, ledger: str | None, over_gaps: bool, paths: tuple[Path, ...]) -> 
 
 
 async def _take(url: str, files: list[Path], *, over_gaps: bool) -> list[Leftover]:
-    open_engine(url, read_only=True).dispose()  # where there is no ledger, none is made: its collector does that
-    ledger = Ledger(url)
+    ledger = Ledger(url, migrate=False)
     try:
         return [await take_journal(file, ledger, _at_once, time.time_ns, over_gaps=over_gaps) for file in files]
     finally:

@@ -4,7 +4,9 @@ Owns the list of commands and where each lives, and what holds for the process o
 when it is called, so that the gateway does not carry kopf, nor the plugin a server. Knows no command's options.
 """
 
+import json
 import sys
+from collections.abc import Callable
 from importlib import import_module
 
 import click
@@ -67,5 +69,24 @@ def allow_deep_objects() -> None:
     A field whose content no schema knows may have all of LEVELS_MAX levels. Python's own limit, 1,000, holds for what
     decodes JSON too, here and in kopf: one such object of one user would end every list and watch of its kind. Twice
     that, because what copies takes two frames a level.
+
+    From 3.12 on what is written in C has another limit, which nothing lifts: 3.13 decodes 9,994 levels, 3.12.1 not even
+    1,500 (`deep_objects_problem`).
     """
     sys.setrecursionlimit(max(sys.getrecursionlimit(), 2 * LEVELS_MAX + 1_000))
+
+
+def deep_objects_problem(python: str, decode: Callable[[str], object] = json.loads) -> str | None:
+    """A sentence where this Python, of that version, decodes no deep objects though their levels are allowed.
+
+    The last ten levels are not asked for: 3.13 lacks them, and nothing can be done about it.
+    """
+    levels = LEVELS_MAX - 10
+    try:
+        decode("[" * levels + "]" * levels)
+    except RecursionError:
+        return (
+            f"Python {python} decodes no JSON of {levels:,} levels, which the API server takes from any user, and one "
+            "such object ends every list and watch of its kind: run gpumeter on Python 3.11 or 3.13."
+        )
+    return None

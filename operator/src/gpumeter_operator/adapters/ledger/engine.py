@@ -35,7 +35,8 @@ class LedgerUnavailable(Exception):
 def open_engine(url: str, *, read_only: bool, one_state: bool = False) -> Engine:
     """Connect to `sqlite:///PATH` or `postgresql://...`. Raises LedgerUnavailable; what it says names no password.
 
-    With `one_state` every read transaction sees what the first one saw, until the engine is disposed of.
+    With `one_state` every read transaction sees what the first one saw, until the engine is disposed of; it is for one
+    thread then.
     """
     try:
         parsed = make_url(url)

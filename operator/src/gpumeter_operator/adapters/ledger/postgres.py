@@ -44,7 +44,7 @@ SESSION = (
 
 def open_engine(url: URL, *, read_only: bool, one_state: bool = False) -> Engine:
     """An engine for a database; nothing is connected yet. With `one_state`, which only readers may ask for, every
-    transaction sees what its first one saw."""
+    transaction sees what its first one saw; it is for one thread."""
     given = {name: value for name, value in CONNECTION.items() if name not in url.query}
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
@@ -70,7 +70,7 @@ class _OneState:
 
     One transaction is kept open and lends its snapshot to the others (PostgreSQL's documentation, "Snapshot
     Synchronization Functions"): each of them fails by itself, where one for all would not survive a query that failed.
-    Nothing waits for the one that is kept, but VACUUM.
+    Nothing waits for the one that is kept, but VACUUM. For one thread: two that began at once would each fix a state.
     """
 
     def __init__(self) -> None:
@@ -80,8 +80,13 @@ class _OneState:
     def join(self, connection: Connection) -> None:
         """Let the transaction that this connection begins see the state; the first one fixes it."""
         if self._kept is None:
-            self._kept = connection.engine.raw_connection()
-            self._snapshot = _lent(self._kept.driver_connection)
+            kept = connection.engine.raw_connection()
+            try:
+                self._snapshot = _lent(kept.driver_connection)
+            except BaseException:
+                kept.invalidate()
+                raise
+            self._kept = kept
         driver: Any = connection.connection.driver_connection
         try:
             driver.execute(f"SET TRANSACTION SNAPSHOT '{self._snapshot}'")

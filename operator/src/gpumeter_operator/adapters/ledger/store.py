@@ -16,7 +16,7 @@ from gpumeter_operator.adapters.ledger import dialect, locks, rows
 from gpumeter_operator.adapters.ledger import tables as t
 from gpumeter_operator.adapters.ledger.closed import FactsVersion, facts_version, last_final_ns
 from gpumeter_operator.adapters.ledger.days import DayMissing, Days
-from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, upgrade
+from gpumeter_operator.adapters.ledger.engine import has_one_writer, reading, refuse_other_schema, upgrade
 from gpumeter_operator.adapters.ledger.engine import writing as begin_writing
 from gpumeter_operator.adapters.ledger.locks import Lock
 from gpumeter_operator.adapters.ledger.read import Reader
@@ -41,12 +41,24 @@ ServiceName = tuple[str, str]
 class Ledger(Reader):
     """The ledger, for the collector. Methods block, and may be called from several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, migrate: bool = True) -> None:
+        """Raises LedgerUnavailable. Its owner brings the tables up to date, and makes them where there are none.
+
+        With `migrate` off they are refused, untouched, where they are not of this version: a ledger that somebody else
+        owns, whose version of gpumeter could not use it any more.
+        """
+        if not migrate:
+            look = Reader(url)
+            try:
+                refuse_other_schema(look.engine)
+            finally:
+                look.close()
         super().__init__(url, read_only=False)
         # Where there is one writer, to queue here is fairer than the database's busy-waiting.
         self._queue = threading.Lock() if has_one_writer(self.engine) else nullcontext()
         self.days = Days(self.engine)
-        upgrade(self.engine)
+        if migrate:
+            upgrade(self.engine)
 
     def set_granularity(self, granularity: Granularity, now_ns: int) -> int:
         """Let periods have this length from the next full hour on (from the beginning in an empty ledger).
