@@ -25,6 +25,7 @@ from rigs.gateway import (
     serving,
     until,
 )
+from rigs.ports import hold_port
 
 KEY = {"Authorization": "Bearer key-of-acme"}
 ASK: dict[str, Any] = {"model": "smollm2", "messages": [{"role": "user", "content": "Hello"}]}
@@ -253,13 +254,8 @@ async def test_bytes_that_are_announced_and_not_sent_take_no_room() -> None:
 # Workers
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 async def test_a_worker_that_cannot_be_reached_costs_no_request(rig: Rig, http: aiohttp.ClientSession) -> None:
-    rig.cluster.set_endpoint("team-a", "smollm2", free_port())
+    rig.cluster.set_endpoint("team-a", "smollm2", hold_port())
     for _ in range(6):
         async with http.post(PATH, json=ASK) as answer:
             assert answer.status == 200
@@ -270,7 +266,7 @@ async def test_a_worker_that_cannot_be_reached_costs_no_request(rig: Rig, http: 
 async def test_with_no_worker_in_reach_the_answer_is_503_after_the_limit_of_waiting_time() -> None:
     async with asyncio.timeout(30), gateway_rig(waiting_timeout_s=0.5) as rig:
         rig.cluster.end_worker(rig.worker.port)
-        rig.cluster.set_endpoint("team-a", "smollm2", free_port())
+        rig.cluster.set_endpoint("team-a", "smollm2", hold_port())
         async with aiohttp.ClientSession(rig.url, headers=KEY) as http, http.post(PATH, json=ASK) as answer:
             assert answer.status == 503
             assert int(answer.headers["Retry-After"]) > 0
