@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from apiserver import ROOT, Run
 from gpumeter_operator.adapters.kubernetes import INFERENCE_SERVICES, Cluster, Manifest
+from rigs.ports import hold_port
 
 Found = TypeVar("Found")
 
@@ -64,7 +64,7 @@ class OperatorProcess:
     """`gpumeter operator` as the image runs it."""
 
     def __init__(self, kubeconfig: Path, folder: Path, **environment: str) -> None:
-        self.port = _free_port()
+        self.port = hold_port()
         self.log = folder / f"operator-{time.monotonic_ns()}.log"
         key = folder / "master-key"
         key.write_bytes(MASTER_KEY)
@@ -205,10 +205,3 @@ def condition(status: Manifest, kind: str = "Ready") -> Manifest:
     """One condition, empty when it is not there."""
     found: Manifest = next((one for one in status.get("conditions") or [] if one["type"] == kind), {})
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port

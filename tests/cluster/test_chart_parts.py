@@ -6,7 +6,6 @@ What the chart gives must be enough: whoever is forbidden something says so in i
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +20,7 @@ import pytest
 from apiserver import Run, Server, eventually, merged, rule_file
 from charts import environment, pod_specs, rendered
 from rigs.audited import PRIVATE_PEM
+from rigs.ports import hold_port
 
 PARTS = ("operator", "collector", "gateway")
 SMALL = merged(rule_file("inferenceservices")["base"], {"spec": {"resources": {"gpu": {"count": 0}}}})
@@ -62,7 +62,7 @@ def parts(
     try:
         for name in PARTS:
             token = kubectl("create", "token", f"gpumeter-{name}", "-n", release).stdout.strip()
-            port = free_port()
+            port = hold_port()
             own = {
                 "KUBECONFIG": str(kubeconfig_of(token, plane, folder / f"{name}.kubeconfig")),
                 "GPUMETER_NAMESPACE": release,
@@ -100,12 +100,6 @@ def kubeconfig_of(token: str, admin: Path, target: Path) -> Path:
     config["users"] = [{"name": each["name"], "user": {"token": token}} for each in config["users"]]
     target.write_text(json.dumps(config))
     return target
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port: int = held.getsockname()[1]
-        return port
 
 
 def test_the_operator_makes_a_workload_tells_its_state_and_lets_it_go(

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +17,7 @@ from gpumeter_operator.billing.report import canonical_report
 from gpumeter_usage.period import MINUTE_NS, rfc3339
 from operatorrun import eventually
 from rigs.audited import PRIVATE_PEM
+from rigs.ports import hold_port
 from rigs.postgres import Server
 from test_collector_publishes import Report, a_worker, finals_of, two_minutes_ago
 
@@ -27,13 +27,10 @@ KEPT = ("apiVersion", "kind", "spec", "status")
 
 @pytest.fixture
 def collector(plane: Path, kubectl: Run, helm: Run, ledger_url: str, tmp_path: Path) -> Iterator[CollectorProcess]:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
     key = tmp_path / "signing-key"
     key.write_bytes(PRIVATE_PEM)
     may = identity_of_the_chart(kubectl, helm, plane, tmp_path)
-    process = CollectorProcess(may, tmp_path, port, ledger_url=ledger_url, GPUMETER_SIGNING_KEY_FILE=str(key))
+    process = CollectorProcess(may, tmp_path, hold_port(), ledger_url=ledger_url, GPUMETER_SIGNING_KEY_FILE=str(key))
     yield process
     assert process.stop() == 0, process.log.read_text()
     assert "Traceback" not in process.log.read_text(), process.log.read_text()

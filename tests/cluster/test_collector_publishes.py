@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from gpumeter_usage.period import MINUTE_NS, SECOND_NS, rfc3339
 from gpumeter_usage.record import Account, Status
 from operatorrun import eventually, service
 from rigs.ledger import FakeWorker, worker
+from rigs.ports import hold_port
 
 ADDRESS = "127.0.0.81"
 PLAN = {
@@ -47,10 +47,7 @@ async def cluster(server: Server, plane: Path) -> AsyncIterator[Cluster]:
 
 @pytest.fixture
 async def collector(identity: Path, tmp_path: Path) -> AsyncIterator[CollectorProcess]:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    process = CollectorProcess(identity, tmp_path, port)
+    process = CollectorProcess(identity, tmp_path, hold_port())
     yield process
     assert process.stop() == 0, process.log.read_text()
     assert "Traceback" not in process.log.read_text(), process.log.read_text()

@@ -5,7 +5,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from gpumeter_operator.adapters.kubernetes import Cluster
 from gpumeter_operator.decide.credentials import internal_token
 from gpumeter_operator.gateway.keys import digest_of
 from rigs.gateway import MASTER_KEY, ScriptedWorker, begin_stream, chunk, event, serving, until
+from rigs.ports import hold_port
 
 GPUMETER = Path(sys.executable).parent / "gpumeter"
 KEY = {"Authorization": "Bearer key-of-acme"}
@@ -108,8 +108,7 @@ async def api_server(worker_port: int, folder: Path) -> AsyncIterator[tuple[Smal
 async def gateway_process(
     kubeconfig: Path, **environment: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = hold_port()
     key_file = kubeconfig.parent / "master-key"
     key_file.write_bytes(MASTER_KEY)
     settings = {
@@ -201,8 +200,7 @@ async def test_from_zero_the_operators_side_hears_of_a_waiting_request_and_the_f
     tmp_path: Path,
 ) -> None:
     """The command as it is, a port that its Service does not have, and the mirror by which an operator finds it."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        internal_port = probe.getsockname()[1]
+    internal_port = hold_port()
     worker_slice = named("smollm2-1", "team-a", labels={"kubernetes.io/service-name": "smollm2"})
     gateway_slice = named("gateway-1", "gpumeter", labels={"kubernetes.io/service-name": "gpumeter-gateway"}) | {
         "addressType": "IPv4",

@@ -4,7 +4,6 @@ import base64
 import gzip
 import io
 import json
-import socket
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from gpumeter_worker.sources.oci import credentials
 from gpumeter_worker.sources.progress import Progress
 from rigs import modelservers
 from rigs.modelservers import Layer, Server, manifest, tiny_model
+from rigs.ports import hold_port
 
 MODEL = tiny_model(300_000)
 BESIDE = {"README.md": b"# a model", "pytorch_model.bin": b"pickle", "onnx/model.onnx": b"x", "train.py": b"import os"}
@@ -45,13 +45,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.name != ".gpumeter.json"
     }
-
-
-def closed_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 @pytest.fixture
@@ -104,7 +97,7 @@ def test_a_gated_repository_needs_its_token(hub: Server, tmp_path: Path) -> None
 
 
 def test_a_hub_that_is_away_is_asked_again_and_then_told(tmp_path: Path) -> None:
-    failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"})
+    failure = refused("hf://acme/tiny", tmp_path, {"HF_ENDPOINT": f"http://127.0.0.1:{hold_port()}"})
     assert failure.reason == "ModelSourceUnreachable"
     assert "cannot be reached for acme/tiny at main" in failure.message
 
@@ -285,7 +278,7 @@ def test_a_bucket_that_says_no_is_told_apart_from_one_that_is_away(
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    away = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{closed_port()}"}
+    away = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{hold_port()}"}
     assert refused("s3://models/tiny", tmp_path, away).reason == "ModelSourceUnreachable"
     with modelservers.hub({}) as server:
         server.behaviour.status = 403
@@ -454,7 +447,7 @@ def test_a_registrys_refusals_are_told_apart(tmp_path: Path) -> None:
         assert refused(f"oci://{server.host}/acme/tiny:v1", tmp_path, {}).reason == "ModelInvalid"
         server.behaviour.status = 503
         assert refused(f"oci://{server.host}/acme/tiny:v1", tmp_path, {}).reason == "ModelSourceUnreachable"
-    assert refused(f"oci://127.0.0.1:{closed_port()}/a/b:v1", tmp_path, {}).reason == "ModelSourceUnreachable"
+    assert refused(f"oci://127.0.0.1:{hold_port()}/a/b:v1", tmp_path, {}).reason == "ModelSourceUnreachable"
 
 
 def test_an_archive_cannot_write_outside_of_its_folder(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Owns the kubeconfig and the paths of the two programs. Does not know what is app
 
 import json
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rigs.ports import hold_port
 
 
 class DemoFailed(Exception):
@@ -64,8 +65,7 @@ class Kube:
     @contextmanager
     def forwarded(self, namespace: str, service: str, port: int) -> Iterator[int]:
         """A port of 127.0.0.1 that leads to a Service; kubectl is started again when it loses its pod."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            local = int(probe.getsockname()[1])
+        local = hold_port()
         arguments = [str(self.kubectl), "-n", namespace, "port-forward", f"service/{service}", f"{local}:{port}"]
         over = threading.Event()
         running: list[subprocess.Popen[bytes]] = []

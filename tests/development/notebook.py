@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import time
 import uuid
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from demo.kube import Kube
+from rigs.ports import hold_port
 
 Answer = TypeVar("Answer")
 FORWARDED_WITHIN_S = 20
@@ -116,8 +116,7 @@ def opened(kube: Kube, message: str) -> Iterator[Notebook]:
     token = subprocess.run(
         ["sh", "-c", secret[0]], capture_output=True, text=True, check=True, env=environment
     ).stdout.strip()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = hold_port()
     command = forward[0].partition(" at ")[0].removesuffix(forward["port"]) + f"{port}:{forward['port']}"
     process = subprocess.Popen(
         shlex.split(command), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
+from rigs.ports import hold_port
+
 
 class CutLine:
     """Forwards to `target` until `close`; `cut` and `mend` at will."""
@@ -21,7 +23,7 @@ class CutLine:
         self._listener: socket.socket | None = None
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self.port = 0
+        self.port = hold_port()
         self.mend()
 
     def cut(self) -> None:
@@ -36,11 +38,7 @@ class CutLine:
 
     def mend(self) -> None:
         """Connections are forwarded, at the same port as before."""
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        listener.listen(64)
-        self.port = listener.getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         with self._lock:
             self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()

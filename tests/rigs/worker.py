@@ -1,13 +1,12 @@
 """A real worker process with the real model, as a gateway and a collector see it.
 
-Owns its start on free ports, hop tokens, and a collector that verifies what it pulls. Knows nothing of what a worker
-does inside: it sees HTTP, signals, the log and the exit code.
+Owns its start on ports of its own, hop tokens, and a collector that verifies what it pulls. Knows nothing of what a
+worker does inside: it sees HTTP, signals, the log and the exit code.
 """
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from gpumeter_usage.chain import GENESIS, verify
 from gpumeter_usage.page import Acknowledgement, JournalStatus, decode_page, decode_status, encode_acknowledgement
 from gpumeter_usage.record import Kind, Record, Status, parse
 from rigs.engines import children
+from rigs.ports import hold_port
 
 COMMAND = Path(sys.executable).parent / "gpumeter-worker"
 SERVICE_UID = "11111111-2222-3333-4444-555555555555"
@@ -98,7 +98,7 @@ class WorkerProcess:
         credentials.mkdir(parents=True, exist_ok=True)
         (credentials / "usage-token").write_text(USAGE_TOKEN + "\n")
         (credentials / "hop-key").write_text(HOP_KEY)
-        self.http, self.usage = _free_ports()
+        self.http, self.usage = hold_port(), hold_port()
         self.environment = {
             "PATH": os.environ["PATH"],
             "GPUMETER_SERVICE": "team-a/smollm2",
@@ -226,11 +226,6 @@ def hop_token(tenant: str = "acme", session: str | None = None, key: str = HOP_K
     now = int(time.time())
     own = {"iss": "gpumeter-gateway", "aud": SERVICE_UID, "tenant": tenant, "session": session or session_id()}
     return jwt.encode({**own, "iat": now, "exp": now + 60, **claims}, key, algorithm="HS256")
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
-        return one.getsockname()[1], other.getsockname()[1]
 
 
 def _is_zombie(pid: int) -> bool:

@@ -1,7 +1,6 @@
 """The collector's process tells its kubelet when it only seems to live."""
 
 import asyncio
-import socket
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from gpumeter_operator.cli.collector import Process
 from gpumeter_operator.cli.collector_settings import Settings
 from gpumeter_usage.period import Granularity
 from rigs.ledger import open_ledger
+from rigs.ports import hold_port
 
 
 class Broken:
@@ -23,7 +23,7 @@ class Broken:
 
 
 async def test_a_mirror_that_ended_is_told_to_the_probe(tmp_path: Path) -> None:
-    port, stop = free_port(), asyncio.Event()
+    port, stop = hold_port(), asyncio.Event()
     settings = Settings("", Granularity.MINUTE, 100, 500, 1, 400, b"k" * 32, "127.0.0.1", port)
     workers, threads = Workers(), ThreadPoolExecutor(1)
     process = Process(settings, open_ledger(tmp_path / "ledger.db"), Broken(), workers, threads)  # type: ignore[arg-type]
@@ -37,12 +37,6 @@ async def test_a_mirror_that_ended_is_told_to_the_probe(tmp_path: Path) -> None:
     await running
     await workers.close()
     threads.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def healthz(port: int) -> str:

@@ -1,12 +1,12 @@
 """Probes: what is wrong is said in the answer."""
 
-import socket
 from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
 
 from gpumeter_operator.adapters.health import HealthServer
+from rigs.ports import hold_port
 
 
 class Sentences:
@@ -18,9 +18,7 @@ class Sentences:
 async def served() -> AsyncIterator[tuple[str, Sentences]]:
     sentences = Sentences()
     server = HealthServer(lambda: sentences.alive, lambda: sentences.ready, lambda: b"gpumeter_x 1\n")
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = hold_port()
     await server.start("127.0.0.1", port)
     yield f"http://127.0.0.1:{port}", sentences
     await server.close()

@@ -1,7 +1,6 @@
 """Which loop stands still: each is named in the answer of /healthz, and who stands by is judged by the Lease alone."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -14,6 +13,7 @@ from gpumeter_operator.flow.election import Election
 from gpumeter_operator.flow.liveness import Deliveries
 from gpumeter_operator.flow.operation import Operation
 from gpumeter_operator.flow.tenure import InTenure, Tenure
+from rigs.ports import hold_port
 from rigs.sharedapi import SharedApi
 
 
@@ -126,9 +126,7 @@ class Served:
         self.doors = EndingDoors()
         tenure = Tenure(lambda: self.clock_ns)
         self.election = Election(Absent(), tenure, "me", clock_ns=lambda: self.clock_ns)
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            self.port = one.getsockname()[1]
+        self.port = hold_port()
         self.operation = Operation(
             InTenure(SharedApi(lambda: "2026-11-21T10:00:00Z"), tenure),
             Installation("worker:1", "IfNotPresent", "http://gateway"),
