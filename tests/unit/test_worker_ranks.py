@@ -146,6 +146,17 @@ def test_works_that_travelled_are_laid_out_as_they_were() -> None:
         found[0].sequence.tokens[0:1]
 
 
+def test_sequences_that_share_their_first_block_are_made_again_without_asking_the_kernel_for_a_seed() -> None:
+    plan = [
+        Work(Sequence(name, 0, "acme", [7, 8, 9], 3, Sampling(1), blocks=[3, own]), 1, samples=True, prefill=False)
+        for name, own in (("a", 4), ("b", 5))
+    ]
+    mirror = Mirror()
+    made = [work.sequence for _ in range(2) for work in mirror.works(rows_of(plan))]
+    assert len({id(one) for one in made}) == 4, "each takes the place of the other"
+    assert len({id(one.random) for one in made}) == 1
+
+
 def test_a_sequence_that_stays_in_its_slot_stays_the_same_and_who_follows_it_is_another() -> None:
     mirror = Mirror()
     sequence = Sequence("a", 0, "", [1, 2, 3], 3, Sampling(1), blocks=[4])
