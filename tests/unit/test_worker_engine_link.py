@@ -15,6 +15,7 @@ from textwrap import dedent
 import pytest
 
 from gpumeter_worker.engine.channel import decode, encode
+from gpumeter_worker.engine.ending import END_S
 from gpumeter_worker.engine.group import alive
 from gpumeter_worker.engine.link import EVENTS_MAX, EngineLink
 from gpumeter_worker.engine.messages import Cancel, Event, Ready, StepReport, Token
@@ -38,9 +39,11 @@ class Heard:
 
 
 @asynccontextmanager
-async def link(command: tuple[str, ...], sequences_max: int = 8) -> AsyncIterator[tuple[EngineLink, Heard]]:
+async def link(
+    command: tuple[str, ...], sequences_max: int = 8, end_s: float = 60
+) -> AsyncIterator[tuple[EngineLink, Heard]]:
     heard = Heard()
-    made = EngineLink(options(), sequences_max, heard.on_events, heard.on_lost, command)
+    made = EngineLink(options(), sequences_max, heard.on_events, heard.on_lost, command, end_s=end_s)
     try:
         yield made, heard
     finally:
@@ -121,9 +124,10 @@ async def test_everything_that_was_sent_before_a_kill_comes_before_the_loss(tmp_
 
 
 async def test_a_process_that_closes_its_channel_and_stays_is_told_at_once_and_ended(tmp_path: Path) -> None:
-    async with link(program(tmp_path, "channel.close(); time.sleep(600)")) as (made, heard):
+    async with link(program(tmp_path, "channel.close(); time.sleep(600)"), end_s=END_S) as (made, heard):
         await until(lambda: heard.how, "clients are told", timeout_s=10)
         assert heard.how == ["closed its channel and did not end"]
+        assert made.killed_by == 0, "it was ended by us"
         await asyncio.wait_for(made.gone(), 10)
         assert is_gone(made.pid)
 

@@ -57,6 +57,7 @@ def ranks(
         program=(sys.executable, str(file)),
         look_s=0.1,
         patience_looks=patience_looks,
+        end_s=60,  # a status is waited for, however slowly an interpreter ends here
     )
     try:
         until(lambda: len(list(folder.glob("up-*"))) == count - 1, "the ranks are there", 120)
