@@ -1,6 +1,7 @@
 """The channel between the two processes: bounded both ways, and nothing of an engine is left behind."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -258,11 +259,12 @@ async def test_an_engine_that_cannot_be_started_leaves_nothing_open(tmp_path: Pa
     def held() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 
+    gc.collect()  # what earlier tests left open is closed now, and not while it is counted
     before = held()
     for _ in range(3):
         with pytest.raises(OSError, match="no-such-program"):
             EngineLink(options(), 8, lambda *_: None, lambda *_: None, (str(tmp_path / "no-such-program"),))
-    assert held() == before
+    assert held() <= before
 
 
 async def test_engines_one_after_the_other_leave_no_thread_file_or_zombie(tmp_path: Path) -> None:
