@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rigs.enginekill import bill_problems, kill_under_load, leaks, problems, seal
-from rigs.engines import is_gone
+from rigs.engines import children, is_gone
 from rigs.tinymodel import tiny_model
 from rigs.worker import Ledger, WorkerProcess, until, worker
 
@@ -45,7 +45,7 @@ def test_ranks_end_with_a_worker_that_is_killed_though_they_are_stopped(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
     with worker(tmp_path, environment) as process:
-        until(lambda: process.children() and ranks_of(process), "the rank is there")
+        until(lambda: ranks_of(process), "the rank is there")
         (rank,) = ranks_of(process)
         until(lambda: _handles(rank, signal.SIGUSR2), "it has tied itself to its parent, which is what it does first")
         os.kill(rank, signal.SIGSTOP)
@@ -55,17 +55,16 @@ def test_ranks_end_with_a_worker_that_is_killed_though_they_are_stopped(
 
 
 def children_of(pid: int) -> list[int]:
-    """Of all its threads, without zombies."""
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found |= {int(child) for child in (task / "children").read_text().split()}
-    return sorted(child for child in found if not is_gone(child))
+    """Those that are not gone; none where it is gone itself."""
+    try:
+        return [child for child in children(pid) if not is_gone(child)]
+    except ProcessLookupError:
+        return []
 
 
 def ranks_of(process: WorkerProcess) -> list[int]:
-    """The process ids of ranks 1 and up of the engine that runs."""
-    (engine,) = process.children()
-    return children_of(engine)
+    """The process ids of ranks 1 and up of the engine that runs; none while none does."""
+    return [rank for engine in process.children() for rank in children_of(engine)]
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:

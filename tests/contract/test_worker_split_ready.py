@@ -1,4 +1,4 @@
-"""An engine that meets a shortage of memory in calibration: whether it may serve all the same.
+"""The two ends of a split engine's service: a shortage of memory in its calibration, and the word to leave.
 
 The engine's process and the other rank's are real; in place of the model they find one that computes nothing, and in
 place of torch the few names that it takes to say so, which spares each of them seconds.
@@ -6,13 +6,14 @@ place of torch the few names that it takes to say so, which spares each of them 
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from gpumeter_worker.engine.link import EngineLink
-from gpumeter_worker.engine.messages import Event, Failed, Ready
+from gpumeter_worker.engine.messages import Cancel, Ended, Event, Failed, Ready, StepReport, Submit
+from gpumeter_worker.engine.sequence import Finish, Sampling
 from rigs.engines import options
 
 _FINDER = """
@@ -109,14 +110,33 @@ class ModelRunner:
 """
 
 
+_NEVER_FINALIZED = """
+import atexit, time
+
+atexit.register(time.sleep, 600)
+"""
+
+
+def stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """What an engine and its ranks import from here on."""
+    (folder / "sitecustomize.py").write_text(_FINDER)
+    for name, text in (("torch", _TORCH), ("sharding", _SHARDING), ("model", model)):
+        (folder / f"empty_{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+async def until(what: Callable[[], object], why: str) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline, why
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 async def test_memory_that_is_short_in_calibration_ends_a_split_engine_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(_FINDER)
-    for name, text in (("torch", _TORCH), ("sharding", _SHARDING), ("model", _MODEL)):
-        (tmp_path / f"empty_{name}.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stand_ins(tmp_path, monkeypatch, _MODEL)
     events: list[Event] = []
     how: list[str] = []
 
@@ -126,10 +146,7 @@ async def test_memory_that_is_short_in_calibration_ends_a_split_engine_and_no_ot
     given = options(ranks=ranks, max_batch_tokens=16, calibration_ms=10_000)
     link = EngineLink(given, 8, heard, lambda _, said: how.append(said))
     try:
-        deadline = time.monotonic() + 120
-        while not how and not any(isinstance(event, Ready) for event in events):
-            assert time.monotonic() < deadline, "it serves or it ends"
-            await asyncio.sleep(0.01)
+        await until(lambda: how or any(isinstance(event, Ready) for event in events), "it serves or it ends")
     finally:
         link.kill()
         await asyncio.wait_for(link.gone(), 30)
@@ -145,3 +162,25 @@ async def test_memory_that_is_short_in_calibration_ends_a_split_engine_and_no_ot
         assert failed == [
             "rank 0 had too little memory for a step that the other ranks are in; lower maxModelLen or maxBatchSize"
         ]
+
+
+async def test_a_split_engine_that_is_told_to_leave_does_not_wait_for_what_its_ranks_were_part_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(tmp_path, monkeypatch, _MODEL.replace("Device(20)", "Device(0)") + _NEVER_FINALIZED)
+    events: list[Event] = []
+    how: list[str] = []
+    link = EngineLink(
+        options(ranks=2), 8, lambda _, said: events.extend(said), lambda _, said: how.append(said), end_s=20
+    )
+    try:
+        await until(lambda: how or any(isinstance(event, Ready) for event in events), "it serves")
+        link.send(Submit("s-1", [1, 2, 3], Sampling(max_tokens=100, temperature=0)))
+        await until(lambda: how or any(isinstance(event, StepReport) for event in events), "it takes steps")
+        link.send(Cancel("s-1"))
+        await link.stop(60)
+    finally:
+        link.kill()
+        await asyncio.wait_for(link.gone(), 30)
+    assert how == ["ended with status 0"]
+    assert [event.finish for event in events if isinstance(event, Ended)] == [Finish.CANCELLED], "all was sent"

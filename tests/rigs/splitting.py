@@ -3,6 +3,7 @@
 Owns how it is made, started and asked. The other ranks are real processes.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ NEW_TOKENS = 8
 _ALIKE = [(5 * place) % 89 + 1 for place in range(33)]
 PROMPTS = [[(7 * row + 3 * column) % 97 + 1 for column in range(length)] for row, length in enumerate((3, 40, 11, 1))]
 PROMPTS += [[*_ALIKE, row] for row in (7, 8)]
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def split_model(folder: Path, kind: str) -> Any:
@@ -52,12 +55,14 @@ def options(folder: Path, device: str = "cpu", ranks: int = 2) -> EngineOptions:
 
 @contextmanager
 def split_runner(asked: EngineOptions) -> Iterator[Any]:
-    """A runner that is ready, with its ranks; nothing of them is left afterwards."""
+    """A runner that is ready, with its ranks; nothing of them is left afterwards, nor of what they set here."""
+    import torch
     import torch.distributed as dist
 
     from gpumeter_worker.engine.model import ModelRunner
 
     lost: list[Event] = []
+    threads, named = torch.get_num_threads(), {name: os.environ[name] for name in _INTERFACES if name in os.environ}
     ranks = Ranks(asked, lost.append)
     try:
         runner = ModelRunner(ranks.options, ranks)
@@ -68,6 +73,10 @@ def split_runner(asked: EngineOptions) -> Iterator[Any]:
         ranks.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
+        torch.set_num_threads(threads)
+        for name in _INTERFACES:
+            os.environ.pop(name, None)
+        os.environ.update(named)
 
 
 def given(

@@ -57,6 +57,7 @@ def ranks(
         program=(sys.executable, str(file)),
         look_s=0.1,
         patience_looks=patience_looks,
+        end_s=60,  # a status is waited for, however slowly an interpreter ends here
     )
     try:
         until(lambda: len(list(folder.glob("up-*"))) == count - 1, "the ranks are there", 120)
@@ -144,6 +145,17 @@ def test_works_that_travelled_are_laid_out_as_they_were() -> None:
         assert two.tokens[one.computed : end] == one.tokens[one.computed : end]
     with pytest.raises(IndexError, match="only tokens from 20 on"):
         found[0].sequence.tokens[0:1]
+
+
+def test_sequences_that_share_their_first_block_are_made_again_without_asking_the_kernel_for_a_seed() -> None:
+    plan = [
+        Work(Sequence(name, 0, "acme", [7, 8, 9], 3, Sampling(1), blocks=[3, own]), 1, samples=True, prefill=False)
+        for name, own in (("a", 4), ("b", 5))
+    ]
+    mirror = Mirror()
+    made = [work.sequence for _ in range(2) for work in mirror.works(rows_of(plan))]
+    assert len({id(one) for one in made}) == 4, "each takes the place of the other"
+    assert len({id(one.random) for one in made}) == 1
 
 
 def test_a_sequence_that_stays_in_its_slot_stays_the_same_and_who_follows_it_is_another() -> None:

@@ -167,7 +167,8 @@ class Supervisor:
             await asyncio.wait((lost, self._failed), return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
-            await asyncio.wait_for(link.gone(), _GONE_S)
+            async with asyncio.timeout(_GONE_S):  # wait_for of Python 3.11 loses a cancellation that comes as it ends
+                await link.gone()
         except TimeoutError:
             raise failures.StartupFailed(
                 failures.ENGINE_STUCK,

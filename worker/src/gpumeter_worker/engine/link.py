@@ -25,6 +25,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from gpumeter_worker.engine.channel import Channel
+from gpumeter_worker.engine.ending import END_S, ending
 from gpumeter_worker.engine.group import alive
 from gpumeter_worker.engine.messages import Command, EngineOptions, Event, Shutdown
 from gpumeter_worker.engine.output import EngineOutput
@@ -55,10 +56,6 @@ probabilities of the 20 likeliest tokens 1.5 MB."""
 _COMMANDS_PER_SEQUENCE = 4
 """A sequence is submitted and perhaps cancelled; the rest is for those that ended while the commands still waited."""
 
-_END_S = 0.5
-"""How long an engine that has closed its channel may take to say how it ended, before it is ended."""
-
-
 _LOOK_S = 0.01
 _LOOK_S_MAX = 0.5
 """How soon it is looked again who is left of an engine that was killed; twice as late each time."""
@@ -76,9 +73,11 @@ class EngineLink:
         program: Sequence[str] = PROGRAM,
         *,
         alive_of: Callable[[int], Sequence[int]] = alive,
+        end_s: float = END_S,
     ) -> None:
         """Start the process. Both callbacks run in the event loop; `on_lost` is the last one. `alive_of` tells which
-        processes of a group still hold something. Raises OSError.
+        processes of a group still hold something; `end_s` is what it may take to end once it has closed its channel.
+        Raises OSError.
         """
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
@@ -90,6 +89,7 @@ class EngineLink:
         self._full = False
         self._killed_by = 0
         self._alive_of = alive_of
+        self._end_s = end_s
         self._left: Sequence[int] = ()
         self._received = 0
         self._handled = 0
@@ -234,15 +234,8 @@ class EngineLink:
 
     def _how_it_ended(self) -> str:
         """What a sentence says of the engine process. Clients wait for it, so what takes long to end is ended."""
-        try:
-            status = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "closed its channel and did not end"
-        if status < 0:
-            self._killed_by = -status
-            return f"was killed by signal {-status}"
-        return f"ended with status {status}"
+        how, self._killed_by = ending(self._process, self._end_s)
+        return how
 
     def _handle(self, events: Sequence[Event]) -> None:
         try:

@@ -6,6 +6,7 @@ what laying out a step needs of a sequence: where its keys and values lie, and t
 
 from array import array
 from collections.abc import Sequence
+from random import Random
 from typing import NamedTuple
 
 from gpumeter_worker.engine.blocks import Copy
@@ -14,7 +15,9 @@ from gpumeter_worker.engine.sequence import Sampling
 from gpumeter_worker.engine.sequence import Sequence as EngineSequence
 
 _SAMPLING = Sampling(max_tokens=1)
-"""Only rank 0 samples."""
+_RANDOM = Random(0)
+"""Only rank 0 samples. A generator of its own for every sequence would be seeded by the kernel, which takes five times
+as long as all the rest, and rank 0 would wait for it."""
 
 
 class Row(NamedTuple):
@@ -84,9 +87,10 @@ class Mirror:
     def _sequence(self, row: Row) -> EngineSequence:
         place = row.blocks[0]
         held = self._held.get(place)
-        # Planned steps of nobody have no session, and several of them may lie in one place.
+        # Planned steps of nobody have no session, and several of them may lie in one place; so may all that share the
+        # blocks of a prefix, where no cache of slots is.
         if held is None or not row.session_id or (held.session_id, held.choice) != (row.session_id, row.choice):
-            held = EngineSequence(row.session_id, row.choice, "", [], 0, _SAMPLING)
+            held = EngineSequence(row.session_id, row.choice, "", [], 0, _SAMPLING, random=_RANDOM)
             self._held[place] = held
         held.tokens, held.blocks, held.computed = Given(row.computed, row.tokens), row.blocks.tolist(), row.computed
         return held

@@ -70,18 +70,24 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2)  # where an engine hangs, whoever holds the interpreter's lock
     channel: EngineChannel = Channel(int(sys.argv[1]))
+    split = False
     try:
         options = channel.receive()
         if not isinstance(options, EngineOptions):
             raise TypeError("the first message on the channel must be the engine's options")
-        return _run(channel, options) if options.ranks == 1 else _run_split(channel, options)
+        split = options.ranks > 1
+        status = _run_split(channel, options) if split else _run(channel, options)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return 0  # the API process is gone; so is everything to do
+        status = 0  # the API process is gone; so is everything to do
     except Exception as error:
         log.exception("the engine failed")
         with suppress(OSError):
             channel.send([Failed(fault_of(error).sentence)])
-        return 1
+        status = 1
+    if split:  # what still waits for a rank keeps the interpreter from ending; clients and drains wait
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _run_split(channel: EngineChannel, options: EngineOptions) -> int:
@@ -93,20 +99,16 @@ def _run_split(channel: EngineChannel, options: EngineOptions) -> int:
         shared.send([Failed(f"the {options.ranks} ranks of the model cannot be started ({first_line(error)})")])
         return 1
     try:
-        status = _run(shared, ranks.options, ranks)
+        return _run(shared, ranks.options, ranks)
     except Exception as error:
         lost = ranks.loss()
         if lost is None and not isinstance(error, RankLost):
             raise
         log.exception("the engine lost a rank")
         shared.send([lost or Failed(fault_of(error).sentence)])
-        status = 1
+        return 1
     finally:
         ranks.leave()
-    if status:  # what still waits for a rank keeps the interpreter from ending, and clients wait for its end
-        logging.shutdown()
-        os._exit(status)
-    return status
 
 
 class _Shared(Channel[Sequence[Event], Command | EngineOptions]):

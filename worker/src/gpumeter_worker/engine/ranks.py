@@ -11,7 +11,6 @@ the loss is seen by threads, which end the process if it has not ended by itself
 import logging
 import mmap
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dataclasses import replace
 from socket import socketpair
 
 from gpumeter_worker.engine.channel import Channel
+from gpumeter_worker.engine.ending import END_S, ending
 from gpumeter_worker.engine.faults import RankLost
 from gpumeter_worker.engine.messages import EngineOptions, Event, Failed, Fatal
 from gpumeter_worker.engine.mirror import Clean, Copies, Row, Step, Told
@@ -41,7 +41,9 @@ a chance."""
 _FIRST_S = 0.2
 """A step also breaks off in those ranks that waited for the one that died. Who died is told first, and nobody else."""
 
-_END_S = 0.5
+_LEAVE_S = 0.5
+"""How long one that was killed is waited for."""
+
 _WHY_S = 0.5
 """How long a step that broke off waits to be told which rank it was; the threads see that at once."""
 
@@ -74,13 +76,14 @@ class Ranks:
         program: Sequence[str] = PROGRAM,
         look_s: float = _LOOK_S,
         patience_looks: int = _PATIENCE_LOOKS,
+        end_s: float = END_S,
     ) -> None:
         """Start them. Raises OSError. Nobody waits until they are there: who meets them does."""
         self.options, self.remarks = unrecorded(options)
         self.size = options.ranks
         self.store = os.memfd_create("gpumeter-store")
         self._on_lost = on_lost
-        self._look_s, self._patience_looks = look_s, patience_looks
+        self._look_s, self._patience_looks, self._end_s = look_s, patience_looks, end_s
         self._number = 0
         self._told = threading.Event()
         self._lost: Event | None = None
@@ -130,7 +133,7 @@ class Ranks:
             process.kill()
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):  # a driver that hangs; the kernel ends it when that lets go
-                process.wait(_END_S)
+                process.wait(_LEAVE_S)
 
     def _start(self, rank: int, options: EngineOptions, program: Sequence[str], progress: int) -> None:
         ours, theirs = socketpair()
@@ -173,7 +176,7 @@ class Ranks:
                 time.sleep(_FIRST_S)
                 self._lose(Failed(f"{named} ended itself: {said.cause}"))
             case _:
-                how, killed_by = _how_it_ended(process)
+                how, killed_by = ending(process, self._end_s)
                 self._lose(Failed(f"{named} {how}", killed_by))
 
     def _look(self) -> None:
@@ -202,13 +205,3 @@ class Ranks:
         self._told.set()
         log.error("%s", self.why())
         self._on_lost(event)
-
-
-def _how_it_ended(process: "subprocess.Popen[bytes]") -> tuple[str, int]:
-    """What a sentence says of it, and the signal that ended it, 0 where none did."""
-    try:
-        status = process.wait(_END_S)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        return "closed its channel and did not end", 0
-    return (f"was killed by signal {-status}", -status) if status < 0 else (f"ended with status {status}", 0)
