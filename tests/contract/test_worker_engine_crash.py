@@ -28,6 +28,7 @@ def test_kills_in_a_row_cost_their_requests_and_nothing_else(tmp_path: Path, env
     ledger, rounds = Ledger(), []
     with worker(tmp_path, environment) as process:
         process.ready()
+        process.collect(ledger)  # so that the files of the journal's reader are open before the first count
         for number in range(KILLS):
             rounds.append(kill_under_load(process))
             assert problems(rounds[-1], "was killed by signal 9") == []
