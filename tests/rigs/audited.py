@@ -6,12 +6,15 @@ Owns how it is made and with which key; the tests of digests, verify and usage c
 import asyncio
 import json
 import sqlite3
+import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
 from shutil import copyfile
 
 from click.testing import CliRunner, Result
 
+from devcluster.layout import REPOSITORY
 from gpumeter_operator.adapters.ledger import digests
 from gpumeter_operator.adapters.ledger.days import day_end_ns
 from gpumeter_operator.adapters.ledger.digests import Due
@@ -31,6 +34,7 @@ from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Status
 from rigs.ledger import START_NS, FakeWorker, ended, gone, inline, open_ledger, started, worker
 
+SCRIPT = REPOSITORY / "docs/verify.py"
 HOUR_NS = 3600 * SECOND_NS
 DIGESTED_NS = START_NS + 20 * HOUR_NS
 """When the digests are made: hours later, so that nothing that claims to be older can still be on its way."""
@@ -201,3 +205,10 @@ def _come_late(ledger: Ledger, fake: FakeWorker) -> None:
 
 def _profile_hash() -> str:
     return sha256(b'{"phi":1}').hexdigest()
+
+
+def found_by_script(ledger: Path) -> list[str]:
+    """What the auditor's own script, docs/verify.py, finds wrong in a ledger of SQLite."""
+    done = subprocess.run([sys.executable, "-I", SCRIPT, ledger], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return [line for line in done.stdout.splitlines() if "closed until" not in line and "all right" not in line]

@@ -16,7 +16,7 @@ from gpumeter_operator.flow.digests import Digester
 from gpumeter_usage.page import JournalStatus
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account
-from rigs.audited import DIGESTED_NS, audited, key
+from rigs.audited import DIGESTED_NS, audited, found_by_script, key
 from rigs.databases import Database
 from rigs.ledger import (
     START_NS,
@@ -199,6 +199,7 @@ async def test_a_gap_that_cuts_a_flush_in_two_is_told_and_no_fault_of_the_ledger
     conditions = finals(ledger)[START_NS + MINUTE_NS, "_platform"]["status"]["conditions"]
     assert "SlicesDisagree" in {each["reason"] for each in conditions} or cut == 2
     assert audit(ledger, SERVICE) == []
+    assert found_by_script(tmp_path / "ledger.db") == []
 
 
 async def test_a_crash_before_any_statement_leaves_a_gap_and_what_follows_it_or_neither(tmp_path: Path) -> None:

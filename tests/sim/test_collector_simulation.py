@@ -3,14 +3,11 @@ the collector is killed in the middle of a statement; the bill still adds up to 
 
 import asyncio
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from devcluster.layout import REPOSITORY
 from gpumeter_operator.adapters.kubernetes import Unreachable
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.workers import Target, WorkerSilent
@@ -22,6 +19,7 @@ from gpumeter_operator.flow.rounds import CollectRound
 from gpumeter_usage.page import Page
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Kind, parse
+from rigs.audited import found_by_script
 from rigs.ledger import (
     START_NS,
     TOKEN,
@@ -289,15 +287,7 @@ async def test_every_nanosecond_has_one_owner_whatever_goes_wrong(seed: int, tmp
     for service, expected_ns in slices_ns.items():
         _check_bill(world.ledger, ("team-a", service), expected_ns)
         assert audit(world.ledger, ("team-a", service)) == []
-    assert _auditors_script(world.path) == []
-
-
-def _auditors_script(ledger: Path) -> list[str]:
-    """What the script of docs/billing-explained.md finds wrong in an honest ledger after bad days."""
-    script = REPOSITORY / "docs/verify.py"
-    done = subprocess.run([sys.executable, "-I", script, ledger], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    return [line for line in done.stdout.splitlines() if "closed until" not in line and "all right" not in line]
+    assert found_by_script(world.path) == []
 
 
 def _check_late(world: World) -> None:

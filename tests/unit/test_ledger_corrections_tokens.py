@@ -218,7 +218,7 @@ def test_a_ledger_of_before_keeps_its_corrections_of_time_and_its_chains(databas
     hour.ledger.close()
     added = {
         "corrections": ("model", "prompt_tokens", "cached_tokens", "completion_tokens"),
-        "boots": ("open_ns", "open_minute_ns", "open_cut"),
+        "boots": ("open_seq", "open_ns", "open_minute_ns", "open_cut", "tokens"),
     }
     for table, columns in added.items():
         for column in columns:

@@ -14,9 +14,10 @@ from gpumeter_operator.adapters.ledger.engine import MIGRATIONS, open_engine, wr
 from gpumeter_operator.adapters.ledger.store import Ledger
 from gpumeter_operator.adapters.ledger.tables import records
 from gpumeter_operator.billing.accept import CLOCK_SKEW_NS, PageRefused
+from gpumeter_operator.billing.counts import FREE_TOKENS
 from gpumeter_operator.billing.facts import PLATFORM
 from gpumeter_operator.flow.close import Closer, Pricing
-from gpumeter_usage.balance import CUT
+from gpumeter_usage.balance import BALANCED, CUT
 from gpumeter_usage.period import MINUTE_NS, SECOND_NS
 from gpumeter_usage.record import Account, Kind, Status
 from rigs.databases import Database
@@ -78,6 +79,60 @@ def test_a_boot_cannot_claim_more_time_than_has_passed_on_its_devices(ledger: Le
         ledger.take(pod, fake.page("boot-1", 4), NOW_NS)
     assert refused.value.reason == "MoreThanTime"
     assert ledger.boots(pod.worker_uid)[0].committed_seq == 4
+
+
+def test_the_boots_of_a_pod_cannot_claim_more_time_together_than_it_has_lived(ledger: Ledger) -> None:
+    """Each claims what it may alone: one pod of a minute would be billed for as many as it states boots."""
+    ledger.observe(POD, [started("c1", START_NS)], NOW_NS)
+    fake = FakeWorker(POD, START_NS)
+    for number in (1, 2, 3):
+        if number > 1:
+            fake.restart(f"boot-{number}", START_NS)
+        fake.serve(f"s-{number}", "acme", START_NS + 40 * SECOND_NS)
+    for boot_id in ("boot-1", "boot-2"):  # 80 s, of which 50 s had passed: what a clock may be ahead is believed
+        ledger.take(POD, fake.page(boot_id, 0), NOW_NS)
+    with pytest.raises(PageRefused, match="sessions of its pod's boots claim 120000000000 ns") as refused:
+        ledger.take(POD, fake.page("boot-3", 0), NOW_NS)
+    assert refused.value.reason == "MoreThanTime"
+    assert [boot.boot_id for boot in ledger.boots(POD.worker_uid)] == ["boot-1", "boot-2"]
+    ledger.take(POD, fake.page("boot-3", 0), NOW_NS + 20 * SECOND_NS)  # by then it may have
+
+
+def test_tokens_of_no_time_are_believed_once_a_boot_and_not_in_every_record(ledger: Ledger) -> None:
+    """Standard rates bill tokens: what a clock that stands for a step may hide is not what a whole life may."""
+    fake = FakeWorker(POD, START_NS)
+    for number in range(3):
+        at_ns = START_NS + number * SECOND_NS
+        session = {"session_id": f"s-{number}", "tenant": "acme", "status": Status.FINISHED, "steps": 1}
+        fake._append(Kind.SESSION, Account.ATTRIBUTED, at_ns, at_ns, prompt_tokens=FREE_TOKENS // 2, **session)
+    ledger.take(POD, fake.page("boot-1", 0, limit=1), NOW_NS)
+    ledger.take(POD, fake.page("boot-1", 1, limit=1), NOW_NS)
+    with pytest.raises(PageRefused, match="1572864 computed tokens up to seq 3") as refused:
+        ledger.take(POD, fake.page("boot-1", 2), NOW_NS)
+    assert refused.value.reason == "CountTooLarge"
+    assert ledger.boots(POD.worker_uid)[0].tokens == FREE_TOKENS
+
+
+def test_a_page_is_taken_after_a_collector_of_an_earlier_schema_moved_its_boot_on(
+    ledger: Ledger, database: Database
+) -> None:
+    """While a Deployment rolls, both work on one database, and the earlier one does not say what it left open."""
+    fake = FakeWorker(POD, START_NS)
+    for flush in range(2):
+        start_ns = START_NS + 4 * flush * SECOND_NS
+        for number in range(4):
+            times = start_ns + number * SECOND_NS, start_ns + (number + 1) * SECOND_NS
+            session = {"session_id": f"s-{number}", "tenant": "acme", "status": Status.FINISHED}
+            used = {"gpu_ns": SECOND_NS, "prefill_ns": SECOND_NS}
+            fake._append(Kind.SESSION, Account.ATTRIBUTED, *times, **used, **session)
+        edges = start_ns, start_ns + 4 * SECOND_NS
+        fake._append(Kind.ACCOUNT, Account.ATTRIBUTED, *edges, gpu_ns=4 * SECOND_NS)
+    ledger.take(POD, fake.page("boot-1", 0, limit=2), NOW_NS)
+    head_hash = fake.boot.links[2].hash
+    database.run(f"UPDATE boots SET committed_seq = 3, head_hash = '{head_hash}'")  # all that the earlier one knows of
+    ledger.take(POD, fake.page("boot-1", 3), NOW_NS, whole=True)
+    (boot,) = ledger.boots(POD.worker_uid)
+    assert (boot.committed_seq, boot.open) == (10, BALANCED)
 
 
 def test_a_boot_cannot_have_begun_before_its_pod(ledger: Ledger) -> None:

@@ -75,7 +75,7 @@ def test_pods_of_an_older_ledger_are_found_after_the_upgrade(database: Database)
     database.run("DROP TABLE corrections")
     for column in ("kv_byte_s", "energy_mj"):
         database.run(f"ALTER TABLE records DROP COLUMN {column}")
-    for column in ("open_ns", "open_minute_ns", "open_cut"):
+    for column in ("open_seq", "open_ns", "open_minute_ns", "open_cut", "tokens"):
         database.run(f"ALTER TABLE boots DROP COLUMN {column}")
     database.run("UPDATE alembic_version SET version_num = '0008'")
     ledger = open_ledger(database.url)

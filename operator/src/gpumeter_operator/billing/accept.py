@@ -5,10 +5,11 @@ chained, that sessions claim what their pod booked, to the nanosecond, and that 
 worker can have measured. Pure; the caller says what time it is.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gpumeter_operator.billing.counts import counts_of, impossible
-from gpumeter_operator.billing.facts import NOTHING, PLATFORM, Spent, Worker
+from gpumeter_operator.billing.counts import FREE_TOKENS, TOKEN_NS, counts_of, impossible
+from gpumeter_operator.billing.facts import NOTHING, PLATFORM, BootFacts, Spent, Worker
 from gpumeter_operator.billing.reading import Row, reader
 from gpumeter_usage.balance import SlicesDisagree, balance
 from gpumeter_usage.chain import ChainBroken, verify
@@ -76,6 +77,24 @@ def refuse_future(what: str, at_ns: int, now_ns: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class OfPod:
+    """What is known of a page's pod beside the boot: when its first container started, as Kubernetes says (0 where that
+    is not known; no boot of it can have begun before, whatever its records say), and the GPU-nanoseconds that the
+    sessions of its other boots claim."""
+
+    since_ns: int = 0
+    others_ns: int = 0
+
+
+UNKNOWN = OfPod()
+
+
+def others_ns(boots: Iterable[BootFacts], boot_id: str) -> int:
+    """What the sessions of a pod's boots claim, but for this one."""
+    return sum(boot.slices_ns for boot in boots if boot.boot_id != boot_id)
+
+
 def accept(
     page: Page,
     worker: Worker,
@@ -83,15 +102,14 @@ def accept(
     now_ns: int,
     *,
     spent: Spent = NOTHING,
-    since_ns: int = 0,
+    of_pod: OfPod = UNKNOWN,
     whole: bool = False,
 ) -> Accepted:
     """Check a page whose first record must follow `previous_hash` at seq `page.after` + 1. Raises PageRefused.
 
-    `spent` is what the boot has claimed before this page; `since_ns` is when the pod's first container started, as
-    Kubernetes says: no boot of it can have begun before, whatever its records say. `whole`: the journal ends with this
-    page, and so with a flush, which leaves no slice of a session that its pod did not book. Any other page may be cut
-    within a flush; then the next one is judged by what this one left open.
+    `spent` is what the boot has claimed before this page. `whole`: the journal ends with this page, and so with a
+    flush, which leaves no slice of a session that its pod did not book. Any other page may be cut within a flush; then
+    the next one is judged by what this one left open.
     """
     refuse_foreign(worker, page.worker_uid, page.service)
     refuse_future("the page's watermark", page.watermark_ns, now_ns)
@@ -118,7 +136,9 @@ def accept(
         records.append(record)
         sealed = record.kind is Kind.SEAL
     if records:
-        spent = _refuse_too_much(page, worker, records, _refuse_unbooked(page, records, spent, whole=whole), since_ns)
+        spent = _refuse_unbooked(page, records, spent, whole=whole)
+        spent = _refuse_too_much(page, worker, records, spent, of_pod)
+        _refuse_more_than_its_pod_lived(page, worker, spent, of_pod, now_ns)
     return Accepted(tuple(records), head_hash, spent)
 
 
@@ -137,21 +157,21 @@ def _refuse_unbooked(page: Page, records: list[Record | Row], before: Spent, *, 
     return replace(before, open=left)
 
 
-def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], before: Spent, since_ns: int) -> Spent:
-    """Raise PageRefused where a boot claims more time than has passed on its devices since it began. What is open
-    counts as booked: its account is yet to come."""
-    accounts_ns, slices_ns = before.accounts_ns, before.slices_ns
+def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], before: Spent, of_pod: OfPod) -> Spent:
+    """Raise PageRefused where a boot claims more time than has passed on its devices since it began, or its sessions
+    more tokens than fit into theirs. What is open counts as booked: its account is yet to come."""
+    accounts_ns, slices_ns, tokens = before.accounts_ns, before.slices_ns, before.tokens
     first_ns, last_ns = records[0].started_at, 0
     for record in records:
         if record.kind is Kind.ACCOUNT:
             accounts_ns += record.gpu_ns
         elif record.kind is Kind.SESSION:
             slices_ns += record.gpu_ns
+            tokens += record.prompt_tokens - record.cached_tokens + record.completion_tokens
         first_ns = min(first_ns, record.started_at)
         last_ns = max(last_ns, record.ended_at)
     began_ns = before.began_ns or first_ns
-    lived_ns = max(0, last_ns - max(began_ns, since_ns - CLOCK_SKEW_NS))
-    most_ns = min((lived_ns + lived_ns * CLOCK_DRIFT_PER_MILLE // 1000 + CLOCK_SKEW_NS) * worker.devices, MAX_INTEGER)
+    most_ns = _most_ns(last_ns - max(began_ns, of_pod.since_ns - CLOCK_SKEW_NS), worker)
     for what, claimed_ns in (("sessions", slices_ns), ("accounts", accounts_ns + before.open.gpu_ns)):
         if claimed_ns > most_ns:
             raise PageRefused(
@@ -159,7 +179,32 @@ def _refuse_too_much(page: Page, worker: Worker, records: list[Record | Row], be
                 f"boot {page.boot_id:.64}: its {what} claim {claimed_ns} ns up to seq {records[-1].seq}; on "
                 f"{worker.devices} device(s) it cannot have spent more than {most_ns} ns by then",
             )
-    return Spent(began_ns, accounts_ns, slices_ns, before.open)
+    if tokens > FREE_TOKENS + slices_ns // TOKEN_NS:
+        raise PageRefused(
+            "CountTooLarge",
+            f"boot {page.boot_id:.64}: its sessions claim {tokens} computed tokens up to seq {records[-1].seq}, more "
+            f"than any device computes in the {slices_ns} ns that they claim",
+        )
+    return Spent(began_ns, accounts_ns, slices_ns, before.open, tokens)
+
+
+def _refuse_more_than_its_pod_lived(page: Page, worker: Worker, spent: Spent, of_pod: OfPod, now_ns: int) -> None:
+    """Raise PageRefused where the boots of a pod claim more time together than has passed since its first container
+    started. By our clock: boots come in any order, and a later one may have told of its end before this one is read."""
+    most_ns, claimed_ns = _most_ns(now_ns - of_pod.since_ns, worker), spent.slices_ns + of_pod.others_ns
+    if of_pod.since_ns and claimed_ns > most_ns:
+        raise PageRefused(
+            "MoreThanTime",
+            f"boot {page.boot_id:.64}: with it the sessions of its pod's boots claim {claimed_ns} ns; on "
+            f"{worker.devices} device(s) they cannot have spent more than {most_ns} ns since the pod's first container "
+            f"started",
+        )
+
+
+def _most_ns(lived_ns: int, worker: Worker) -> int:
+    """The most time that the devices of a pod can have spent while so much passed by another clock."""
+    lived_ns = max(0, lived_ns)
+    return min((lived_ns + lived_ns * CLOCK_DRIFT_PER_MILLE // 1000 + CLOCK_SKEW_NS) * worker.devices, MAX_INTEGER)
 
 
 def _refuse_record(record: Record | Row, seq: int, page: Page, worker: Worker, now_ns: int) -> None:

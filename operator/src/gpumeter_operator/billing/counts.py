@@ -28,7 +28,7 @@ TOKEN_NS = 10
 operations, and no device does 10^16 a second."""
 
 FREE_TOKENS = MAX_STEP_TOKENS
-"""So many are believed whatever their time: a share is rounded, and a clock may stand for a step."""
+"""So many of a boot are believed whatever their time: a share is rounded, and a clock may stand for a step."""
 
 
 class Counts(NamedTuple):

@@ -50,12 +50,13 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class Spent:
     """What a boot's records have claimed so far: since when, by accounts, and by sessions' slices; `open` of these is
-    what no account has booked yet."""
+    what no account has booked yet. `tokens`: how many its sessions computed."""
 
     began_ns: int = 0
     accounts_ns: int = 0
     slices_ns: int = 0
     open: Open = BALANCED
+    tokens: int = 0
 
 
 NOTHING = Spent()
@@ -64,7 +65,8 @@ NOTHING = Spent()
 @dataclass(frozen=True, slots=True)
 class BootFacts:
     """One boot's chain in the ledger: where it stands, how it was sealed (`Status.NONE` while it is not), and the time
-    that it has claimed by accounts and by sessions' slices, of which no account has booked what is `open`."""
+    that it has claimed by accounts and by sessions' slices, of which no account has booked what is `open`, and the
+    tokens that its sessions computed."""
 
     boot_id: str
     started_ns: int
@@ -75,11 +77,12 @@ class BootFacts:
     accounts_ns: int = 0
     slices_ns: int = 0
     open: Open = BALANCED
+    tokens: int = 0
 
     @property
     def spent(self) -> Spent:
         """What its records have claimed."""
-        return Spent(self.started_ns, self.accounts_ns, self.slices_ns, self.open)
+        return Spent(self.started_ns, self.accounts_ns, self.slices_ns, self.open, self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from gpumeter_operator.adapters.ledger.engine import LedgerUnavailable, reading
 from gpumeter_operator.adapters.ledger.read import boot_of
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.billing.accept import Accepted, PageRefused, accept
+from gpumeter_operator.billing.accept import Accepted, OfPod, PageRefused, accept, others_ns
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
 from gpumeter_usage.chain import GENESIS
 from gpumeter_usage.page import Page
@@ -97,7 +97,8 @@ def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged 
     c = t.containers.c
     began = select(c.worker_uid, func.min(c.at_ns)).where(c.worker_uid.in_(uids), c.event == "started")
     with reading(ledger.engine) as connection:
-        boots = {(uid, boot.boot_id): boot for uid, of_worker in _boots(connection, uids).items() for boot in of_worker}
+        known = _boots(connection, uids)
+        boots = {(uid, boot.boot_id): boot for uid, of_worker in known.items() for boot in of_worker}
         since_ns = {row[0]: int(row[1]) for row in connection.execute(began.group_by(c.worker_uid))}
     met: set[tuple[str, str]] = set()
     judged: list[_Judged | PageRefused | None] = []
@@ -114,10 +115,10 @@ def _judge(ledger: Ledger, given: Sequence[Given], now_ns: int) -> list[_Judged 
         ):
             judged.append(None)
             continue
+        of_pod = OfPod(since_ns.get(key[0], 0), others_ns(known.get(key[0], ()), page.boot_id))
         spent = boot.spent if boot else NOTHING
         try:
-            began_ns = since_ns.get(key[0], 0)
-            accepted = accept(page, worker, head_hash, now_ns, spent=spent, since_ns=began_ns, whole=whole)
+            accepted = accept(page, worker, head_hash, now_ns, spent=spent, of_pod=of_pod, whole=whole)
         except PageRefused as refused:
             judged.append(refused)
             continue

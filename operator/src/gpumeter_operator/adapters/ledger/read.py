@@ -33,7 +33,7 @@ from gpumeter_operator.billing.facts import PLATFORM, Adjustment, BootFacts, Lin
 from gpumeter_operator.billing.report import digest_of
 from gpumeter_operator.billing.schedule import Schedule
 from gpumeter_operator.billing.tariff import PeriodPlan
-from gpumeter_usage.balance import Open
+from gpumeter_usage.balance import CUT, Open
 from gpumeter_usage.period import Granularity
 from gpumeter_usage.record import Status
 
@@ -338,7 +338,7 @@ def _boots(connection: Connection, worker_uids: Collection[str]) -> dict[str, li
 
 
 def boot_of(row: Row[Any]) -> BootFacts:
-    """A row of `boots`."""
+    """A row of `boots`. A collector of an earlier schema moves the cursor and does not say what is open there."""
     return BootFacts(
         boot_id=row.boot_id,
         started_ns=row.started_ns,
@@ -348,7 +348,8 @@ def boot_of(row: Row[Any]) -> BootFacts:
         sealed_ns=row.sealed_ns,
         accounts_ns=row.accounts_ns,
         slices_ns=row.slices_ns,
-        open=Open(row.open_ns, row.open_minute_ns, row.open_cut),
+        open=Open(row.open_ns, row.open_minute_ns, row.open_cut) if row.open_seq == row.committed_seq else CUT,
+        tokens=row.tokens,
     )
 
 

@@ -14,7 +14,7 @@ from gpumeter_operator.adapters.ledger.days import DayMissing
 from gpumeter_operator.adapters.ledger.gaps import gaps_of, keep_gap
 from gpumeter_operator.adapters.ledger.rows import Taken
 from gpumeter_operator.adapters.ledger.store import Ledger
-from gpumeter_operator.billing.accept import PageRefused, accept
+from gpumeter_operator.billing.accept import OfPod, PageRefused, accept, others_ns
 from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
 from gpumeter_operator.billing.gaps import gap_before, refuse_more_gaps
 from gpumeter_usage.balance import CUT
@@ -31,7 +31,8 @@ def take_after_gap(
     PageRefused, with nothing taken; also where the boot has lost too much already. `whole` as for `accept`.
     """
     while True:
-        boot = next((each for each in ledger.boots(worker.worker_uid) if each.boot_id == page.boot_id), None)
+        boots = ledger.boots(worker.worker_uid)
+        boot = next((each for each in boots if each.boot_id == page.boot_id), None)
         if page.after <= (boot.committed_seq if boot else 0):
             return ledger.take(worker, page, now_ns, whole=whole)  # another collector was faster
         if boot and boot.seal is not Status.NONE:
@@ -40,9 +41,9 @@ def take_after_gap(
             )
         if not page.links or not page.boot_id.isprintable():
             raise PageRefused("NothingNew", f"boot {page.boot_id!r:.80}: nothing after seq {page.after} was sent")
-        since_ns = ledger.first_started_ns(worker.worker_uid)
+        of_pod = OfPod(ledger.first_started_ns(worker.worker_uid), others_ns(boots, page.boot_id))
         spent = replace(boot.spent if boot else NOTHING, open=CUT)
-        accepted = accept(page, worker, last_hash, now_ns, spent=spent, since_ns=since_ns, whole=whole)
+        accepted = accept(page, worker, last_hash, now_ns, spent=spent, of_pod=of_pod, whole=whole)
         mine = (locks.of_service(worker.service_key, shared=True), locks.of_worker(worker.worker_uid))
         try:
             with ledger.writing(*mine) as connection:

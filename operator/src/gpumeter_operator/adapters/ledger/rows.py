@@ -154,9 +154,11 @@ def advance(connection: Connection, known: BootFacts | None, accepted: Accepted)
         "head_hash": accepted.head_hash,
         "accounts_ns": accepted.spent.accounts_ns,
         "slices_ns": accepted.spent.slices_ns,
+        "open_seq": last.seq,
         "open_ns": accepted.spent.open.gpu_ns,
         "open_minute_ns": accepted.spent.open.minute_ns,
         "open_cut": accepted.spent.open.cut,
+        "tokens": accepted.spent.tokens,
         "seal": last.status.value if sealed else "",
         "sealed_ns": last.ended_at if sealed else 0,
     }

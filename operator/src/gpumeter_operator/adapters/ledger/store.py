@@ -21,9 +21,9 @@ from gpumeter_operator.adapters.ledger.engine import writing as begin_writing
 from gpumeter_operator.adapters.ledger.locks import Lock
 from gpumeter_operator.adapters.ledger.read import Reader
 from gpumeter_operator.adapters.ledger.rows import ContainerEvent, Taken
-from gpumeter_operator.billing.accept import PageRefused, accept, refuse_foreign
+from gpumeter_operator.billing.accept import OfPod, PageRefused, accept, others_ns, refuse_foreign
 from gpumeter_operator.billing.accounts import NAMES, Accounts
-from gpumeter_operator.billing.facts import NOTHING, BootFacts, Worker
+from gpumeter_operator.billing.facts import NOTHING, Worker
 from gpumeter_operator.billing.report import Manifest
 from gpumeter_operator.billing.schedule import effective_from_ns
 from gpumeter_usage.chain import GENESIS, Link, link
@@ -88,7 +88,8 @@ class Ledger(Reader):
         if not page.boot_id.isprintable():
             raise PageRefused("BootInvalid", f"it sent a boot whose id is no name: {page.boot_id!r:.80}")
         while True:
-            boot = self._boot(worker.worker_uid, page.boot_id)
+            boots = self.boots(worker.worker_uid)
+            boot = next((one for one in boots if one.boot_id == page.boot_id), None)
             seq, head_hash = (boot.committed_seq, boot.head_hash) if boot else (0, GENESIS)
             if page.after > seq:
                 raise PageRefused(
@@ -99,14 +100,13 @@ class Ledger(Reader):
             self._refuse_fork(worker, page, known, now_ns)
             if fresh and boot and boot.seal is not Status.NONE:
                 raise PageRefused("AfterSeal", f"boot {page.boot_id:.64} goes on at seq {seq + 1} after its seal")
-            since_ns = self.first_started_ns(worker.worker_uid)
             accepted = accept(
                 replace(page, after=seq, links=fresh),
                 worker,
                 head_hash,
                 now_ns,
                 spent=boot.spent if boot else NOTHING,
-                since_ns=since_ns,
+                of_pod=OfPod(self.first_started_ns(worker.worker_uid), others_ns(boots, page.boot_id)),
                 whole=whole,
             )
             if not fresh:
@@ -286,9 +286,6 @@ class Ledger(Reader):
                 their_hash=boot.head_hash[:64],
             )
         raise PageRefused("ChainForked", message, kept=new)
-
-    def _boot(self, worker_uid: str, boot_id: str) -> BootFacts | None:
-        return next((boot for boot in self.boots(worker_uid) if boot.boot_id == boot_id), None)
 
     def _refuse_fork(self, worker: Worker, page: Page, known: tuple[Link, ...], now_ns: int) -> None:
         if not known:

@@ -73,9 +73,11 @@ boots = Table(
     Column("sealed_ns", BigInteger, nullable=False),
     Column("accounts_ns", BigInteger, nullable=False),  # claimed so far by account records, and by sessions' slices
     Column("slices_ns", BigInteger, nullable=False),
+    Column("open_seq", BigInteger, nullable=False),  # of which record the next three hold: of no other than the last
     Column("open_ns", BigInteger, nullable=False),  # of slices that no account has booked yet, the end of the minute in
     Column("open_minute_ns", BigInteger, nullable=False),  # which they end, and whether there may be more before them
     Column("open_cut", Boolean, nullable=False),
+    Column("tokens", BigInteger, nullable=False),  # that its sessions computed
     PrimaryKeyConstraint("worker_uid", "boot_id"),
 )
 
