@@ -167,7 +167,9 @@ async def test_memory_that_is_short_in_calibration_ends_a_split_engine_and_no_ot
 async def test_a_split_engine_that_is_told_to_leave_does_not_wait_for_what_its_ranks_were_part_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_ins(tmp_path, monkeypatch, _MODEL.replace("Device(20)", "Device(0)") + _NEVER_FINALIZED)
+    # Steps that last, so that the answer is under way when it is cancelled.
+    model = _MODEL.replace("Device(20)", "Device(0)").replace("self.steps += 1", "self.steps += 1; time.sleep(0.05)")
+    stand_ins(tmp_path, monkeypatch, model + _NEVER_FINALIZED)
     events: list[Event] = []
     how: list[str] = []
     link = EngineLink(
