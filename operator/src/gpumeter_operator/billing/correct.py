@@ -264,31 +264,23 @@ def decide(wanted: Wanted, closed: Closed, earlier: Iterable[Correction], now_ns
 
 
 def _gpu_class(wanted: Wanted, closed: Closed) -> str:
-    classes = closed.gpu_classes
-    if wanted.gpu_class in classes:
-        return wanted.gpu_class
-    if not wanted.gpu_class and len(classes) == 1:
-        return classes[0]
-    told = f"None of them is {wanted.gpu_class:.60}" if wanted.gpu_class else "Which of them was it"
-    raise CorrectionRefused(
-        "WhichGpuClass",
-        f"The service's GPUs in that period were of the class {' and '.join(classes) or 'of no name'}. {told}; name "
-        "the class with --gpu-class, for it says the price.",
-    )
+    were = f"GPUs in that period were of the class {' and '.join(closed.gpu_classes) or 'of no name'}"
+    return _which(wanted.gpu_class, closed.gpu_classes, "WhichGpuClass", were, "name the class with --gpu-class")
 
 
 def _model(wanted: Wanted, closed: Closed) -> str:
-    models = closed.models
-    if wanted.model in models:
-        return wanted.model
-    if not wanted.model and len(models) == 1:
-        return models[0]
-    told = f"None of them is {wanted.model:.60}" if wanted.model else "Which of them was it"
-    raise CorrectionRefused(
-        "WhichModel",
-        f"The service's models in that period were {' and '.join(models) or 'none'}. {told}; name the model with "
-        "--model, for it says the price.",
-    )
+    were = f"models in that period were {' and '.join(closed.models) or 'none'}"
+    return _which(wanted.model, closed.models, "WhichModel", were, "name the model with --model")
+
+
+def _which(said: str, known: Sequence[str], reason: str, were: str, to_do: str) -> str:
+    """The one that is meant: it need not be said where there is only one. Raises CorrectionRefused."""
+    if said in known:
+        return said
+    if not said and len(known) == 1:
+        return known[0]
+    told = f"None of them is {said:.60}" if said else "Which of them was it"
+    raise CorrectionRefused(reason, f"The service's {were}. {told}; {to_do}, for it says the price.")
 
 
 def _of_period(closed: Closed, earlier: Iterable[Correction]) -> tuple[Correction, ...]:

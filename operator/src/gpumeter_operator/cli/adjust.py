@@ -66,8 +66,19 @@ def adjust(
     tokens = None if said == (None, None, None) else Tokens(*(each or 0 for each in said))
     if gpu_ns is None and tokens is None:
         raise click.UsageError("Say by how much: with --gpu-ns, or with --prompt-tokens and --completion-tokens.")
-    said_of = (gpu_class, correction_id, part, model, tokens, tenant)
-    wanted = Wanted(namespace, report, gpu_ns or 0, reason, actor, *said_of)
+    wanted = Wanted(
+        namespace=namespace,
+        report=report,
+        gpu_ns=gpu_ns or 0,
+        reason=reason,
+        actor=actor,
+        gpu_class=gpu_class,
+        id=correction_id,
+        part_start_ns=part,
+        model=model,
+        tokens=tokens,
+        tenant=tenant,
+    )
     try:
         if dry_run:
             click.echo(f"Would book {weigh(open_reader(ledger), wanted, time.time_ns()).told}")
